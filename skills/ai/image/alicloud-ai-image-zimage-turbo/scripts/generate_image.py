@@ -1,0 +1,3082 @@
+#!/usr/bin/env python3
+"""Turn words into one verified picture with Z-Image Turbo, and prove what was asked and paid.
+
+A request (flags or JSON) is validated and normalized, sent once to the provider, and the picture is
+downloaded, verified and saved beside an evidence file from which it can be recovered or made again.
+Only one call in this file costs money (`obtain`); everything that can be checked is checked before it,
+and everything that is known after it is on disk before the next step.
+
+This file stands alone: it needs requests, jsonschema and Pillow, and nothing else of the repository.
+Chapters: contract, errors, request, credentials, endpoint and trust, provider, transport, evidence,
+picture, commands, command line.
+"""
+
+# /// script
+# requires-python = ">=3.10"
+# dependencies = [
+#   "requests>=2.32,<3",
+#   "jsonschema>=4.18,<5",
+#   "Pillow>=10.3,<14",
+# ]
+# ///
+from __future__ import annotations
+
+import signal
+
+if __name__ == "__main__":
+    # Until main() installs its handlers, Ctrl-C ends the process silently instead of with a traceback.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+import argparse
+import calendar
+import contextlib
+import datetime as dt
+import hashlib
+import importlib.util
+import io
+import ipaddress
+import json
+import math
+import os
+import random
+import re
+import secrets
+import shlex
+import shutil
+import socket
+import stat
+import subprocess
+import sys
+import threading
+import time
+import unicodedata
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
+from urllib.parse import parse_qs, quote, urljoin, urlsplit, urlunsplit
+
+if sys.version_info < (3, 10):
+    sys.exit("error: this script needs Python 3.10 or newer\nnext: run it with `uv run --script`, or a newer python3")
+
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+# 1. Contract: the numbers and schemas that users and their scripts rely on
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+
+VERSION = "0.1.0"
+SKILL = "alicloud-ai-image-zimage-turbo"
+REQUIREMENTS = {"requests": "requests>=2.32,<3", "jsonschema": "jsonschema>=4.18,<5", "PIL": "Pillow>=10.3,<14"}
+
+MIN_PIXELS = 512 * 512
+MAX_PIXELS = 2048 * 2048
+DEFAULT_SIZE = "1024*1024"
+MAX_SEED = 2**31 - 1
+LONG_PROMPT = 800  # characters; sibling models of the vendor cut there
+RATIO_SIZES = {  # the vendor's recommended size of about 1024*1024 pixels for each ratio
+    "1:1": "1024*1024",
+    "2:3": "832*1248",
+    "3:2": "1248*832",
+    "3:4": "864*1152",
+    "4:3": "1152*864",
+    "7:9": "896*1152",
+    "9:7": "1152*896",
+    "9:16": "720*1280",
+    "16:9": "1280*720",
+    "9:21": "576*1344",
+    "21:9": "1344*576",
+}
+
+MIB = 1024 * 1024
+MAX_REQUEST_BYTES = 1 * MIB
+MAX_ANSWER_BYTES = 4 * MIB
+MAX_IMAGE_BYTES = 64 * MIB
+MAX_EVIDENCE_BYTES = 8 * MIB
+MAX_DECODED_PIXELS = 50_000_000  # ten times the largest picture the model makes: more is a bomb
+MIN_FREE_BYTES = 16 * MIB  # the largest picture, uncompressed, is 12 MiB
+MAX_HOPS = 5
+OUTSIDE_TEXT = 500  # characters of a text from outside that an error repeats
+
+DEFAULT_TIMEOUT = 100.0  # seconds; agents' shells cut a command at 120 s
+TIMEOUT_RANGE = (1.0, 86_400.0)
+GENERATE_SHARE = 0.8  # of the timeout; the last fifth is kept for the download
+SHORTEST_ATTEMPT_SHARE = 0.1  # of the timeout; with less time than that left, no paid attempt starts
+CONNECT_TIMEOUT = 10.0  # seconds for one address
+DEFAULT_MAX_RETRIES = 4
+MAX_RETRIES_LIMIT = 100
+UNREACHABLE_RETRIES = 2  # a refused connection or a missing name fails in seconds
+BACKOFF_BASE, BACKOFF_CAP = 0.5, 20.0  # seconds
+DOWNLOAD_RETRIES = 4
+CORRUPT_DOWNLOAD_RETRIES = 1  # the same bytes twice will not get better
+
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP"}
+MAX_SIDE = {"PNG": 2**31 - 1, "JPEG": 65_500, "WEBP": 16_383}  # pixels; limits of the file formats
+SAVE_OPTIONS: dict[str, dict[str, Any]] = {"PNG": {}, "JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
+
+EXIT_OK = 0
+EXIT_INVALID = 2
+EXIT_KEY = 3
+EXIT_BALANCE = 4
+EXIT_BLOCKED = 5
+EXIT_UNAVAILABLE = 6
+EXIT_UNKNOWN = 7
+EXIT_UNUSABLE = 8
+EXIT_DISK = 9
+EXIT_SIGNAL = 128  # plus the number of the signal
+
+REQUEST_SCHEMA: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "image.generate request",
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["prompt"],
+    "properties": {
+        "prompt": {
+            "type": "string",
+            "pattern": r"\S",
+            "description": "What to draw, in English or Chinese. Over 800 characters gives a warning.",
+        },
+        "size": {
+            "type": "string",
+            "pattern": "^[1-9][0-9]{0,6}[*xX×][1-9][0-9]{0,6}$",
+            "default": DEFAULT_SIZE,
+            "description": "width*height in pixels; total pixels from 512*512 to 2048*2048.",
+        },
+        "aspect_ratio": {
+            "enum": list(RATIO_SIZES),
+            "description": "Instead of size: picks the recommended size of about 1024*1024 pixels.",
+        },
+        "seed": {
+            "type": "integer",
+            "minimum": -1,
+            "maximum": MAX_SEED,
+            "description": "-1 or none: one is picked, sent and recorded.",
+        },
+        "prompt_extend": {
+            "type": "boolean",
+            "default": False,
+            "description": "Let the service rewrite the prompt first: slower, billed at about twice the price.",
+        },
+        "base_url": {
+            "type": "string",
+            "minLength": 1,
+            "description": "Endpoint, …/api/v1 root or bare host; the host must be a trusted one.",
+        },
+    },
+    "not": {"required": ["size", "aspect_ratio"]},
+}
+
+ERROR_SCHEMA: dict[str, Any] = {
+    "type": "object",
+    "required": ["code", "message", "hint", "exit_code", "retryable", "billed"],
+    "properties": {
+        "code": {"type": "string", "pattern": "^[a-z][a-z0-9_]*$"},
+        "message": {"type": "string"},
+        "hint": {"type": "string", "description": "What to do next, one line."},
+        "exit_code": {"type": "integer"},
+        "retryable": {"type": "boolean", "description": "The same command may be run again without paying twice."},
+        "billed": {"enum": ["no", "yes", "unknown"]},
+        "problems": {"type": "array", "items": {"type": "string"}},
+        "next_command": {"type": "string", "description": "Free of charge, shell-quoted, absolute paths."},
+        "retry_after_s": {"type": "number", "minimum": 0},
+        "http_status": {"type": "integer"},
+        "service_code": {"type": "string"},
+        "request_id": {"type": "string"},
+        "evidence_path": {"type": "string"},
+        "image_url": {"type": "string"},
+    },
+}
+
+RESPONSE_SCHEMA: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "image.generate response",
+    "description": 'What --print-response prints; on failure {"error": …} with the shape of $defs/error.',
+    "type": "object",
+    "required": [
+        "width",
+        "height",
+        "prompt",
+        "request_id",
+        "seed",
+        "size",
+        "provider",
+        "region",
+        "image_path",
+        "evidence_path",
+        "estimated_cost",
+    ],
+    "properties": {
+        "image_url": {"type": "string", "description": "Signed link; dies 24 hours after the call."},
+        "width": {"type": "integer", "description": "Pixels of the saved file."},
+        "height": {"type": "integer", "description": "Pixels of the saved file."},
+        "prompt": {"type": "string"},
+        "rewritten_prompt": {"type": "string"},
+        "reasoning": {"type": "string"},
+        "request_id": {"type": "string"},
+        "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
+        "size": {"type": "string", "description": "As asked, width*height."},
+        "provider": {"type": "string"},
+        "region": {"type": "string"},
+        "image_path": {"type": "string", "description": "Absolute."},
+        "evidence_path": {"type": "string", "description": "Absolute."},
+        "estimated_cost": {"type": "number", "description": "US$ by the price list."},
+        "warnings": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+    },
+    "$defs": {"error": ERROR_SCHEMA},
+}
+
+EVIDENCE_SCHEMA: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "evidence of one picture",
+    "type": "object",
+    "required": [
+        "schema_version",
+        "tool",
+        "status",
+        "provider",
+        "region",
+        "endpoint",
+        "operation",
+        "billable",
+        "request",
+        "payload",
+        "output",
+        "started_at",
+        "attempts",
+        "cost",
+    ],
+    "properties": {
+        "schema_version": {"const": 1},
+        "tool": {"type": "object", "required": ["name", "version"]},
+        "status": {"enum": ["submitting", "submitted", "generated", "saved", "failed", "unknown"]},
+        "provider": {"type": "string", "pattern": "^[a-z][a-z0-9_]*$"},
+        "region": {"type": "string"},
+        "endpoint": {"type": "string"},
+        "operation": {"const": "image.generate"},
+        "billable": {"type": "boolean"},
+        "request": {"type": "object", "description": "Normalized: itself a valid request."},
+        "payload": {"type": "object", "description": "The body that was sent."},
+        "output": {"type": "string", "description": "Absolute path that was asked for."},
+        "started_at": {"type": "string", "format": "date-time"},
+        "generated_at": {"type": "string", "format": "date-time"},
+        "finished_at": {"type": "string", "format": "date-time"},
+        "timings_ms": {"type": "object", "additionalProperties": {"type": "number"}},
+        "attempts": {
+            "type": "array",
+            "items": {
+                "type": "object",
+                "required": ["at"],
+                "properties": {
+                    "at": {"type": "string", "format": "date-time"},
+                    "http_status": {"type": "integer"},
+                    "service_code": {"type": "string"},
+                    "outcome": {"type": "string", "description": "generated, or the code of the error."},
+                    "billed": {"enum": ["no", "yes", "unknown"]},
+                    "wait_s": {"type": "number", "description": "Pause before the next attempt, in seconds."},
+                },
+            },
+        },
+        "task_id": {"type": "string"},
+        "response": {
+            "type": "object",
+            "properties": {
+                "request_id": {"type": "string"},
+                "usage": {"type": "object"},
+                "image_url": {"type": "string"},
+                "expires_at": {"type": "string", "format": "date-time"},
+                "rewritten_prompt": {"type": "string"},
+                "reasoning": {"type": "string"},
+            },
+        },
+        "image": {
+            "type": "object",
+            "required": ["path", "sha256", "bytes", "format", "width", "height"],
+            "properties": {
+                "path": {"type": "string"},
+                "sha256": {"type": "string"},
+                "bytes": {"type": "integer"},
+                "format": {"enum": list(FORMATS.values())},
+                "width": {"type": "integer"},
+                "height": {"type": "integer"},
+                "source_format": {"type": "string", "description": "Where the picture was converted."},
+                "source_sha256": {"type": "string", "description": "Where the picture was converted."},
+            },
+        },
+        "cost": {
+            "type": "object",
+            "required": ["estimate", "currency", "basis", "price_list_date"],
+            "properties": {
+                "estimate": {"type": "number"},
+                "currency": {"const": "USD"},
+                "basis": {"type": "string"},
+                "price_list_date": {"type": "string"},
+            },
+        },
+        "warnings": {"type": "array", "items": {"type": "string"}},
+        "error": ERROR_SCHEMA,
+    },
+}
+
+SCHEMAS = {"request": REQUEST_SCHEMA, "response": RESPONSE_SCHEMA, "evidence": EVIDENCE_SCHEMA}
+
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+# 2. Errors: every way in which a command can end other than well
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+class Kind(NamedTuple):
+    """What one error code means: exit code, whether the same command may run again, billing, advice."""
+
+    exit_code: int
+    retryable: bool
+    billed: str  # no | yes | unknown
+    hint: str
+
+
+INSTALL_HINT = (
+    "run it with `uv run --script {script} …`, or make an environment: python3 -m venv .venv && "
+    ".venv/bin/pip install {packages} (then call .venv/bin/python)"
+)
+ASK_BEFORE_PAYING = (
+    "ask the user before paying again: --replay EVIDENCE makes the same request once more and costs again"
+)
+RECOVER_FREE = "run next_command: it fetches the picture without paying again"
+
+KINDS: dict[str, Kind] = {
+    # Refused here, before anything is sent.
+    "usage": Kind(EXIT_INVALID, False, "no", "correct the arguments named above; --help lists them all"),
+    "invalid_request": Kind(
+        EXIT_INVALID, False, "no", "correct every field named above; --schema request has the rules"
+    ),
+    "file_unreadable": Kind(EXIT_INVALID, False, "no", "give the path of a readable JSON file in UTF-8 or UTF-16"),
+    "invalid_output": Kind(EXIT_INVALID, False, "no", "give --output a file name that ends in .png, .jpg or .webp"),
+    "output_exists": Kind(EXIT_INVALID, False, "no", "choose another --output, or add --overwrite to replace the file"),
+    "invalid_base_url": Kind(
+        EXIT_INVALID, False, "no", "give the whole endpoint, the …/api/v1 root or the bare host, over https"
+    ),
+    "host_not_trusted": Kind(
+        EXIT_INVALID, False, "no", "use the provider's own host; only for a host of your own add --trust-host HOST"
+    ),
+    "region_mismatch": Kind(EXIT_INVALID, False, "no", "leave out --region, or give the base URL of that region"),
+    "missing_package": Kind(EXIT_INVALID, False, "no", INSTALL_HINT),
+    "invalid_evidence": Kind(EXIT_INVALID, False, "no", "give the path of an evidence file that this tool wrote"),
+    "nothing_to_recover": Kind(
+        EXIT_INVALID, False, "no", "nothing was billed; make the request again (--replay EVIDENCE), which costs"
+    ),
+    "internal_error": Kind(EXIT_INVALID, False, "no", "this is a fault of the tool: report it with this message"),
+    "key_missing": Kind(EXIT_KEY, False, "no", "tell the user; a key never belongs in the chat or on a command line"),
+    "key_malformed": Kind(EXIT_KEY, False, "no", "tell the user to store the key again, alone and without spaces"),
+    "disk": Kind(EXIT_DISK, False, "no", "make the folder writable and free some space, then run it again"),
+    # Answered by the service, and not billed.
+    "rejected_by_service": Kind(EXIT_INVALID, False, "no", "correct the request as the service's message says"),
+    "not_found": Kind(EXIT_INVALID, False, "no", "check region and base URL: the model or path is not there"),
+    "key_rejected": Kind(
+        EXIT_KEY, False, "no", "tell the user; a key belongs to one region: try --region of the key, or another key"
+    ),
+    "access_denied": Kind(
+        EXIT_KEY, False, "no", "tell the user to activate the model and check permissions in the provider's console"
+    ),
+    "balance": Kind(EXIT_BALANCE, False, "no", "tell the user to settle the account; do not retry"),
+    "quota": Kind(EXIT_BALANCE, False, "no", "tell the user that the quota is used up; do not retry"),
+    "blocked": Kind(EXIT_BLOCKED, False, "no", "tell the user; reword the prompt only with their consent"),
+    "rate_limited": Kind(EXIT_UNAVAILABLE, True, "no", "wait a minute (or retry_after_s), then run it once more"),
+    "service_failing": Kind(EXIT_UNAVAILABLE, True, "no", "wait a minute, then run it once more"),
+    "unreachable": Kind(EXIT_UNAVAILABLE, True, "no", "check network, proxy and base URL, then run it once more"),
+    "refused_by_service": Kind(EXIT_UNUSABLE, False, "no", "report the status and message; do not rerun unasked"),
+    # After the request has left.
+    "outcome_unknown": Kind(EXIT_UNKNOWN, False, "unknown", ASK_BEFORE_PAYING),
+    "paid_not_downloaded": Kind(EXIT_UNKNOWN, False, "yes", RECOVER_FREE),
+    "no_image": Kind(
+        EXIT_UNUSABLE,
+        False,
+        "unknown",
+        "tell the user: no picture came back (often content safety); do not rerun unasked",
+    ),
+    "answer_unusable": Kind(EXIT_UNUSABLE, False, "unknown", "report it; do not rerun unasked, it may cost again"),
+    "image_unusable": Kind(
+        EXIT_UNUSABLE,
+        False,
+        "yes",
+        "report it; next_command tries the download once more, free; do not pay again unasked",
+    ),
+    "image_too_large": Kind(EXIT_UNUSABLE, False, "yes", "report it; do not pay again unasked"),
+    "hop_refused": Kind(
+        EXIT_UNUSABLE, False, "yes", "report it: the link leads where no picture should be fetched from"
+    ),
+    "link_expired": Kind(
+        EXIT_UNUSABLE, False, "yes", "the picture can only be made again: ask the user, then --replay EVIDENCE (costs)"
+    ),
+    "link_refused": Kind(EXIT_UNUSABLE, False, "yes", "report it; do not pay again unasked"),
+    "disk_after_paying": Kind(EXIT_DISK, False, "yes", "free space or mend the folder, then run next_command, free"),
+    "interrupted": Kind(EXIT_SIGNAL, False, "no", "nothing was billed; run it again when you like"),
+}
+
+
+class Failure(Exception):
+    """An end of a command that its user must know about.
+
+    `code` is a key of KINDS, which gives exit code, retryable, billed and hint unless `facts` overrides them;
+    the other facts are fields of the error object (ERROR_SCHEMA).
+    """
+
+    def __init__(self, code: str, message: str, **facts: Any) -> None:
+        super().__init__(message)
+        self.code = code
+        self.message = message
+        self.facts = {name: value for name, value in facts.items() if value is not None}
+
+    def fact(self, name: str) -> Any:
+        """The named fact, from this failure or else from its kind."""
+        return self.facts.get(name, getattr(KINDS[self.code], name, None))
+
+    @property
+    def exit_code(self) -> int:
+        return int(self.fact("exit_code"))
+
+    @property
+    def billed(self) -> str:
+        return str(self.fact("billed"))
+
+    def object(self) -> dict[str, Any]:
+        """The error object of the contract. Key-like text is masked; paths, links and commands stay whole."""
+        result = {
+            "code": self.code,
+            "message": mask(self.message),
+            "hint": mask(self.fact("hint")),
+            "exit_code": self.exit_code,
+            "retryable": self.fact("retryable"),
+            "billed": self.billed,
+        }
+        for name in ERROR_SCHEMA["properties"]:
+            if name not in result and name in self.facts:
+                result[name] = self.facts[name]
+        if "problems" in result:
+            result["problems"] = [mask(problem) for problem in result["problems"]]
+        return result
+
+
+class Problem(NamedTuple):
+    """One thing wrong with what the user gave: the error code it belongs to, and a sentence naming the field."""
+
+    code: str
+    text: str
+
+
+def raise_problems(problems: Sequence[Problem]) -> None:
+    """Raise all problems as one Failure; none raises nothing."""
+    if not problems:
+        return
+    codes = {problem.code for problem in problems}
+    texts = [problem.text for problem in problems]
+    message = texts[0] if len(texts) == 1 else f"{len(texts)} problems: " + "; ".join(texts)
+    raise Failure(codes.pop() if len(codes) == 1 else "invalid_request", message, problems=texts)
+
+
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM, raised only where waiting can be broken off without losing what is known."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(signum)
+        self.signum = signum
+
+
+class Signals:
+    """Turns SIGINT and SIGTERM into Interrupted, but only inside `breakable` sections.
+
+    Everywhere else they wait: an answer that has arrived is on disk before the command gives way.
+    """
+
+    def __init__(self) -> None:
+        self._pending: int | None = None
+        self._breakable = False
+
+    def install(self) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._handle)
+
+    def _handle(self, signum: int, _frame: object) -> None:
+        self._pending = signum
+        self._check()
+
+    def _check(self) -> None:
+        if self._breakable and self._pending is not None:
+            self._breakable = False
+            raise Interrupted(self._pending)
+
+    @contextlib.contextmanager
+    def breakable(self) -> Iterator[None]:
+        self._breakable = True
+        try:
+            self._check()
+            yield
+        finally:
+            self._breakable = False
+
+
+SIGNALS = Signals()
+
+# What must never be printed or written. Filled where keys are read, consulted where text leaves or enters.
+_secrets: set[str] = set()
+_KEY_LIKE = re.compile(r"\bsk-[A-Za-z0-9_\-]{6,}")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
+
+
+def remember_secret(value: str) -> None:
+    """Have this value, and its percent-encoded form, masked in every text from outside and every message."""
+    _secrets.update({value, quote(value, safe="")} - {""})
+
+
+def mask(text: str) -> str:
+    """The text with every known key, and everything that looks like one, replaced."""
+    for secret in sorted(_secrets, key=len, reverse=True):
+        text = text.replace(secret, "***")
+    return _KEY_LIKE.sub("sk-***", text)
+
+
+def outside_text(value: object, limit: int = OUTSIDE_TEXT) -> str:
+    """A text from a service, made safe to show: one line, no key, no control characters, at most `limit` long."""
+    text = value if isinstance(value, str) else "" if value is None else str(value)
+    text = _CONTROL.sub(" ", without_surrogates(mask(text))).strip()
+    return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def without_surrogates(text: str) -> str:
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def outside_json(value: Any, depth: int = 4) -> Any:
+    """A JSON value from a service, made safe to keep: bounded in depth and length, finite, without the key."""
+    if isinstance(value, str):
+        return outside_text(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, int) and abs(value) > 2**63:
+        return None
+    if isinstance(value, dict):
+        items = list(value.items())[:50] if depth else []
+        return {outside_text(name, 100): outside_json(item, depth - 1) for name, item in items}
+    if isinstance(value, list):
+        return [outside_json(item, depth - 1) for item in value[:50]] if depth else []
+    return value
+
+
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+# 3. Request: what the user asks for, validated and normalized
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+@dataclass(frozen=True)
+class ImageRequest:
+    """A normalized request: size `width*height` in pixels and seed are always filled in."""
+
+    prompt: str
+    size: str
+    seed: int
+    prompt_extend: bool = False
+    base_url: str | None = None
+
+    @property
+    def width_height(self) -> tuple[int, int]:
+        return parse_size(self.size)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The request as JSON; itself valid, and normalizing it changes nothing."""
+        fields = {
+            "prompt": self.prompt,
+            "size": self.size,
+            "seed": self.seed,
+            "prompt_extend": self.prompt_extend,
+            "base_url": self.base_url,
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height, in pixels, of a size that has passed the schema."""
+    width, height = re.split("[*xX×]", text)
+    return int(width), int(height)
+
+
+def pick_seed() -> int:
+    return secrets.randbelow(MAX_SEED + 1)
+
+
+def request_problems(raw: Any) -> list[Problem]:
+    """Everything wrong with a request as written; an empty list means that `normalize` takes it."""
+    import jsonschema
+
+    if not isinstance(raw, dict):
+        return [Problem("invalid_request", f"request: must be a JSON object, got {json_kind(raw)}")]
+    validator = jsonschema.Draft202012Validator(REQUEST_SCHEMA)
+    texts = [text for error in validator.iter_errors(raw) for text in schema_sentences(error, raw)]
+    return [Problem("invalid_request", text) for text in sorted(texts) + rule_sentences(raw)]
+
+
+def schema_sentences(error: Any, raw: dict[str, Any]) -> list[str]:
+    """One schema error as sentences that name the field, what was expected and what was given."""
+    name = ".".join(str(part) for part in error.absolute_path)
+    given = shown(error.instance)
+    rule = error.schema
+    if error.validator == "additionalProperties":
+        known = rule["properties"]
+        return [f"{shown(field)}: unknown field; known are {', '.join(known)}" for field in raw if field not in known]
+    if error.validator == "required":
+        return [f"{field}: required" for field in rule["required"] if field not in raw]
+    if error.validator == "not":
+        return ["size, aspect_ratio: give one of the two, not both"]
+    if error.validator == "type":
+        return [f"{name}: must be of type {rule['type']}, got {json_kind(error.instance)} {given}"]
+    if error.validator in ("minimum", "maximum"):
+        return [f"{name}: must be from {rule['minimum']} to {rule['maximum']}, got {given}"]
+    if error.validator == "enum":
+        return [f"{name}: must be one of {' '.join(rule['enum'])}, got {given}"]
+    if name == "size":
+        return []  # size_sentences checks its form, to the last character
+    return [f"{name}: must not be blank"]
+
+
+def rule_sentences(raw: dict[str, Any]) -> list[str]:
+    """What a schema cannot say (or says too loosely): text that no encoding can carry, and the size."""
+    sentences = []
+    for name in ("prompt", "base_url"):
+        if isinstance(raw.get(name), str) and raw[name] != without_surrogates(raw[name]):
+            sentences.append(f"{name}: holds a lone surrogate, which is not text; write it again in UTF-8")
+    size = raw.get("size")
+    if isinstance(size, str):
+        sentences += size_sentences(size)
+    return sentences
+
+
+def size_sentences(size: str) -> list[str]:
+    """What is wrong with a size, checked to its last character (`$` in a pattern lets a newline pass)."""
+    if not re.fullmatch("[1-9][0-9]{0,6}[*xX×][1-9][0-9]{0,6}", size):
+        return [f"size: must be width*height such as 1024*1024, got {shown(size)}"]
+    width, height = parse_size(size)
+    if MIN_PIXELS <= width * height <= MAX_PIXELS:
+        return []
+    return [
+        f"size: {width}*{height} is {width * height} pixels; "
+        f"the total must be from {MIN_PIXELS} (512*512) to {MAX_PIXELS} (2048*2048)"
+    ]
+
+
+def normalize(raw: dict[str, Any]) -> ImageRequest:
+    """The normalized form of a request that has no problems."""
+    if "aspect_ratio" in raw:
+        size = RATIO_SIZES[raw["aspect_ratio"]]
+    else:
+        size = "{}*{}".format(*parse_size(raw.get("size", DEFAULT_SIZE)))
+    seed = int(raw.get("seed", -1))
+    return ImageRequest(
+        prompt=raw["prompt"],
+        size=size,
+        seed=pick_seed() if seed == -1 else seed,
+        prompt_extend=raw.get("prompt_extend", False),
+        base_url=raw.get("base_url"),
+    )
+
+
+def shown(value: Any) -> str:
+    """A value as JSON, short enough for one line of an error."""
+    return outside_text(json.dumps(value, ensure_ascii=False, default=str), 60)
+
+
+def json_kind(value: Any) -> str:
+    """The JSON name of a Python value's type."""
+    kinds = {dict: "object", list: "array", str: "string", bool: "boolean", int: "integer", float: "number"}
+    return kinds.get(type(value), "null")
+
+
+def parse_json(text: str) -> Any:
+    """Strict JSON: no repeated fields, no NaN.
+
+    Raises:
+        ValueError: with a sentence that says what is wrong and where.
+    """
+
+    def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields = dict(pairs)
+        if len(fields) < len(pairs):
+            raise ValueError("a field stands in it twice")
+        return fields
+
+    def no_constants(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not a JSON value")
+
+    try:
+        return json.loads(text, object_pairs_hook=no_repeats, parse_constant=no_constants)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at line {error.lineno}, column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_input(name: str, limit: int, wait: float) -> bytes:
+    """The bytes of a file, or of standard input for `-`; what does not arrive within `wait` seconds is an error.
+
+    Raises:
+        Failure: file_unreadable.
+    """
+    if name == "-":
+        if sys.stdin is None or sys.stdin.isatty():
+            raise Failure("file_unreadable", "--file -: standard input is a terminal, nothing is piped into it")
+        return _read_in_time("standard input", sys.stdin.buffer, limit, wait)
+    try:
+        if stat.S_ISREG(os.stat(name).st_mode):
+            with open(name, "rb") as source:
+                return _bounded(name, source.read(limit + 1), limit)
+        if os.path.isdir(name):
+            raise IsADirectoryError(21, "it is a folder")
+        return _read_in_time(name, name, limit, wait)
+    except (OSError, ValueError) as error:
+        raise Failure("file_unreadable", f"{outside_text(name)}: cannot be read: {os_reason(error)}") from None
+
+
+def _read_in_time(label: str, source: Any, limit: int, wait: float) -> bytes:
+    """Read a pipe in a thread: one that nobody writes to must not hang the command."""
+    result: list[bytes | OSError] = []
+
+    def read() -> None:
+        try:
+            with contextlib.nullcontext(source) if hasattr(source, "read") else open(source, "rb") as stream:
+                result.append(stream.read(limit + 1))
+        except OSError as error:
+            result.append(error)
+
+    reader = threading.Thread(target=read, daemon=True)
+    reader.start()
+    with SIGNALS.breakable():
+        reader.join(wait)
+    if not result:
+        raise Failure("file_unreadable", f"{label}: nothing complete arrived within {wait:g} s")
+    if isinstance(result[0], OSError):
+        raise result[0]
+    return _bounded(label, result[0], limit)
+
+
+def _bounded(label: str, data: bytes, limit: int) -> bytes:
+    if len(data) > limit:
+        raise Failure("file_unreadable", f"{outside_text(label)}: larger than {limit // MIB} MiB")
+    return data
+
+
+def os_reason(error: Exception) -> str:
+    """The plain reason of an OSError or ValueError, without the path."""
+    return (getattr(error, "strerror", None) or str(error) or type(error).__name__).lower()
+
+
+def decode_json_file(label: str, data: bytes) -> Any:
+    """Parse JSON in UTF-8 (with or without BOM) or UTF-16.
+
+    Raises:
+        Failure: invalid_request, with the position of the fault.
+    """
+    try:
+        return parse_json(data.decode(json.detect_encoding(data)))
+    except UnicodeDecodeError:
+        raise Failure("invalid_request", f"{outside_text(label)}: is not text in UTF-8 or UTF-16") from None
+    except ValueError as error:
+        raise Failure("invalid_request", f"{outside_text(label)}: is not valid JSON: {outside_text(error)}") from None
+
+
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+# 4. Credentials: where the user keeps the key
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+@dataclass(frozen=True)
+class KeyPlaces:
+    """The places of one provider's key, in the order in which they are looked at."""
+
+    variable: str  # environment, and `.env` in the working folder
+    ini_file: str | None = None  # below the home folder, INI
+    ini_option: str | None = None
+    ini_profile_variables: tuple[str, ...] = ()
+    file_variable: str | None = None  # names a file that holds the key alone
+    file: str | None = None  # below the home folder, holds the key alone
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key and the place it came from; only `source` is ever shown."""
+
+    value: str = field(repr=False)
+    source: str
+
+
+def find_key(places: KeyPlaces, env: Mapping[str, str]) -> Key:
+    """The first key found, environment first.
+
+    Raises:
+        Failure: key_missing, naming every place looked at; key_malformed.
+    """
+    notes: list[str] = []
+    for look in (_key_in_environment, _key_in_dotenv, _key_in_ini, _key_in_named_file, _key_in_own_file):
+        key = look(places, env, notes)
+        if key is not None:
+            remember_secret(key.value)
+            _check_key(key)
+            return key
+    options = [f"the environment variable {places.variable}"]
+    if places.ini_file:
+        options.append(f"{places.ini_option} in ~/{places.ini_file}")
+    trouble = f" ({'; '.join(notes)})" if notes else ""
+    raise Failure(
+        "key_missing",
+        f"no API key found{trouble}",
+        hint=f"have the user set {' or '.join(options)}; a key never belongs in the chat or on a command line",
+    )
+
+
+def _key_in_environment(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> Key | None:
+    return _key(env.get(places.variable, ""), f"environment {places.variable}")
+
+
+def _key_in_dotenv(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> Key | None:
+    """`.env` in the working folder. Only the key is taken: a checked-out project must not steer the rest."""
+    text = _read_text(Path(".env"), notes)
+    lines = re.findall(rf"(?m)^[ \t]*(?:export[ \t]+)?{places.variable}[ \t]*=[ \t]*(.*?)[ \t\r]*$", text)
+    if not lines:
+        return None
+    value = str(lines[-1])
+    quoted = re.match(r"""(["'])(.*?)\1""", value)
+    return _key(quoted[2] if quoted else re.split(r"\s#", value)[0], ".env in the working folder")
+
+
+def _key_in_ini(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> Key | None:
+    if places.ini_file is None or places.ini_option is None:
+        return None
+    import configparser
+
+    path = _home(places.ini_file, env)
+    parser = configparser.ConfigParser(interpolation=None, strict=False)
+    try:
+        parser.read_string(_read_text(path, notes))
+    except configparser.Error:
+        notes.append(f"~/{places.ini_file} is not a valid INI file")
+        return None
+    profile = next((env[name] for name in places.ini_profile_variables if env.get(name)), "default")
+    if not parser.has_section(profile):
+        return None
+    value = parser.get(profile, places.ini_option, fallback="").strip("\"'")
+    return _key(value, f"~/{places.ini_file} [{outside_text(profile, 60)}]")
+
+
+def _key_in_named_file(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> Key | None:
+    name = env.get(places.file_variable or "")
+    if not name:
+        return None
+    key = _key(_read_text(Path(name), notes), f"file that {places.file_variable} names")
+    if key is None:
+        # The user chose this file: another account's key must not step in for it.
+        raise Failure("key_missing", f"{places.file_variable} names a file that holds no readable key")
+    return key
+
+
+def _key_in_own_file(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> Key | None:
+    if places.file is None:
+        return None
+    return _key(_read_text(_home(places.file, env), notes), f"~/{places.file}")
+
+
+def _key(value: str, source: str) -> Key | None:
+    return Key(value.strip(), source) if value.strip() else None
+
+
+def _check_key(key: Key) -> None:
+    """Refuse what no header can carry and what is plainly a placeholder."""
+    if not re.fullmatch(r"[!-~]{1,512}", key.value) or re.search("[\"'<>]", key.value):
+        raise Failure(
+            "key_malformed",
+            f"the API key from {key.source} has blanks, quotes, brackets or characters beyond ASCII in it",
+        )
+
+
+def _home(relative: str, env: Mapping[str, str]) -> Path:
+    try:
+        return Path(env.get("HOME") or Path.home()) / relative
+    except RuntimeError:  # no home folder is known
+        return Path(os.devnull)
+
+
+def _read_text(path: Path, notes: list[str]) -> str:
+    """The text of a small file; empty where there is none. A file that cannot be read is noted."""
+    try:
+        if not path.is_file():
+            return ""
+        with path.open(encoding="utf-8-sig") as source:
+            return source.read(64 * 1024)
+    except (OSError, ValueError) as error:
+        reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else os_reason(error)
+        notes.append(f"{outside_text(str(path), 200)} cannot be read: {reason}")
+        return ""
+
+
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+# 5. Endpoint and trust: where the request goes, and whether the key may go there
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+
+_LABEL = r"[a-z0-9](?:[a-z0-9_-]{0,61}[a-z0-9])?"
+_HOST_NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
+_NETLOC = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(?::(?P<port>[0-9]{1,5}))?")
+_BASE_URL = re.compile(r"(?P<scheme>https?)://(?P<netloc>[^/]*)(?P<path>(?:/[A-Za-z0-9._~-]+)*)/?")
+LOOPBACK_NAME = "localhost"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """Where a provider is called: `root` is the API root, `url` the call that makes pictures."""
+
+    root: str
+    url: str
+    host: str
+    region: str
+
+    @property
+    def is_loopback(self) -> bool:
+        return is_loopback_host(self.host)
+
+
+def is_loopback_host(host: str) -> bool:
+    """True for localhost, 127.0.0.0/8 and ::1 in their usual spelling; nothing is resolved."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == LOOPBACK_NAME
+
+
+def split_netloc(netloc: str) -> tuple[str, int | None]:
+    """Host (lower case, brackets off) and port of a network location that is exactly `host[:port]`.
+
+    Raises:
+        ValueError: with what is wrong.
+    """
+    match = _NETLOC.fullmatch(netloc)
+    if not match:
+        raise ValueError("its network location must be exactly host or host:port")
+    host = match["host"].lower()
+    port = int(match["port"]) if match["port"] else None
+    if port is not None and not 0 < port < 65536:
+        raise ValueError("its port must be from 1 to 65535")
+    if host.startswith("["):
+        return str(ipaddress.IPv6Address(host[1:-1])), port
+    if not _HOST_NAME.fullmatch(host):
+        raise ValueError("its host is not a host name")
+    return host, port
+
+
+def trusted_hosts(flags: Sequence[str], env: Mapping[str, str]) -> tuple[frozenset[str], list[Problem]]:
+    """The exact host names that the user trusts with the key, by --trust-host or ZIMAGE_TRUSTED_HOSTS."""
+    named = [("--trust-host", name) for name in flags]
+    named += [
+        ("ZIMAGE_TRUSTED_HOSTS", name) for name in re.split(r"[,\s]+", env.get("ZIMAGE_TRUSTED_HOSTS", "")) if name
+    ]
+    hosts, problems = set(), []
+    for source, name in named:
+        if _HOST_NAME.fullmatch(name.lower()):
+            hosts.add(name.lower())
+        else:
+            problems.append(
+                Problem("usage", f"{source}: must be a bare host name such as proxy.example.com, got {shown(name)}")
+            )
+    return frozenset(hosts), problems
+
+
+def parse_base_url(text: str, source: str, provider: Provider) -> Endpoint:
+    """The endpoint that a base URL means: the whole endpoint, the API root or the bare host.
+
+    Raises:
+        Failure: invalid_base_url. The URL itself is not repeated: it may hold a password.
+    """
+
+    def refuse(what: str, hint: str | None = None) -> NoReturn:
+        raise Failure("invalid_base_url", f"{source}: {what}", hint=hint)
+
+    if re.search(r"[^!-~]", text):
+        refuse("has blanks, control characters or characters beyond ASCII in it")
+    for sign, name in (
+        ("@", "user info"),
+        ("\\", "a backslash"),
+        ("?", "a query"),
+        ("#", "a fragment"),
+        ("%", "percent-encoding"),
+    ):
+        if sign in text:
+            refuse(f"has {name} in it, which a base URL must not have")
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        bare_host = text.partition("/")[0]
+        scheme, rest = ("http" if _is_loopback_netloc(bare_host) else "https"), text
+    match = _BASE_URL.fullmatch(f"{scheme.lower()}://{rest}")
+    if not match or {".", ".."} & set(match["path"].split("/")):
+        refuse("is not a URL of the form https://host[:port]/path")
+    try:
+        host, port = split_netloc(match["netloc"])
+    except ValueError as error:
+        refuse(str(error))
+    netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
+    root = provider.root_of(match["path"])
+    if root is None:
+        forms = " or ".join(f"{match['scheme']}://{netloc}{form}" for form in (provider.default_root, ""))
+        refuse(f"its path {outside_text(match['path'], 100)} is not one of this provider's", f"use {forms}")
+    root = f"{match['scheme']}://{netloc}{root}"
+    return Endpoint(root, root + provider.generate_path, host, provider.region_of(host) or "")
+
+
+def _is_loopback_netloc(netloc: str) -> bool:
+    try:
+        return is_loopback_host(split_netloc(netloc)[0])
+    except ValueError:
+        return False
+
+
+def check_trust(endpoint: Endpoint, source: str, provider: Provider, trusted: frozenset[str]) -> None:
+    """Let the key go only to its owner, to loopback, or to a host that the user trusts by name.
+
+    Raises:
+        Failure: host_not_trusted.
+    """
+    if endpoint.is_loopback:
+        return
+    if endpoint.root.startswith("http://"):
+        raise Failure("invalid_base_url", f"{source}: http would send the key in the clear; only loopback may use it")
+    if not provider.owns(endpoint.host) and endpoint.host not in trusted:
+        raise Failure(
+            "host_not_trusted",
+            f"{source}: {endpoint.host} is not a host of {provider.name}, so the key is not sent there",
+            hint=f"use the provider's own host; only for a host of your own add --trust-host {endpoint.host}",
+        )
+
+
+def choose_endpoint(
+    provider: Provider,
+    *,
+    flag: str | None,
+    request_url: str | None,
+    region: str | None,
+    env: Mapping[str, str],
+    trusted: frozenset[str],
+) -> Endpoint:
+    """The endpoint by precedence: flag, request, region, environment, the provider's default region.
+
+    Raises:
+        Failure: invalid_base_url, host_not_trusted, region_mismatch.
+    """
+    candidates = [("--base-url", flag), ("base_url", request_url)]
+    if region is None:
+        candidates += [(name, env.get(name) or None) for name in provider.base_url_variables]
+    candidates.append(("--region", provider.roots[region or provider.default_region]))
+    source, text = next((source, text) for source, text in candidates if text is not None)
+    endpoint = parse_base_url(text, source, provider)
+    check_trust(endpoint, source, provider, trusted)
+    if region and endpoint.region and endpoint.region != region:
+        raise Failure(
+            "region_mismatch",
+            f"--region {region} contradicts {source}, whose host {endpoint.host} is {endpoint.region}",
+        )
+    known = endpoint.region or region or provider.default_region
+    return Endpoint(endpoint.root, endpoint.url, endpoint.host, known)
+
+
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+# 6. Provider: how one service is asked and understood
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+@dataclass(frozen=True)
+class HttpCall:
+    """One HTTP request, ready to be sent; `body` is JSON."""
+
+    method: str
+    url: str
+    headers: dict[str, str] = field(repr=False)
+    body: bytes | None = None
+
+
+@dataclass(frozen=True)
+class HttpAnswer:
+    """One HTTP answer; header names are lower case. `whole` is false where the body was cut off."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes = field(repr=False)
+    whole: bool = True
+
+
+@dataclass(frozen=True)
+class Generated:
+    """A picture that was made, and billed: its link and what the service said of it."""
+
+    image_url: str
+    expires_at: dt.datetime
+    request_id: str = ""
+    rewritten_prompt: str = ""
+    reasoning: str = ""
+    usage: dict[str, Any] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Price:
+    """US$ for one picture, and what the number rests on."""
+
+    estimate: float
+    basis: str
+    price_list_date: str
+
+
+class Provider:
+    """One service that makes pictures: its key places, hosts, prices, one call and one answer.
+
+    A provider never sleeps, retries, opens files or reads the environment: it only builds and reads.
+    """
+
+    name: ClassVar[str]
+    key_places: ClassVar[KeyPlaces]
+    roots: ClassVar[dict[str, str]]  # region -> API root
+    region_aliases: ClassVar[dict[str, str]]
+    default_region: ClassVar[str]
+    base_url_variables: ClassVar[tuple[str, ...]]
+    workspace_variable: ClassVar[str | None] = None
+    default_root: ClassVar[str]  # path of the API root
+    generate_path: ClassVar[str]  # below the root
+    https_links_under: ClassVar[str | None] = None  # http links below this domain work over https too
+
+    def root_of(self, path: str) -> str | None:
+        """The path of the API root that a base URL's path means; None where it means none."""
+        raise NotImplementedError
+
+    def region_of(self, host: str) -> str | None:
+        """The region that a host belongs to; None where the host does not tell."""
+        raise NotImplementedError
+
+    def owns(self, host: str) -> bool:
+        """Whether the host belongs to the owner of the key."""
+        raise NotImplementedError
+
+    def price(self, request: ImageRequest, region: str) -> Price:
+        raise NotImplementedError
+
+    def payload(self, request: ImageRequest) -> dict[str, Any]:
+        """The JSON body that asks for the picture."""
+        raise NotImplementedError
+
+    def submit(self, payload: dict[str, Any], endpoint: Endpoint, key: str, workspace: str | None) -> HttpCall:
+        """The one call that costs money."""
+        raise NotImplementedError
+
+    def read(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated:
+        """What the answer to `submit` means.
+
+        Raises:
+            Failure: by the provider's error table.
+        """
+        raise NotImplementedError
+
+    def query(self, endpoint: Endpoint, key: str, workspace: str | None) -> HttpCall:
+        """A read-only call that costs nothing, to check connection and permission."""
+        raise NotImplementedError
+
+    def read_query(self, answer: HttpAnswer) -> bool:
+        """Whether the answer to `query` lists the model.
+
+        Raises:
+            Failure: by the provider's error table.
+        """
+        raise NotImplementedError
+
+
+class DashScope(Provider):
+    """Alibaba Cloud Model Studio, multimodal-generation API.
+
+    Sources: references/api_reference.md and references/sources.md of this skill.
+    """
+
+    name = "dashscope"
+    key_places = KeyPlaces(
+        variable="DASHSCOPE_API_KEY",
+        ini_file=".alibabacloud/credentials",
+        ini_option="dashscope_api_key",
+        ini_profile_variables=("ALIBABA_CLOUD_PROFILE", "ALICLOUD_PROFILE"),
+        file_variable="DASHSCOPE_API_KEY_FILE_PATH",
+        file=".dashscope/api_key",
+    )
+    roots: ClassVar = {
+        "beijing": "https://dashscope.aliyuncs.com/api/v1",
+        "singapore": "https://dashscope-intl.aliyuncs.com/api/v1",
+    }
+    region_aliases: ClassVar = {"cn-beijing": "beijing", "ap-southeast-1": "singapore"}
+    default_region = "beijing"
+    base_url_variables = ("DASHSCOPE_BASE_URL", "DASHSCOPE_HTTP_BASE_URL")
+    workspace_variable = "DASHSCOPE_WORKSPACE"
+    default_root = "/api/v1"
+    generate_path = "/services/aigc/multimodal-generation/generation"
+    https_links_under = "aliyuncs.com"
+
+    model = "z-image-turbo"
+    link_lifetime = dt.timedelta(hours=24)
+    price_list_date = "2026"
+    prices: ClassVar = {"beijing": (0.01434, 0.02868), "singapore": (0.015, 0.03)}  # US$: plain, prompt_extend
+    own_hosts = re.compile(
+        rf"dashscope\.aliyuncs\.com|dashscope-[a-z0-9]+\.aliyuncs\.com|(?:{_LABEL}\.)+(?:dashscope|maas)\.aliyuncs\.com"
+    )
+    # Prefixes of the service's codes, folded to lower case without _ and -; the longest that fits counts,
+    # and outranks the HTTP status.
+    code_kinds: ClassVar = {
+        "invalidparameter": "rejected_by_service",
+        "badrequest": "rejected_by_service",
+        "invalidurl": "rejected_by_service",
+        "datainspectionfailed": "blocked",
+        "arrearage": "balance",
+        "invalidapikey": "key_rejected",
+        "accessdenied": "access_denied",
+        "model.accessdenied": "access_denied",
+        "allocationquota": "quota",
+        "throttling.allocationquota": "quota",
+        "insufficientquota": "quota",
+        "modelnotfound": "not_found",
+        "notfound": "not_found",
+        "throttling": "rate_limited",
+        "internalerror": "service_failing",
+        "serviceunavailable": "service_failing",
+        "modelservingerror": "service_failing",
+        "requesttimeout": "outcome_unknown",
+    }
+    status_kinds: ClassVar = {
+        400: "rejected_by_service",
+        401: "key_rejected",
+        403: "access_denied",
+        404: "not_found",
+        429: "rate_limited",
+    }
+    own_fault_statuses = (500, 503)  # not billed, but only where the service itself says so in its JSON
+
+    def root_of(self, path: str) -> str | None:
+        if path in ("", self.default_root):
+            return self.default_root
+        root = path.removesuffix(self.generate_path)
+        return root if root.endswith(self.default_root) else None
+
+    def region_of(self, host: str) -> str | None:
+        for region, root in self.roots.items():
+            if host == urlsplit(root).hostname:
+                return region
+        word = re.fullmatch(r"dashscope-([a-z0-9]+)\.aliyuncs\.com", host)
+        label = word or re.fullmatch(rf"(?:.*\.)?({_LABEL})\.(?:dashscope|maas)\.aliyuncs\.com", host)
+        return self.region_aliases.get(label[1], label[1]) if label else None
+
+    def owns(self, host: str) -> bool:
+        return self.own_hosts.fullmatch(host) is not None
+
+    def price(self, request: ImageRequest, region: str) -> Price:
+        listed = self.prices.get(region) or max(self.prices.values())
+        basis = f"{region} list price" if region in self.prices else f"highest list price; none is known for {region}"
+        extended = " with prompt_extend" if request.prompt_extend else ""
+        return Price(listed[request.prompt_extend], f"{basis}, one picture{extended}", self.price_list_date)
+
+    def payload(self, request: ImageRequest) -> dict[str, Any]:
+        return {
+            "model": self.model,
+            "input": {"messages": [{"role": "user", "content": [{"text": request.prompt}]}]},
+            "parameters": {"size": request.size, "prompt_extend": request.prompt_extend, "seed": request.seed},
+        }
+
+    def submit(self, payload: dict[str, Any], endpoint: Endpoint, key: str, workspace: str | None) -> HttpCall:
+        body = json.dumps(payload, ensure_ascii=False).encode()
+        headers = self._headers(key, workspace) | {"Content-Type": "application/json"}
+        return HttpCall("POST", endpoint.url, headers, body)
+
+    def query(self, endpoint: Endpoint, key: str, workspace: str | None) -> HttpCall:
+        url = f"{endpoint.root}/models?model={self.model}&page_no=1&page_size=1"
+        return HttpCall("GET", url, self._headers(key, workspace))
+
+    def _headers(self, key: str, workspace: str | None) -> dict[str, str]:
+        headers = {"Authorization": f"Bearer {key}", "Accept": "application/json"}
+        return headers | ({"X-DashScope-WorkSpace": workspace} if workspace else {})
+
+    def read(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated:
+        body = read_json(answer)
+        choice = at(body, "output", "choices", 0) or {}
+        items = at(choice, "message", "content")
+        items = [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
+        links = [item["image"] for item in items if isinstance(item.get("image"), str) and item["image"].strip()]
+        if not (200 <= answer.status < 300 and links):
+            raise self._failure(answer, body)
+        text = next((item["text"] for item in items if isinstance(item.get("text"), str)), "")
+        reasoning = at(choice, "message", "reasoning_content") or next(
+            (item["reasoning_content"] for item in items if item.get("reasoning_content")), ""
+        )
+        usage = outside_json(body.get("usage"))
+        return Generated(
+            image_url=links[0].strip(),
+            expires_at=link_expiry(links[0], now + self.link_lifetime),
+            request_id=request_id(answer, body),
+            rewritten_prompt=kept_text(text) if request.prompt_extend or text != request.prompt else "",
+            reasoning=kept_text(reasoning),
+            usage=usage if isinstance(usage, dict) else {},
+            warnings=(f"the service sent {len(links)} pictures; the first is saved",) if len(links) > 1 else (),
+        )
+
+    def read_query(self, answer: HttpAnswer) -> bool:
+        body = read_json(answer)
+        if answer.status != 200 or body.get("code"):
+            raise self._failure(answer, body)
+        if not body:
+            raise Failure(
+                "answer_unusable", "the service's answer is not its JSON", billed="no", http_status=answer.status
+            )
+        models = at(body, "output", "models")
+        return isinstance(models, list) and any(isinstance(m, dict) and self.model in m.values() for m in models)
+
+    def _failure(self, answer: HttpAnswer, body: dict[str, Any]) -> Failure:
+        """What an answer without a picture means, by the service's code and else by the HTTP status."""
+        code = body["code"] if isinstance(body.get("code"), str) else ""
+        facts = {
+            "http_status": answer.status,
+            "service_code": outside_text(code, 100) or None,
+            "request_id": request_id(answer, body) or None,
+            "retry_after_s": retry_after(answer),
+        }
+        said = outside_text(body.get("message")) if isinstance(body.get("message"), str) else ""
+        message = f"the service answered {answer.status}" + (f" {facts['service_code']}" if code else "")
+        return Failure(self._kind(answer, body, code), message + (f": {said}" if said else ""), **facts)
+
+    def _kind(self, answer: HttpAnswer, body: dict[str, Any], code: str) -> str:
+        folded = re.sub("[_-]", "", code.lower())
+        prefixes = [prefix for prefix in self.code_kinds if folded.startswith(prefix)]
+        if prefixes:
+            return str(self.code_kinds[max(prefixes, key=len)])
+        if answer.status in self.status_kinds:
+            return str(self.status_kinds[answer.status])
+        if answer.status in self.own_fault_statuses and code:
+            return "service_failing"
+        if 400 <= answer.status < 500:
+            return "refused_by_service"
+        if 200 <= answer.status < 300:
+            if body:
+                return "no_image"
+            # An answer that breaks off may have held a picture; one of another kind is no answer of the service.
+            return "outcome_unknown" if not answer.whole or looks_cut(answer.body) else "answer_unusable"
+        return "outcome_unknown"
+
+
+def read_json(answer: HttpAnswer) -> dict[str, Any]:
+    """The JSON object in an answer; empty where there is none, whatever stands there instead."""
+    try:
+        body = json.loads(answer.body.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return {}
+    return body if isinstance(body, dict) else {}
+
+
+def looks_cut(body: bytes) -> bool:
+    """Whether a body that is not JSON may be the beginning of some."""
+    return not body.strip() or body.lstrip()[:1] == b"{"
+
+
+def at(value: Any, *path: str | int) -> Any:
+    """What stands at a path of an untrusted JSON value; None where the path leads nowhere."""
+    for step in path:
+        if isinstance(step, str) and isinstance(value, dict):
+            value = value.get(step)
+        elif isinstance(step, int) and isinstance(value, list) and len(value) > step:
+            value = value[step]
+        else:
+            return None
+    return value
+
+
+def kept_text(value: object) -> str:
+    """A long text from outside (rewritten prompt, reasoning): kept with its lines, without key and broken text."""
+    return mask(without_surrogates(value.strip()))[:100_000] if isinstance(value, str) else ""
+
+
+def request_id(answer: HttpAnswer, body: dict[str, Any]) -> str:
+    said = body.get("request_id")
+    return outside_text(said if isinstance(said, str) and said else answer.headers.get("x-request-id"), 200)
+
+
+def retry_after(answer: HttpAnswer) -> float | None:
+    """Seconds that the answer's Retry-After asks to wait (a number or an HTTP date); None where it says nothing."""
+    import email.utils
+
+    said = answer.headers.get("retry-after", "").strip()
+    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", said):
+        return float(said)
+    try:
+        moment = email.utils.parsedate_to_datetime(said)
+        return max(0.0, round(moment.timestamp() - time.time(), 1))
+    except (ValueError, TypeError, IndexError, OverflowError):
+        return None
+
+
+def link_expiry(link: str, default: dt.datetime) -> dt.datetime:
+    """When a signed OSS link dies, by its own parameters in the older or newer signature."""
+    try:
+        query = {name.lower(): values[0] for name, values in parse_qs(urlsplit(link).query).items()}
+        if "expires" in query:
+            seconds = int(query["expires"])
+        else:
+            signed = calendar.timegm(time.strptime(query["x-oss-date"], "%Y%m%dT%H%M%SZ"))
+            seconds = signed + int(query["x-oss-expires"])
+        return dt.datetime.fromtimestamp(seconds, dt.timezone.utc)
+    except (KeyError, ValueError, OverflowError, OSError):
+        return default
+
+
+PROVIDERS: dict[str, type[Provider]] = {DashScope.name: DashScope}
+DEFAULT_PROVIDER = DashScope.name
+
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+# 7. Transport: one HTTP exchange, with a deadline that holds and a sure word on whether it left
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+class Clock:
+    """The time of one command. All moments are in seconds of time.monotonic()."""
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timeout
+        self.start = time.monotonic()
+        self.end = self.start + timeout
+        self.generate_until = self.start + timeout * GENERATE_SHARE
+        self.shortest_attempt = timeout * SHORTEST_ATTEMPT_SHARE
+
+    def room_for_attempt_after(self, wait: float, until: float) -> bool:
+        return time.monotonic() + wait + self.shortest_attempt <= until
+
+
+class NotSent(Exception):
+    """The request surely did not reach the service. `lasting`: trying again at once will not help."""
+
+    def __init__(self, reason: str, *, lasting: bool = False, refused: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.lasting = lasting
+        self.refused = refused  # by our own rules, not by the network
+
+
+class AnswerLost(Exception):
+    """The request left, and no whole answer came back."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class AnswerTooLarge(Exception):
+    """The answer is larger than this tool takes."""
+
+
+REACH: dict[str, Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address], bool]] = {
+    # Which resolved addresses a call may connect to.
+    "service": lambda address: True,  # the host was checked by name; private service endpoints exist
+    "public": lambda address: is_public_address(address),
+    "loopback": lambda address: address.is_loopback,
+}
+_NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+
+
+def is_public_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address is on the open internet, also where IPv6 wraps an IPv4 address."""
+    if isinstance(address, ipaddress.IPv6Address):
+        inner = address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
+        if inner is None and address in _NAT64:
+            inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public_address(inner)
+    return address.is_global and not address.is_multicast
+
+
+class Wire:
+    """The connection of one exchange: opens it, knows whether the request left, and cuts it at the deadline.
+
+    Connections are never reused: one that idled for seconds may be closed by the service just as a paid
+    request leaves on it.
+    """
+
+    def __init__(self, until: float, reach: str) -> None:
+        self.until = until
+        self.reach = reach
+        self.connecting = False
+        self.connected = False
+        self.expired = False
+        self.failure: BaseException | None = None
+        self._socket: socket.socket | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def remaining(self) -> float:
+        return max(0.001, self.until - time.monotonic())
+
+    def open(self, host: str, port: int, *, by_proxy: bool) -> socket.socket:
+        """Resolve, check and connect; what goes wrong is kept in `failure` and raised as OSError."""
+        self.connecting = True
+        try:
+            connection = self._connect(self._resolve(host, port), by_proxy)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.settimeout(self.remaining)
+            with self._lock:
+                self._socket = connection.dup()  # stays valid when TLS takes the original over
+            return connection
+        except Exception as error:
+            self.failure = error
+            raise OSError(str(error)) from error
+
+    def _resolve(self, host: str, port: int) -> list[tuple[Any, ...]]:
+        """Addresses of a host; a name server that does not answer must not hold the command."""
+        found: list[list[tuple[Any, ...]] | OSError] = []
+
+        def look_up() -> None:
+            try:
+                found.append(list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
+            except (OSError, UnicodeError) as error:
+                found.append(error if isinstance(error, OSError) else OSError(str(error)))
+
+        if _is_address(host):
+            look_up()
+        else:
+            thread = threading.Thread(target=look_up, daemon=True)
+            thread.start()
+            thread.join(self.remaining)
+        if not found:
+            raise NotSent(f"the name {host} was not resolved in time")
+        if isinstance(found[0], OSError):
+            raise NotSent(f"the name {host} cannot be resolved")
+        return found[0]
+
+    def _connect(self, addresses: list[tuple[Any, ...]], by_proxy: bool) -> socket.socket:
+        reason = "no address"
+        for family, kind, protocol, _, address in addresses:
+            if not by_proxy and not REACH[self.reach](ipaddress.ip_address(address[0].partition("%")[0])):
+                raise NotSent(f"{address[0]} is not an address that may be fetched from", lasting=True, refused=True)
+            connection = socket.socket(family, kind, protocol)
+            try:
+                connection.settimeout(min(CONNECT_TIMEOUT, self.remaining))
+                connection.connect(address)
+                return connection
+            except OSError as error:
+                connection.close()
+                reason = "connection timed out" if isinstance(error, TimeoutError) else os_reason(error)
+            except BaseException:
+                connection.close()
+                raise
+        raise NotSent(reason)
+
+    def cut(self) -> None:
+        """End the exchange at the deadline, whatever the other side still dribbles."""
+        self.expired = True
+        with self._lock, contextlib.suppress(OSError):
+            if self._socket is not None:
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+        return True
+    except ValueError:
+        return False
+
+
+def open_session(wire: Wire) -> Any:
+    """A requests session whose connections all go through `wire`; environment and .netrc are left aside."""
+    import requests
+    from requests.adapters import HTTPAdapter
+    from urllib3.connection import HTTPConnection, HTTPSConnection
+    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+    class Wired:
+        def _new_conn(self) -> socket.socket:
+            host: Any = self
+            return wire.open(host._dns_host, host.port, by_proxy=getattr(host, "proxy", None) is not None)
+
+        def connect(self) -> None:
+            super().connect()  # type: ignore[misc]
+            if wire.expired:
+                raise OSError("the deadline passed while connecting")
+            wire.connected = True  # from here on the service may have seen the request
+
+    class PlainConnection(Wired, HTTPConnection):
+        pass
+
+    class TlsConnection(Wired, HTTPSConnection):
+        pass
+
+    class PlainPool(HTTPConnectionPool):
+        ConnectionCls = PlainConnection
+
+    class TlsPool(HTTPSConnectionPool):
+        ConnectionCls = TlsConnection
+
+    class WiredAdapter(HTTPAdapter):
+        def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+            super().init_poolmanager(*args, **kwargs)
+            self.poolmanager.pool_classes_by_scheme = {"http": PlainPool, "https": TlsPool}
+
+        def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
+            manager = super().proxy_manager_for(*args, **kwargs)
+            manager.pool_classes_by_scheme = {"http": PlainPool, "https": TlsPool}
+            return manager
+
+    session = requests.Session()
+    session.trust_env = False
+    session.mount("http://", WiredAdapter())
+    session.mount("https://", WiredAdapter())
+    return session
+
+
+def exchange(call: HttpCall, *, until: float, limit: int, reach: str) -> HttpAnswer:
+    """Send one request and read its whole answer. No redirect is followed, nothing is sent twice.
+
+    `until` is a moment of time.monotonic(), `limit` a number of bytes, `reach` a key of REACH.
+
+    Raises:
+        NotSent, AnswerLost, AnswerTooLarge, Interrupted.
+    """
+    import requests
+    import urllib3
+
+    wire = Wire(until, reach)
+    watchdog = threading.Timer(wire.remaining, wire.cut)
+    watchdog.daemon = True
+    watchdog.start()
+    host = urlsplit(call.url).hostname or ""
+    proxies = {} if is_loopback_host(host) else requests.utils.get_environ_proxies(call.url)
+    headers = {"User-Agent": f"{SKILL}/{VERSION}", "Accept-Encoding": "identity", "Connection": "close"} | call.headers
+    try:
+        with SIGNALS.breakable(), open_session(wire) as session:
+            response = session.request(
+                call.method,
+                call.url,
+                headers=headers,
+                data=call.body,
+                stream=True,
+                allow_redirects=False,
+                timeout=wire.remaining,
+                proxies=proxies,
+                verify=ca_bundle(),
+            )
+            return _read_answer(response, limit)
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+        raise _transport_failure(wire, error) from None
+    finally:
+        watchdog.cancel()
+        wire.close()
+
+
+def ca_bundle() -> str | bool:
+    """The certificates to trust: those the user's environment names, else the ones requests brings."""
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"):
+        if os.environ.get(name):
+            return os.environ[name]
+    return True
+
+
+def _read_answer(response: Any, limit: int) -> HttpAnswer:
+    import requests
+    import urllib3
+
+    body, whole = bytearray(), True
+    try:
+        for chunk in response.iter_content(64 * 1024):
+            body += chunk
+            if len(body) > limit:
+                raise AnswerTooLarge
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError):
+        whole = False
+    headers = {name.lower(): value for name, value in response.headers.items()}
+    return HttpAnswer(response.status_code, headers, bytes(body), whole)
+
+
+def _transport_failure(wire: Wire, error: Exception) -> Exception:
+    """What an exception of the HTTP library means. Texts of the library may hold a proxy's password: left out."""
+    import requests
+
+    if isinstance(wire.failure, NotSent):
+        return wire.failure
+    if not wire.connecting and isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
+        return NotSent("the URL, or that of the proxy, cannot be used", lasting=True)
+    if not wire.connecting and isinstance(error, OSError) and not isinstance(error, requests.RequestException):
+        return NotSent("the certificate bundle that the environment names cannot be read", lasting=True)
+    if wire.connecting and not wire.connected:
+        if wire.expired:
+            return NotSent("no connection was made in time")
+        certificate = "certificate" in str(error).lower()
+        if isinstance(error, requests.exceptions.ProxyError):
+            return NotSent("the proxy refused the connection", lasting=True)
+        if isinstance(error, requests.exceptions.SSLError):
+            return NotSent("the certificate is not valid" if certificate else "TLS failed", lasting=certificate)
+        return NotSent("the connection was closed before the request left")
+    if wire.expired or isinstance(error, requests.exceptions.Timeout):
+        return AnswerLost("no answer came in time")
+    return AnswerLost("the connection broke before the answer was complete")
+
+
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+# 8. Evidence: what was asked, what was paid and how to get it again, always on disk before the next step
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+@dataclass(frozen=True)
+class Folders:
+    """Where results go: below $OUTPUT_DIR, by default `output` in the working folder. Absolute paths."""
+
+    images: Path
+    evidence: Path
+
+    @classmethod
+    def of(cls, env: Mapping[str, str]) -> Folders:
+        base = Path(os.path.abspath(env.get("OUTPUT_DIR") or "output"))
+        return cls(base / "ai-image-zimage-turbo" / "images", base / SKILL / "evidence")
+
+
+def utc_now() -> dt.datetime:
+    return dt.datetime.now(dt.timezone.utc)
+
+
+def timestamp(moment: dt.datetime) -> str:
+    """RFC 3339 in UTC, with milliseconds."""
+    return moment.astimezone(dt.timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def new_evidence_id(now: dt.datetime) -> str:
+    return f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
+
+
+class Evidence:
+    """One evidence file. `data` is its content (EVIDENCE_SCHEMA); `record` changes it and replaces the file."""
+
+    def __init__(self, path: Path, data: dict[str, Any]) -> None:
+        self.path = path
+        self.data = data
+        self.unwritten = False  # the last state is not on disk
+
+    @property
+    def id(self) -> str:
+        return self.path.stem
+
+    @classmethod
+    def create(cls, path: Path, data: dict[str, Any]) -> Evidence:
+        """Write the file for the first time, readable for its owner only: it will hold a signed link.
+
+        Raises:
+            Failure: disk.
+        """
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            ignore = path.parent / ".gitignore"
+            if not ignore.exists():
+                ignore.write_text("*\n", encoding="utf-8")
+            write_exclusively(path, to_json(data), mode=0o600)
+        except OSError as error:
+            raise Failure("disk", f"the evidence file {path} cannot be written: {os_reason(error)}") from None
+        return cls(path, data)
+
+    @classmethod
+    def load(cls, name: str, wait: float) -> Evidence:
+        """Read and check an evidence file.
+
+        Raises:
+            Failure: file_unreadable, invalid_evidence.
+        """
+        import jsonschema
+
+        path = Path(os.path.abspath(name))
+        content = read_input(str(path), MAX_EVIDENCE_BYTES, wait)
+        try:
+            data = decode_json_file(name, content)
+        except Failure as failure:
+            raise Failure("invalid_evidence", failure.message) from None
+        faults = sorted(jsonschema.Draft202012Validator(EVIDENCE_SCHEMA).iter_errors(data), key=lambda e: e.json_path)
+        if faults:
+            texts = [outside_text(f"{fault.json_path.removeprefix('$.')}: {fault.message}", 200) for fault in faults]
+            raise Failure("invalid_evidence", f"{outside_text(name)} is not an evidence file: {'; '.join(texts[:5])}")
+        return cls(path, data)
+
+    def record(self, **changes: Any) -> None:
+        """Merge changes (None removes a field) and replace the file in one step.
+
+        A disk that fails now must not lose a paid picture: `unwritten` tells, the command goes on.
+        """
+        self.data = {name: value for name, value in (self.data | changes).items() if value is not None}
+        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        try:
+            write_exclusively(temporary, to_json(self.data), mode=0o600)
+            os.replace(temporary, self.path)
+            self.unwritten = False
+        except OSError:
+            self.unwritten = True
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+
+    def begin_attempt(self) -> None:
+        self.record(attempts=[*self.data["attempts"], {"at": timestamp(utc_now())}])
+
+    def end_attempt(self, **facts: Any) -> None:
+        """Add to the last attempt how it ended."""
+        *earlier, last = self.data["attempts"]
+        known = {name: value for name, value in facts.items() if value is not None}
+        self.data["attempts"] = [*earlier, last | known]
+
+    @property
+    def nothing_outstanding(self) -> bool:
+        """Whether every attempt is known to have ended unbilled."""
+        return all(attempt.get("billed") == "no" for attempt in self.data["attempts"])
+
+
+def to_json(value: Any) -> bytes:
+    """Readable JSON in UTF-8; file names that are not text become escapes."""
+    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode("utf-8", "backslashreplace")
+
+
+def write_exclusively(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write a file that must not exist yet, down to the disk. A failed one is removed.
+
+    Raises:
+        OSError: FileExistsError and whatever the disk says.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags, mode)
+    try:
+        with os.fdopen(descriptor, "wb") as target:
+            target.write(content)
+            target.flush()
+            os.fsync(target.fileno())
+    except BaseException:
+        path.unlink(missing_ok=True)
+        raise
+
+
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+# 9. Picture: downloaded without the key, verified, and saved under its name only when whole
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A verified image: the bytes, their format (PNG, JPEG or WEBP where it can be kept), width and height."""
+
+    content: bytes = field(repr=False)
+    format: str
+    width: int
+    height: int
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.content).hexdigest()
+
+
+def checked_link(link: str, *, loopback: bool, provider: Provider) -> tuple[str, str]:
+    """A link that a picture may be fetched from, and the reach (key of REACH) that holds for it.
+
+    Raises:
+        Failure: hop_refused.
+    """
+
+    def refuse(what: str) -> NoReturn:
+        raise Failure("hop_refused", f"the link to the picture {what}")
+
+    if re.search(r"[\x00-\x20\x7f\\]", link) or link != without_surrogates(link):
+        refuse("has blanks, backslashes or control characters in it")
+    try:
+        parts = urlsplit(link)
+        host, port = split_netloc(parts.netloc)
+    except ValueError:
+        refuse("does not name a plain host")
+    if is_loopback_host(host):
+        if not loopback or parts.scheme not in ("http", "https"):
+            refuse("leads to this machine")
+        return link, "loopback"
+    if _is_address(host) and not is_public_address(ipaddress.ip_address(host)):
+        refuse("leads to a private address")
+    domain = provider.https_links_under
+    if parts.scheme == "http" and domain and (host == domain or host.endswith(f".{domain}")):
+        netloc = host if port in (None, 80) else f"{host}:{port}"
+        parts = parts._replace(scheme="https", netloc=netloc)
+    if parts.scheme != "https":
+        refuse("is not an https link")
+    return urlunsplit(parts), "public"
+
+
+def fetch(link: str, *, until: float, loopback: bool, provider: Provider) -> HttpAnswer:
+    """Follow a link, over checked hops, to an answer that is not a redirect. The key is never sent.
+
+    Raises:
+        Failure: hop_refused. NotSent, AnswerLost, AnswerTooLarge, Interrupted.
+    """
+    for _ in range(MAX_HOPS + 1):
+        link, reach = checked_link(link, loopback=loopback, provider=provider)
+        loopback = reach == "loopback"  # once on the open internet, there is no way back
+        answer = exchange(HttpCall("GET", link, {"Accept": "image/*"}), until=until, limit=MAX_IMAGE_BYTES, reach=reach)
+        target = answer.headers.get("location", "").strip()
+        if not (300 <= answer.status < 400 and target):
+            return answer
+        link = urljoin(link, target)
+    raise Failure("hop_refused", f"the link to the picture was redirected more than {MAX_HOPS} times")
+
+
+def download(link: str, *, clock: Clock, loopback: bool, provider: Provider, expires_at: dt.datetime) -> Picture:
+    """The verified picture behind a link, tried again (it is free) while time is left.
+
+    Raises:
+        Failure: paid_not_downloaded, link_expired, link_refused, hop_refused, image_unusable, image_too_large.
+    """
+    for attempt in range(DOWNLOAD_RETRIES + 1):
+        try:
+            answer = fetch(link, until=clock.end, loopback=loopback, provider=provider)
+            return verified(picture_bytes(answer, expires_at))
+        except AnswerTooLarge:
+            raise Failure("image_too_large", f"the picture is larger than {MAX_IMAGE_BYTES // MIB} MiB") from None
+        except (NotSent, AnswerLost) as error:
+            failure = Failure("paid_not_downloaded", f"the picture was not downloaded: {error.reason}")
+            if isinstance(error, NotSent) and error.refused:
+                raise Failure("hop_refused", f"the link to the picture is refused: {error.reason}") from None
+        except Failure as refused:
+            failure = refused
+        final = failure.code not in ("paid_not_downloaded", "image_unusable")
+        spent = failure.code == "image_unusable" and attempt >= CORRUPT_DOWNLOAD_RETRIES
+        wait = backoff(attempt)
+        if final or spent or attempt == DOWNLOAD_RETRIES or time.monotonic() + wait >= clock.end:
+            break
+        pause(wait)
+    if failure.code == "paid_not_downloaded" and expires_at <= utc_now():
+        raise Failure("link_expired", f"the link to the picture died at {timestamp(expires_at)}")
+    raise failure
+
+
+def picture_bytes(answer: HttpAnswer, expires_at: dt.datetime) -> bytes:
+    """The body of a successful download.
+
+    Raises:
+        Failure: paid_not_downloaded where trying again may help, else link_expired or link_refused.
+    """
+    status = answer.status
+    if 200 <= status < 300:
+        if not answer.whole:
+            raise Failure("paid_not_downloaded", "the picture was not downloaded: it broke off", http_status=status)
+        return answer.body
+    if status in (408, 425, 429) or status >= 500:
+        raise Failure("paid_not_downloaded", f"the picture was not downloaded: HTTP {status}", http_status=status)
+    said_expired = status in (403, 410) and b"expired" in answer.body[:4096].lower()
+    if said_expired or (status in (401, 403, 404, 410) and expires_at <= utc_now()):
+        raise Failure("link_expired", f"the link to the picture has expired (HTTP {status})", http_status=status)
+    raise Failure("link_refused", f"the link to the picture is answered with HTTP {status}", http_status=status)
+
+
+def verified(content: bytes) -> Picture:
+    """Decode the whole image, so that nothing broken, cut or hostile is called a picture.
+
+    Raises:
+        Failure: image_unusable.
+    """
+    from PIL import Image
+
+    def unusable(what: str) -> Failure:
+        return Failure("image_unusable", f"what was downloaded ({len(content)} bytes) {what}")
+
+    if not content:
+        raise unusable("is empty")
+    try:
+        with Image.open(io.BytesIO(content)) as image:
+            if image.width * image.height > MAX_DECODED_PIXELS:
+                raise unusable(f"claims {image.width}*{image.height} pixels, which no picture of this model has")
+            kind = image.format or ""
+            image.load()
+            size = image.size
+        if kind == "PNG":
+            with Image.open(io.BytesIO(content)) as image:
+                image.verify()  # checksums of all chunks, to the last
+    except Failure:
+        raise
+    except Image.DecompressionBombError:
+        raise unusable("claims more pixels than any picture of this model has") from None
+    except Exception as error:  # Pillow's decoders raise many kinds for bytes they cannot read
+        raise unusable(f"is not a whole image ({type(error).__name__})") from None
+    if not ends_as_it_should(kind, content):
+        raise unusable(f"is a {kind} image that breaks off")
+    return Picture(content, kind, *size)
+
+
+def ends_as_it_should(kind: str, content: bytes) -> bool:
+    """Whether a format whose decoder forgives a missing end has its end."""
+    if kind == "JPEG":
+        return b"\xff\xd9" in content[-1024:]
+    if kind == "WEBP":
+        return len(content) >= 8 + int.from_bytes(content[4:8], "little")
+    return True
+
+
+def converted(picture: Picture, wanted: str) -> Picture:
+    """The picture in the wanted format; the service's bytes are kept where they are of that format.
+
+    Raises:
+        Failure: image_unusable.
+    """
+    if picture.format == wanted:
+        return picture
+    from PIL import Image
+
+    target = io.BytesIO()
+    try:
+        with Image.open(io.BytesIO(picture.content)) as image:
+            has_alpha = "A" in image.getbands() or "transparency" in image.info
+            mode = "RGBA" if has_alpha else "RGB"
+            plain = image.convert(mode)
+            if has_alpha and wanted == "JPEG":
+                white = Image.new("RGB", plain.size, "white")
+                white.paste(plain, mask=plain.getchannel("A"))
+                plain = white
+            plain.save(target, wanted, **SAVE_OPTIONS[wanted])
+    except (OSError, ValueError) as error:
+        reason = f"the picture cannot be converted to {wanted} ({type(error).__name__})"
+        raise Failure(
+            "image_unusable", reason, hint="run next_command with another --output, such as one ending in .png"
+        ) from None
+    return Picture(target.getvalue(), wanted, picture.width, picture.height)
+
+
+def place(content: bytes, output: Path, evidence_id: str, overwrite: bool) -> tuple[Path, str | None]:
+    """Put the bytes under the output's name in one step; returns the path used, and a warning if it is another.
+
+    Raises:
+        Failure: disk_after_paying.
+    """
+    temporary = output.with_name(f".{SKILL}-{evidence_id}-{os.getpid()}.part")
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        write_exclusively(temporary, content)
+        try:
+            if overwrite and not output.is_dir():
+                os.replace(temporary, output)
+                return output, None
+            _move_without_replacing(temporary, output)
+            return output, None
+        except FileExistsError:
+            other = _second_name(output, evidence_id)
+            _move_without_replacing(temporary, other)
+            return other, f"{output} was taken meanwhile; the picture is saved as {other}"
+    except OSError as error:
+        raise Failure("disk_after_paying", f"the picture cannot be saved at {output}: {os_reason(error)}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _second_name(output: Path, evidence_id: str) -> Path:
+    """`<stem>-<evidence id>`, the stem shortened where a file system's 255 bytes would not hold it."""
+    stem = output.stem
+    while stem and len(os.fsencode(f"{stem}-{evidence_id}{output.suffix}")) > 255:
+        stem = stem[:-1]
+    return output.with_name(f"{stem}-{evidence_id}{output.suffix}")
+
+
+def _move_without_replacing(source: Path, target: Path) -> None:
+    """Give a file its name unless the name is taken (FileExistsError)."""
+    try:
+        os.link(source, target)
+    except FileExistsError:
+        raise
+    except OSError:  # a file system without hard links: claim the name first
+        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(source, target)
+    else:
+        source.unlink(missing_ok=True)
+
+
+def backoff(attempt: int) -> float:
+    """Seconds to wait after the given attempt (from 0): exponential, with jitter, capped."""
+    return min(BACKOFF_CAP, BACKOFF_BASE * 2.0 ** min(attempt, 16)) * random.uniform(0.75, 1.0)
+
+
+def pause(seconds: float) -> None:
+    with SIGNALS.breakable():
+        time.sleep(seconds)
+
+
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+# 10. Commands: what each mode does, from options to an answer
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+class Console:
+    """stdout carries data only, in UTF-8; everything else goes to stderr. A closed stream never ends a command."""
+
+    def __init__(self, *, json_mode: bool, quiet: bool = False) -> None:
+        self.json_mode = json_mode
+        self.quiet = quiet
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            self._write("stderr", text.encode("utf-8", "backslashreplace") + b"\n")
+
+    def data(self, value: dict[str, Any]) -> None:
+        self._write("stdout", to_json(value))
+
+    def path(self, path: str) -> None:
+        self._write("stdout", os.fsencode(path) + b"\n")
+
+    def failure(self, failure: Failure) -> None:
+        """The error for a person on stderr, its advice on the last line; as JSON on stdout where asked for."""
+        error = failure.object()
+        lines = [f"error: {error['code']}: {error['message']}"]
+        if len(error.get("problems", [])) > 1:
+            lines = [f"error: {error['code']}: {len(error['problems'])} problems"]
+            lines += [f"  {problem}" for problem in error["problems"]]
+        lines += [
+            f"{name}: {error[name]}" for name in ("evidence_path", "next_command", "retry_after_s") if name in error
+        ]
+        lines.append(f"next: {error['hint']}")
+        self._write("stderr", ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
+        if self.json_mode:
+            self.data({"error": error})
+
+    def _write(self, name: str, content: bytes) -> None:
+        stream = getattr(sys, name)
+        try:
+            stream.buffer.write(content)
+            stream.buffer.flush()
+        except AttributeError:  # no such stream, or a replaced one without bytes
+            with contextlib.suppress(Exception):
+                stream.write(content.decode("utf-8", "replace"))
+        except OSError:  # nobody reads it any more; keep the interpreter from complaining at its end
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@dataclass(frozen=True)
+class Options:
+    """The command line after checking: typed, defaults filled in."""
+
+    mode: str  # request | file | prompt | replay | recover | check | schema
+    source: str  # the mode's argument
+    overrides: dict[str, Any]  # request fields that flags set
+    base_url: str | None
+    region: str | None
+    provider: Provider | None
+    output: str | None
+    overwrite: bool
+    dry_run: bool
+    timeout: float
+    max_retries: int
+    trusted: frozenset[str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything about one paid call that is decided before it is made."""
+
+    provider: Provider
+    endpoint: Endpoint
+    request: ImageRequest
+    payload: dict[str, Any]
+    price: Price
+    workspace: str | None
+    output: Path
+    overwrite: bool
+    evidence_path: Path
+    warnings: tuple[str, ...]
+
+    def evidence(self, now: dt.datetime) -> dict[str, Any]:
+        """The content of the evidence file at the moment when the request leaves."""
+        return {
+            "schema_version": 1,
+            "tool": {"name": SKILL, "version": VERSION},
+            "status": "submitting",
+            "provider": self.provider.name,
+            "region": self.endpoint.region,
+            "endpoint": self.endpoint.url,
+            "operation": "image.generate",
+            "billable": True,
+            "request": self.request.as_dict(),
+            "payload": self.payload,
+            "output": str(self.output),
+            "started_at": timestamp(now),
+            "attempts": [{"at": timestamp(now)}],
+            "cost": {
+                "estimate": self.price.estimate,
+                "currency": "USD",
+                "basis": self.price.basis,
+                "price_list_date": self.price.price_list_date,
+            },
+        }
+
+
+def make_plan(options: Options, clock: Clock, env: Mapping[str, str]) -> Plan:
+    """Validate everything about a request, name every problem at once, and decide what would be sent where.
+
+    Raises:
+        Failure: of exit code 2.
+    """
+    raw, recorded = read_request(options, clock)
+    provider = options.provider or provider_named(recorded["provider"] if recorded else DEFAULT_PROVIDER)
+    problems = request_problems(raw)
+    workspace, more = workspace_of(provider, env)
+    problems += more
+    evidence_id = new_evidence_id(utc_now())
+    output, more = choose_output(options.output, raw, evidence_id, env)
+    problems += more
+    endpoint = None
+    try:
+        endpoint = planned_endpoint(options, raw, recorded, provider, env)
+    except Failure as failure:
+        problems.append(Problem(failure.code, failure.message))
+        if len(problems) == 1:
+            raise
+    raise_problems(problems)
+    if endpoint is None or output is None:  # each of them has left a problem
+        raise AssertionError
+    request = normalize(raw)
+    raise_problems(format_problems(request, output))
+    return Plan(
+        provider=provider,
+        endpoint=endpoint,
+        request=request,
+        payload=provider.payload(request),
+        price=provider.price(request, endpoint.region),
+        workspace=workspace,
+        output=output,
+        overwrite=options.overwrite,
+        evidence_path=Folders.of(env).evidence / f"{evidence_id}.json",
+        warnings=request_warnings(request),
+    )
+
+
+def read_request(options: Options, clock: Clock) -> tuple[Any, dict[str, Any] | None]:
+    """The request as written, flags applied; and, for --replay, the evidence that it comes from."""
+    recorded = None
+    if options.mode == "replay":
+        recorded = Evidence.load(options.source, clock.timeout).data
+        raw: Any = {name: value for name, value in recorded["request"].items() if name != "base_url"}
+    elif options.mode == "prompt":
+        raw = {"prompt": options.source}
+    elif options.mode == "file":
+        raw = decode_json_file(options.source, read_input(options.source, MAX_REQUEST_BYTES, clock.timeout))
+    else:
+        if len(options.source) > MAX_REQUEST_BYTES:
+            raise Failure("invalid_request", f"--request: larger than {MAX_REQUEST_BYTES // MIB} MiB")
+        try:
+            raw = parse_json(options.source)
+        except ValueError as error:
+            hint = "quote the JSON for your shell, or write it to a file and use --file FILE"
+            raise Failure(
+                "invalid_request", f"--request: is not valid JSON: {outside_text(error)}", hint=hint
+            ) from None
+    if not isinstance(raw, dict):
+        return raw, recorded
+    if {"size", "aspect_ratio"} & set(options.overrides):
+        raw = {name: value for name, value in raw.items() if name not in ("size", "aspect_ratio")}
+    return raw | options.overrides, recorded
+
+
+def planned_endpoint(
+    options: Options, raw: Any, recorded: dict[str, Any] | None, provider: Provider, env: Mapping[str, str]
+) -> Endpoint:
+    """The endpoint of a request; a replayed one goes where the first one went unless a flag says otherwise."""
+    request_url = raw.get("base_url") if isinstance(raw, dict) else None
+    region = options.region
+    if recorded and recorded["provider"] == provider.name and region is None:
+        request_url = recorded["endpoint"]
+        region = recorded["region"] if recorded["region"] in provider.roots and not options.base_url else None
+    return choose_endpoint(
+        provider,
+        flag=options.base_url,
+        request_url=request_url if isinstance(request_url, str) and request_url else None,
+        region=region,
+        env=env,
+        trusted=options.trusted,
+    )
+
+
+def workspace_of(provider: Provider, env: Mapping[str, str]) -> tuple[str | None, list[Problem]]:
+    name = env.get(provider.workspace_variable or "")
+    if not name:
+        return None, []
+    if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", name):
+        return name, []
+    return None, [Problem("usage", f"{provider.workspace_variable}: must be a workspace id, letters, digits, . _ -")]
+
+
+def choose_output(
+    name: str | None, raw: Any, evidence_id: str, env: Mapping[str, str]
+) -> tuple[Path | None, list[Problem]]:
+    """The absolute path of the picture, and what is wrong with it."""
+    if name is None:
+        prompt = raw.get("prompt") if isinstance(raw, dict) else None
+        slug = slug_of(prompt) if isinstance(prompt, str) else ""
+        name = str(Folders.of(env).images / "-".join(filter(None, (evidence_id, slug)))) + ".png"
+    shown_name = outside_text(name, 200)
+    if not name or _CONTROL.search(name):
+        return None, [Problem("invalid_output", "--output: must not be empty or hold control characters")]
+    if name.endswith(("/", os.sep)) or os.path.isdir(name):
+        return None, [Problem("invalid_output", f"--output: {shown_name} is a folder; give a file name in it")]
+    path = Path(os.path.abspath(name))
+    if path.suffix.lower() not in FORMATS:
+        kinds = ", ".join(FORMATS)
+        return None, [Problem("invalid_output", f"--output: must end in one of {kinds}, got {shown(path.name)}")]
+    if len(os.fsencode(path.name)) > 255:
+        return None, [Problem("invalid_output", "--output: the file name is longer than 255 bytes")]
+    return path, []
+
+
+def output_problems(output: Path, overwrite: bool) -> list[Problem]:
+    if os.path.lexists(output) and not overwrite:
+        return [Problem("output_exists", f"--output: {output} exists already")]
+    return []
+
+
+def format_problems(request: ImageRequest, output: Path) -> list[Problem]:
+    """A picture that the output's format cannot hold is refused before it is paid for."""
+    limit = MAX_SIDE[FORMATS[output.suffix.lower()]]
+    if max(request.width_height) <= limit:
+        return []
+    return [Problem("invalid_output", f"--output: {output.suffix} holds sides up to {limit} pixels; use .png")]
+
+
+def slug_of(prompt: str) -> str:
+    """The beginning of a prompt as part of a file name: letters and digits of any script, joined by `-`."""
+    words = re.findall(r"\w+", unicodedata.normalize("NFC", without_surrogates(prompt[:400])).replace("_", " ").lower())
+    return "-".join(words)[:40].strip("-")
+
+
+def request_warnings(request: ImageRequest) -> tuple[str, ...]:
+    if len(request.prompt) <= LONG_PROMPT:
+        return ()
+    return (f"prompt: {len(request.prompt)} characters; the service may cut it at {LONG_PROMPT}",)
+
+
+def missing_packages() -> None:
+    """Stop before anything else where a package is missing.
+
+    Raises:
+        Failure: missing_package, with how to install all of them.
+    """
+    missing = [name for name in REQUIREMENTS if importlib.util.find_spec(name) is None]
+    if missing:
+        raise missing_package(", ".join(REQUIREMENTS[name] for name in missing))
+
+
+def missing_package(what: str) -> Failure:
+    packages = " ".join(f"'{requirement}'" for requirement in REQUIREMENTS.values())
+    hint = INSTALL_HINT.format(script=shlex.quote(os.path.abspath(__file__)), packages=packages)
+    return Failure("missing_package", f"missing Python package: {what}", hint=hint)
+
+
+def provider_named(name: str) -> Provider:
+    """The provider of that name.
+
+    Raises:
+        Failure: usage, naming those that exist.
+    """
+    if name not in PROVIDERS:
+        raise Failure("usage", f"--provider: must be one of {', '.join(PROVIDERS)}, got {shown(name)}")
+    return PROVIDERS[name]()
+
+
+def dry_run(plan: Plan, env: Mapping[str, str]) -> dict[str, Any]:
+    """The whole plan, and everything that would stop it; nothing is sent, asked for or written."""
+    problems: list[Failure] = []
+    key_source = None
+    try:
+        key_source = find_key(plan.provider.key_places, env).source
+    except Failure as failure:
+        problems.append(failure)
+    try:
+        raise_problems(output_problems(plan.output, plan.overwrite))
+    except Failure as failure:
+        problems.append(failure)
+    for folder in (plan.output.parent, plan.evidence_path.parent):
+        try:
+            check_space(folder)
+        except Failure as failure:
+            problems.append(failure)
+    return {
+        "ok": not problems,
+        "request": plan.request.as_dict(),
+        "provider": plan.provider.name,
+        "region": plan.endpoint.region,
+        "endpoint": plan.endpoint.url,
+        "payload": plan.payload,
+        "output": str(plan.output),
+        "billable": True,
+        "estimated_cost": plan.price.estimate,
+        "cost_basis": plan.price.basis,
+        "key_source": key_source,
+        "warnings": list(plan.warnings),
+        "problems": [failure.object() for failure in problems],
+    }
+
+
+def check_space(folder: Path) -> None:
+    """Raise `disk` where a folder, or the nearest one above it that exists, cannot take a picture."""
+    existing = folder
+    while not os.path.lexists(existing) and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise Failure("disk", f"{existing} is not a folder")
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise Failure("disk", f"the folder {existing} is not writable")
+    try:
+        free = shutil.disk_usage(existing).free
+    except OSError as error:
+        raise Failure("disk", f"the folder {existing} cannot be examined: {os_reason(error)}") from None
+    if free < MIN_FREE_BYTES:
+        raise Failure("disk", f"only {free // 1024} KiB are free in {existing}; {MIN_FREE_BYTES // MIB} MiB are needed")
+
+
+def check_writable(folder: Path, evidence_id: str) -> None:
+    """Raise `disk` unless a file can really be written into the folder; leaves none behind."""
+    check_space(folder)
+    probe = folder / f".{SKILL}-{evidence_id}.probe"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_exclusively(probe, b"")
+        probe.unlink()
+    except OSError as error:
+        raise Failure("disk", f"the folder {folder} is not writable: {os_reason(error)}") from None
+
+
+def generate(plan: Plan, options: Options, clock: Clock, console: Console, env: Mapping[str, str]) -> dict[str, Any]:
+    """Make, verify and save one picture; returns the response. All local checks come before the paid call."""
+    raise_problems(output_problems(plan.output, plan.overwrite))
+    key = find_key(plan.provider.key_places, env)
+    check_space(plan.evidence_path.parent)
+    check_writable(plan.output.parent, plan.evidence_path.stem)
+    import_libraries()
+    for warning in plan.warnings:
+        console.note(f"warning: {warning}")
+    evidence = Evidence.create(plan.evidence_path, plan.evidence(utc_now()))
+    console.note(f"evidence: {evidence.path}")
+    with settling(evidence, clock):
+        generated = obtain(plan, key, evidence, clock, options.max_retries)
+        response = {
+            "request_id": generated.request_id,
+            "usage": generated.usage,
+            "image_url": generated.image_url,
+            "expires_at": timestamp(generated.expires_at),
+            "rewritten_prompt": generated.rewritten_prompt or None,
+            "reasoning": generated.reasoning or None,
+        }
+        evidence.record(
+            status="generated",
+            generated_at=timestamp(utc_now()),
+            response={name: value for name, value in response.items() if value is not None},
+            timings_ms={"generate": elapsed_ms(clock.start)},
+            warnings=[*plan.warnings, *generated.warnings] or None,
+        )
+        collect(evidence, plan.provider, plan.output, plan.overwrite, clock)
+    return response_of(evidence)
+
+
+def import_libraries() -> None:
+    """Load what the paid call and its picture need, so that a broken package shows before money is spent."""
+    import PIL.Image
+    import requests
+
+    del PIL, requests
+
+
+def elapsed_ms(start: float) -> float:
+    return round((time.monotonic() - start) * 1000, 1)
+
+
+def obtain(plan: Plan, key: Key, evidence: Evidence, clock: Clock, max_retries: int) -> Generated:
+    """The one step that costs money: sends the request until it is answered, and never twice for one picture.
+
+    Raises:
+        Failure: with `billed` as far as it is known. Interrupted.
+    """
+    call = plan.provider.submit(plan.payload, plan.endpoint, key.value, plan.workspace)
+    attempt = 0
+    while True:
+        try:
+            generated = ask(
+                call, lambda a: plan.provider.read(a, plan.request, utc_now()), clock.generate_until, plan.endpoint
+            )
+        except Failure as failure:
+            wait = retry_wait(failure, attempt, max_retries, clock, clock.generate_until)
+            evidence.end_attempt(
+                http_status=failure.facts.get("http_status"),
+                service_code=failure.facts.get("service_code"),
+                outcome=failure.code,
+                billed=failure.billed,
+                wait_s=wait and round(wait, 3),
+            )
+            if wait is None:
+                raise
+        else:
+            evidence.end_attempt(http_status=200, outcome="generated", billed="yes")
+            return generated
+        evidence.record()
+        pause(wait)
+        attempt += 1
+        evidence.begin_attempt()
+
+
+Read = TypeVar("Read")
+
+
+def ask(call: HttpCall, read: Callable[[HttpAnswer], Read], until: float, endpoint: Endpoint) -> Read:
+    """Send one call to the service and read its answer; what the network does becomes a Failure."""
+    reach = "loopback" if endpoint.is_loopback else "service"
+    try:
+        return read(exchange(call, until=until, limit=MAX_ANSWER_BYTES, reach=reach))
+    except NotSent as error:
+        raise Failure("unreachable", f"{endpoint.host}: {error.reason}", retryable=not error.lasting) from None
+    except AnswerLost as error:
+        raise Failure("outcome_unknown", f"{endpoint.host}: {error.reason}") from None
+    except AnswerTooLarge:
+        raise Failure("answer_unusable", f"the answer is larger than {MAX_ANSWER_BYTES // MIB} MiB") from None
+
+
+def retry_wait(failure: Failure, attempt: int, max_retries: int, clock: Clock, until: float) -> float | None:
+    """Seconds to wait before the call is sent again; None where it must not be."""
+    if not failure.fact("retryable"):
+        return None  # it may have been billed, or would fail again
+    if attempt >= (min(max_retries, UNREACHABLE_RETRIES) if failure.code == "unreachable" else max_retries):
+        return None
+    wait = failure.facts.get("retry_after_s", backoff(attempt))
+    if not clock.room_for_attempt_after(wait, until):
+        return None  # an attempt that could not end in time might be paid for in vain
+    return float(wait)
+
+
+def collect(evidence: Evidence, provider: Provider, output: Path, overwrite: bool, clock: Clock) -> None:
+    """Bring a picture that has been paid for to its place, and the evidence to `saved`."""
+    start = time.monotonic()
+    response = evidence.data["response"]
+    source = download(
+        response["image_url"],
+        clock=clock,
+        loopback=is_loopback_url(evidence.data["endpoint"]),
+        provider=provider,
+        expires_at=moment_of(response.get("expires_at")),
+    )
+    picture = converted(source, FORMATS[output.suffix.lower()])
+    path, warning = place(picture.content, output, evidence.id, overwrite)
+    warnings = [*evidence.data.get("warnings", ()), warning, size_warning(evidence.data["request"]["size"], picture)]
+    origin = {"source_format": source.format, "source_sha256": source.sha256} if picture is not source else {}
+    evidence.record(
+        status="saved",
+        finished_at=timestamp(utc_now()),
+        timings_ms=evidence.data.get("timings_ms", {})
+        | {"download": elapsed_ms(start), "total": elapsed_ms(clock.start)},
+        image={
+            "path": str(path),
+            "sha256": picture.sha256,
+            "bytes": len(picture.content),
+            "format": picture.format,
+            "width": picture.width,
+            "height": picture.height,
+            **origin,
+        },
+        warnings=list(dict.fromkeys(filter(None, warnings))) or None,
+        error=None,
+    )
+    if evidence.unwritten:
+        said = [
+            *evidence.data.get("warnings", ()),
+            f"the evidence file {evidence.path} could not be brought up to date",
+        ]
+        evidence.data["warnings"] = said
+
+
+def is_loopback_url(url: str) -> bool:
+    try:
+        return is_loopback_host(split_netloc(urlsplit(url).netloc)[0])
+    except ValueError:
+        return False
+
+
+def moment_of(text: str | None) -> dt.datetime:
+    """The moment that an evidence file names; long ago where it names none."""
+    try:
+        moment = dt.datetime.fromisoformat((text or "").replace("Z", "+00:00"))
+        return moment if moment.tzinfo else moment.replace(tzinfo=dt.timezone.utc)
+    except ValueError:
+        return dt.datetime.min.replace(tzinfo=dt.timezone.utc)
+
+
+def size_warning(asked: str, picture: Picture) -> str | None:
+    size = f"{picture.width}*{picture.height}"
+    return None if size == asked else f"the picture is {size}, asked was {asked}"
+
+
+@contextlib.contextmanager
+def settling(evidence: Evidence, clock: Clock) -> Iterator[None]:
+    """Whatever ends the work, the evidence says how, and the error says where the evidence is."""
+    try:
+        yield
+        return
+    except Failure as error:
+        failure = error
+    except Interrupted as interruption:
+        failure = interrupted(interruption, evidence)
+    except Exception as error:  # a fault of this tool must not lose what was paid for
+        failure = internal_error(error, billed=billed_so_far(evidence), exit_code=EXIT_UNKNOWN)
+    settle(evidence, failure, clock)
+    raise failure
+
+
+def billed_so_far(evidence: Evidence) -> str:
+    if evidence.data["status"] in ("generated", "saved"):
+        return "yes"
+    return "no" if evidence.nothing_outstanding else "unknown"
+
+
+def interrupted(interruption: Interrupted, evidence: Evidence) -> Failure:
+    """The failure of a command that a signal ended, with what is known of the money."""
+    billed = billed_so_far(evidence)
+    messages = {
+        "no": "interrupted by {name}; nothing was billed",
+        "unknown": "interrupted by {name} while the request was out; whether it was billed is not known",
+        "yes": "interrupted by {name}; the picture is paid for and not saved yet",
+    }
+    hints = {"no": KINDS["interrupted"].hint, "unknown": ASK_BEFORE_PAYING, "yes": RECOVER_FREE}
+    name = signal.Signals(interruption.signum).name
+    return Failure(
+        "interrupted",
+        messages[billed].format(name=name),
+        exit_code=EXIT_SIGNAL + interruption.signum,
+        billed=billed,
+        hint=hints[billed],
+    )
+
+
+def internal_error(error: Exception, **facts: Any) -> Failure:
+    """A fault of this tool: named with its place, without a traceback (its values could hold the key)."""
+    frame = error.__traceback__
+    while frame and frame.tb_next:
+        frame = frame.tb_next
+    place_of = f" at line {frame.tb_lineno} of {Path(frame.tb_frame.f_code.co_filename).name}" if frame else ""
+    return Failure("internal_error", f"{type(error).__name__}{place_of}", **facts)
+
+
+def settle(evidence: Evidence, failure: Failure, clock: Clock) -> None:
+    """Write a failure into the evidence, and add to it what leads back to the picture."""
+    status = {"no": "failed", "unknown": "unknown", "yes": "generated"}[failure.billed]
+    link = evidence.data.get("response", {}).get("image_url")
+    failure.facts["evidence_path"] = str(evidence.path)
+    if link:
+        failure.facts.setdefault("request_id", evidence.data["response"].get("request_id") or None)
+        failure.facts["image_url"] = link
+        if failure.code not in ("link_expired", "hop_refused", "image_too_large"):
+            failure.facts["next_command"] = own_command("--recover", str(evidence.path), "--print-response")
+    failure.facts = {name: value for name, value in failure.facts.items() if value is not None}
+    timings = evidence.data.get("timings_ms", {}) | {"total": elapsed_ms(clock.start)}
+    evidence.record(status=status, finished_at=timestamp(utc_now()), timings_ms=timings, error=failure.object())
+    if evidence.unwritten and link:
+        # The file on disk does not hold the link: only the error does.
+        failure.facts.pop("next_command", None)
+        failure.facts["hint"] = "fetch image_url within 24 hours by other means: the evidence file could not be written"
+
+
+def own_command(*arguments: str) -> str:
+    """This script with other arguments, quoted for the shell of this system."""
+    words = [sys.executable or "python3", os.path.abspath(__file__), *arguments]
+    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+
+
+def response_of(evidence: Evidence) -> dict[str, Any]:
+    """The response of the contract (RESPONSE_SCHEMA), from an evidence file that has reached `saved`."""
+    data = evidence.data
+    request, said, image = data["request"], data.get("response", {}), data["image"]
+    response = {
+        "image_url": said.get("image_url"),
+        "width": image["width"],
+        "height": image["height"],
+        "prompt": request["prompt"],
+        "rewritten_prompt": said.get("rewritten_prompt"),
+        "reasoning": said.get("reasoning"),
+        "request_id": said.get("request_id", ""),
+        "seed": request["seed"],
+        "size": request["size"],
+        "provider": data["provider"],
+        "region": data["region"],
+        "image_path": image["path"],
+        "evidence_path": str(evidence.path),
+        "estimated_cost": data["cost"]["estimate"],
+        "warnings": data.get("warnings"),
+    }
+    return {name: value for name, value in response.items() if value is not None}
+
+
+def recover(options: Options, clock: Clock) -> dict[str, Any]:
+    """Finish a picture that has been paid for, without paying; returns the response.
+
+    Raises:
+        Failure: 2 where nothing was billed, 7 where the outcome is unknown, 8 where the link has died.
+    """
+    evidence = Evidence.load(options.source, clock.timeout)
+    output = recovery_output(evidence, options)
+    if options.output is None and is_saved(evidence):
+        return response_of(evidence)
+    if not evidence.data.get("response", {}).get("image_url"):
+        raise unrecoverable(evidence)
+    check_writable(output.parent, evidence.id)
+    import_libraries()
+    with settling(evidence, clock):
+        collect(evidence, provider_named(evidence.data["provider"]), output, options.overwrite, clock)
+    return response_of(evidence)
+
+
+def recovery_output(evidence: Evidence, options: Options) -> Path:
+    """Where a recovered picture goes; the evidence is checked as far as it will be used."""
+    problems = request_problems(evidence.data["request"])
+    if not problems and evidence.data["request"] != normalize(evidence.data["request"]).as_dict():
+        problems = [Problem("invalid_request", "request: is not normalized")]
+    if evidence.data["provider"] not in PROVIDERS:
+        problems.append(Problem("invalid_evidence", f"provider: {evidence.data['provider']} is not known"))
+    recorded, more = choose_output(evidence.data["output"], None, evidence.id, {})
+    if problems or recorded is None or not os.path.isabs(evidence.data["output"]):
+        texts = [problem.text for problem in [*problems, *more]] or ["output: is not an absolute path"]
+        raise Failure("invalid_evidence", f"{evidence.path.name}: {'; '.join(texts)}", problems=texts)
+    if options.output is None:
+        return recorded
+    output, problems = choose_output(options.output, None, evidence.id, {})
+    if output is not None:
+        problems = output_problems(output, options.overwrite)
+    raise_problems(problems)
+    return output or recorded
+
+
+def is_saved(evidence: Evidence) -> bool:
+    """Whether the picture of this evidence lies, unchanged, where the evidence says."""
+    image = evidence.data.get("image")
+    if not image or evidence.data["status"] != "saved":
+        return False
+    try:
+        return hashlib.sha256(Path(image["path"]).read_bytes()).hexdigest() == str(image["sha256"])
+    except (OSError, ValueError):
+        return False
+
+
+def unrecoverable(evidence: Evidence) -> Failure:
+    """Why there is nothing to fetch for an evidence file without a link."""
+    failed = evidence.data["status"] == "failed"
+    if failed or (evidence.data["status"] == "submitting" and evidence.nothing_outstanding):
+        reason = evidence.data.get("error", {}).get("message", "it ended before the service made a picture")
+        return Failure(
+            "nothing_to_recover",
+            f"this request was not billed: {outside_text(reason)}",
+            evidence_path=str(evidence.path),
+        )
+    error = evidence.data.get("error", {})
+    return Failure(
+        "outcome_unknown",
+        "the request left and no link came back: whether a picture was made and billed is not known",
+        evidence_path=str(evidence.path),
+        request_id=error.get("request_id"),
+    )
+
+
+def check(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str, Any]:
+    """One free, read-only query that shows whether host, key and permission work.
+
+    Raises:
+        Failure: never billed, so what would be unknown for a paid call is only a failing service here.
+    """
+    provider = options.provider or provider_named(DEFAULT_PROVIDER)
+    workspace, problems = workspace_of(provider, env)
+    raise_problems(problems)
+    endpoint = planned_endpoint(options, None, None, provider, env)
+    key = find_key(provider.key_places, env)
+    call = provider.query(endpoint, key.value, workspace)
+    attempt = 0
+    while True:
+        try:
+            listed = ask(call, provider.read_query, clock.end, endpoint)
+            break
+        except Failure as error:
+            failure = free_of_charge(error)
+            wait = retry_wait(failure, attempt, options.max_retries, clock, clock.end)
+            if wait is None:
+                raise failure from None
+        pause(wait)
+        attempt += 1
+    return {
+        "ok": True,
+        "provider": provider.name,
+        "region": endpoint.region,
+        "endpoint": endpoint.url,
+        "key_source": key.source,
+        "model_listed": listed,
+    }
+
+
+def free_of_charge(failure: Failure) -> Failure:
+    """The failure of a call that costs nothing."""
+    if failure.code == "outcome_unknown":
+        return Failure("service_failing", failure.message, **failure.facts)
+    failure.facts["billed"] = "no"
+    return failure
+
+
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+# 11. Command line
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+
+MODES = ("request", "file", "prompt", "replay", "recover", "check", "schema")
+REQUEST_FLAGS = ("size", "aspect_ratio", "seed", "prompt_extend")
+ALWAYS_ALLOWED = {"print_response", "quiet"}
+ALLOWED: dict[str, set[str]] = {  # the flags that mean something in a mode; those not named here allow all
+    "recover": ALWAYS_ALLOWED | {"output", "overwrite", "timeout"},
+    "check": ALWAYS_ALLOWED | {"base_url", "region", "provider", "timeout", "max_retries", "trust_host"},
+    "schema": ALWAYS_ALLOWED,
+}
+
+DESCRIPTION = (
+    "Turn words into one picture with Z-Image Turbo. Only --request, --file, --prompt and --replay cost money."
+)
+EPILOG = """\
+exit codes:
+  0  image saved                        6  rate limited, failing or not reachable
+  2  invalid request, usage or file     7  outcome unknown, or paid and not downloaded yet
+  3  key missing, wrong, no permission  8  the answer or the image cannot be used
+  4  balance or quota used up           9  the local disk
+  5  refused by content safety          130, 143  interrupted
+
+stdout carries data only: the path of the saved image, or one JSON object. The last line on stderr
+of every error says what to do next. Key: DASHSCOPE_API_KEY, or dashscope_api_key in ~/.alibabacloud/credentials.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are failures like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = None
+        if "expected one argument" in message:
+            hint = "give it a value; one that begins with - goes behind an equals sign: --prompt=-text"
+        raise Failure("usage", outside_text(message), hint=hint)
+
+
+def build_parser() -> Parser:
+    """The command line of the contract. Values stay text here: `read_options` checks them all at once."""
+    parser = Parser(
+        prog="generate_image.py",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    mode = parser.add_argument_group("what to do (exactly one)")
+    mode.add_argument("--request", metavar="JSON", help="the request as a JSON object")
+    mode.add_argument("--file", metavar="PATH", help="the request in a JSON file, - for standard input")
+    mode.add_argument("--prompt", metavar="TEXT", help="the request's prompt alone")
+    mode.add_argument("--replay", metavar="EVIDENCE", help="make the picture of an evidence file again (paid again)")
+    mode.add_argument("--recover", metavar="EVIDENCE", help="finish a paid picture without paying")
+    mode.add_argument("--check", action="store_true", help="one free query: does host, key and permission work?")
+    mode.add_argument("--schema", metavar="WHAT", help="print a JSON Schema: request, response or evidence")
+
+    request = parser.add_argument_group("request (wins over the request's own fields)")
+    request.add_argument("--size", metavar="W*H", help="pixels, such as 1280x720; 512*512 to 2048*2048 in total")
+    request.add_argument("--aspect-ratio", metavar="R", help=f"one of {' '.join(RATIO_SIZES)}")
+    request.add_argument("--seed", metavar="N", help=f"0 to {MAX_SEED}; -1 or none: one is picked and recorded")
+    request.add_argument(
+        "--prompt-extend",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="let the service rewrite the prompt: slower, about twice the price",
+    )
+    request.add_argument("--base-url", metavar="URL", help="endpoint, …/api/v1 root or bare host")
+
+    service = parser.add_argument_group("service")
+    service.add_argument("--region", metavar="REGION", help="beijing (default) or singapore; the key belongs to one")
+    service.add_argument(
+        "--provider", metavar="NAME", help=f"one of {', '.join(PROVIDERS)} (default {DEFAULT_PROVIDER})"
+    )
+    service.add_argument(
+        "--trust-host", metavar="HOST", action="append", help="send the key to this host too; repeatable"
+    )
+    service.add_argument("--timeout", metavar="S", help=f"seconds for the whole command (default {DEFAULT_TIMEOUT:g})")
+    service.add_argument(
+        "--max-retries", metavar="N", help=f"of calls surely not billed (default {DEFAULT_MAX_RETRIES})"
+    )
+
+    result = parser.add_argument_group("result")
+    result.add_argument("--output", metavar="PATH", help="file to save: .png, .jpg or .webp")
+    result.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    result.add_argument("--print-response", action="store_true", help="print the response as JSON instead of the path")
+    result.add_argument(
+        "--dry-run", action="store_true", help="print the whole plan and its cost; send and write nothing"
+    )
+    result.add_argument("--quiet", action="store_true", help="no warnings and no evidence path on stderr")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
+    return parser
+
+
+def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
+    """Check the command line as a whole.
+
+    Raises:
+        Failure: usage, naming every problem.
+    """
+    arguments, unknown = build_parser().parse_known_args(argv)
+    given = {
+        name: value for name, value in vars(arguments).items() if value not in (None, False) or name == "prompt_extend"
+    }
+    if arguments.prompt_extend is None:
+        given.pop("prompt_extend")
+    problems = [Problem("usage", unknown_sentence(text)) for text in unknown]
+    modes = [name for name in MODES if name in given]
+    if len(modes) != 1:
+        names = " ".join(flag(name) for name in modes or MODES)
+        text = f"give only one of {names}" if modes else f"give one of {names}"
+        raise_problems([*problems, Problem("usage", text)])
+    mode = modes[0]
+    allowed = ALLOWED.get(mode)
+    if allowed is not None:
+        strange = [name for name in given if name not in allowed and name not in MODES]
+        problems += [Problem("usage", f"{flag(name)} does not go with {flag(mode)}") for name in strange]
+    if mode == "schema" and arguments.schema not in SCHEMAS:
+        problems.append(
+            Problem("usage", f"--schema: must be one of {', '.join(SCHEMAS)}, got {shown(arguments.schema)}")
+        )
+    timeout, max_retries = number_options(arguments, problems)
+    provider = provider_option(arguments.provider, problems)
+    region = region_option(arguments.region, provider or PROVIDERS[DEFAULT_PROVIDER](), problems)
+    trusted, more = trusted_hosts(arguments.trust_host or [], env)
+    raise_problems(problems + more)
+    return Options(
+        mode=mode,
+        source="" if mode == "check" else getattr(arguments, mode),
+        overrides=request_overrides(given),
+        base_url=arguments.base_url,
+        region=region,
+        provider=provider,
+        output=arguments.output,
+        overwrite=arguments.overwrite,
+        dry_run=arguments.dry_run,
+        timeout=timeout,
+        max_retries=max_retries,
+        trusted=trusted,
+    )
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def unknown_sentence(text: str) -> str:
+    """An argument that is not known; only an option's name is repeated, its value could be a key."""
+    if text.startswith("-"):
+        return f"{outside_text(text.partition('=')[0], 60)}: unknown option"
+    return f"{shown(text)}: stray argument (a prompt must be quoted; * is expanded by shells, use x in sizes)"
+
+
+def number_options(arguments: argparse.Namespace, problems: list[Problem]) -> tuple[float, int]:
+    """--timeout in seconds and --max-retries; problems are appended."""
+    timeout, max_retries = DEFAULT_TIMEOUT, DEFAULT_MAX_RETRIES
+    least, most = TIMEOUT_RANGE
+    if arguments.timeout is not None:
+        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", arguments.timeout) and least <= float(arguments.timeout) <= most:
+            timeout = float(arguments.timeout)
+        else:
+            text = f"--timeout: must be from {least:g} to {most:g} seconds, got {shown(arguments.timeout)}"
+            problems.append(Problem("usage", text))
+    if arguments.max_retries is not None:
+        if re.fullmatch(r"[0-9]{1,3}", arguments.max_retries) and int(arguments.max_retries) <= MAX_RETRIES_LIMIT:
+            max_retries = int(arguments.max_retries)
+        else:
+            text = f"--max-retries: must be from 0 to {MAX_RETRIES_LIMIT}, got {shown(arguments.max_retries)}"
+            problems.append(Problem("usage", text))
+    return timeout, max_retries
+
+
+def provider_option(name: str | None, problems: list[Problem]) -> Provider | None:
+    if name is None:
+        return None
+    try:
+        return provider_named(name)
+    except Failure as failure:
+        problems.append(Problem("usage", failure.message))
+        return None
+
+
+def region_option(name: str | None, provider: Provider, problems: list[Problem]) -> str | None:
+    if name is None:
+        return None
+    region = provider.region_aliases.get(name.lower(), name.lower())
+    if region in provider.roots:
+        return region
+    known = ", ".join([*provider.roots, *provider.region_aliases])
+    problems.append(Problem("usage", f"--region: must be one of {known}, got {shown(name)}"))
+    return None
+
+
+def request_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The request fields that flags set. A seed that is no number stays text: the schema refuses it."""
+    overrides = {name: given[name] for name in REQUEST_FLAGS if name in given}
+    seed = overrides.get("seed")
+    if isinstance(seed, str) and re.fullmatch(r"-?[0-9]{1,18}", seed):
+        overrides["seed"] = int(seed)
+    return overrides
+
+
+def run(options: Options, console: Console, env: Mapping[str, str]) -> None:
+    """Do what the options say and print its answer."""
+    if options.mode == "schema":
+        console.data(SCHEMAS[options.source])
+        return
+    clock = Clock(options.timeout)
+    missing_packages()
+    if options.mode == "check":
+        console.data(check(options, clock, env))
+        return
+    if options.mode == "recover":
+        response = recover(options, clock)
+    else:
+        plan = make_plan(options, clock, env)
+        if options.dry_run:
+            console.data(dry_run(plan, env))
+            return
+        response = generate(plan, options, clock, console, env)
+    for warning in response.get("warnings", ()):
+        console.note(f"warning: {warning}")
+    if console.json_mode:
+        console.data(response)
+    else:
+        console.path(response["image_path"])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code of the contract."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    env = os.environ
+    SIGNALS.install()
+    for provider in PROVIDERS.values():
+        remember_secret(env.get(provider.key_places.variable, "").strip())
+    json_flags = ("--print-response", "--check", "--dry-run", "--schema")
+    console = Console(
+        json_mode=any(text.partition("=")[0] in json_flags for text in arguments), quiet="--quiet" in arguments
+    )
+    try:
+        run(read_options(arguments, env), console, env)
+        return EXIT_OK
+    except Failure as error:
+        failure = error
+    except Interrupted as interruption:
+        failure = Failure(
+            "interrupted",
+            f"interrupted by {signal.Signals(interruption.signum).name} before anything was sent",
+            exit_code=EXIT_SIGNAL + interruption.signum,
+        )
+    except ImportError as error:
+        failure = missing_package(outside_text(error.name or error, 100))
+    except Exception as error:
+        failure = internal_error(error)
+    console.failure(failure)
+    return failure.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
