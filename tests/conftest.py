@@ -1,0 +1,142 @@
+"""What all tests share: the script run as its users run it, in an empty folder with an empty home.
+
+A test gets `shell`, a `Shell` whose working folder, home and environment hold nothing of this machine, and
+`mock`, the mock service in this process. `shell.use(mock)` gives the script the mock's address and key.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+SKILL = ROOT / "skills" / "ai" / "image" / "alicloud-ai-image-zimage-turbo"
+SCRIPTS = SKILL / "scripts"
+GENERATE = SCRIPTS / "generate_image.py"
+MOCK = SCRIPTS / "mock_server.py"
+TEST_KEY = "sk-test-0123456789abcdef"
+KEPT_VARIABLES = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LD_LIBRARY_PATH")
+
+sys.path.insert(0, str(SCRIPTS))
+
+from mock_server import MockServer  # noqa: E402
+
+
+@dataclass
+class Result:
+    """How one run of the script ended: exit code, and both streams as text."""
+
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one JSON object on stdout."""
+        value = json.loads(self.stdout)
+        assert isinstance(value, dict)
+        return value
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error object on stdout, checked for what holds for every error."""
+        assert list(self.json) == ["error"], self.stdout
+        error = self.json["error"]
+        assert isinstance(error, dict)
+        assert error["exit_code"] == self.code, (error, self.code)
+        self.assert_one_line_of_advice()
+        return error
+
+    def assert_one_line_of_advice(self) -> None:
+        """Every failure names itself and, on the last line, what to do next; never a traceback."""
+        assert self.code != 0
+        assert "Traceback" not in self.stderr, self.stderr
+        lines = self.stderr.strip().splitlines()
+        assert any(line.startswith("error: ") for line in lines), self.stderr
+        assert lines[-1].startswith("next: "), self.stderr
+
+
+@dataclass
+class Shell:
+    """An empty working folder with an empty home, and the script in it."""
+
+    folder: Path
+    home: Path
+    env: dict[str, str] = field(default_factory=dict)
+    script: Path = GENERATE
+
+    def use(self, mock: MockServer) -> None:
+        """Point the script at a mock service, and give it the mock's key."""
+        self.env["DASHSCOPE_API_KEY"] = mock.api_key
+        self.env["DASHSCOPE_BASE_URL"] = mock.base_url
+
+    def environment(self) -> dict[str, str]:
+        kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}
+        return kept | {"HOME": str(self.home), "USERPROFILE": str(self.home)} | self.env
+
+    def command(self, *arguments: str) -> list[str]:
+        return [sys.executable, str(self.script), *arguments]
+
+    def run(self, *arguments: str, stdin: bytes | None = None, timeout: float = 60) -> Result:
+        """Run the script to its end, with no terminal and, unless given, an empty standard input."""
+        done = subprocess.run(
+            self.command(*arguments),
+            cwd=self.folder,
+            env=self.environment(),
+            input=stdin if stdin is not None else b"",
+            capture_output=True,
+            timeout=timeout,
+            check=False,
+        )
+        return Result(done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"))
+
+    def start(self, *arguments: str) -> subprocess.Popen[bytes]:
+        """Start the script and leave it running; the test ends it."""
+        return subprocess.Popen(
+            self.command(*arguments),
+            cwd=self.folder,
+            env=self.environment(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+
+    def finish(self, process: subprocess.Popen[bytes], timeout: float = 60) -> Result:
+        stdout, stderr = process.communicate(timeout=timeout)
+        return Result(process.returncode, stdout.decode("utf-8"), stderr.decode("utf-8"))
+
+    def evidence_files(self) -> list[Path]:
+        return sorted(self.folder.glob("output/alicloud-ai-image-zimage-turbo/evidence/*.json"))
+
+    def evidence(self) -> dict[str, Any]:
+        """The content of the only evidence file."""
+        (path,) = self.evidence_files()
+        data = json.loads(path.read_text(encoding="utf-8"))
+        assert isinstance(data, dict)
+        return data
+
+    def files(self) -> list[str]:
+        """Every file below the working folder, hidden ones too, relative to it."""
+        return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if not path.is_dir())
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Shell:
+    folder, home = tmp_path / "project", tmp_path / "home"
+    folder.mkdir()
+    home.mkdir()
+    return Shell(folder, home)
+
+
+@pytest.fixture
+def mock() -> Iterator[MockServer]:
+    with MockServer(rpm=0) as server:
+        yield server
