@@ -21,11 +21,13 @@ picture, commands, command line.
 # ///
 from __future__ import annotations
 
+import gc
 import signal
 
 if __name__ == "__main__":
     # Until main() installs its handlers, Ctrl-C ends the process silently instead of with a traceback.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+    gc.disable()  # one short run leaves nothing worth collecting, and imports are faster without
 
 import argparse
 import calendar
@@ -51,7 +53,6 @@ import threading
 import time
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 from urllib.parse import parse_qs, quote, urljoin, urlsplit, urlunsplit
@@ -564,8 +565,7 @@ def outside_json(value: Any, depth: int = 4) -> Any:
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-@dataclass(frozen=True)
-class ImageRequest:
+class ImageRequest(NamedTuple):
     """A normalized request: size `width*height` in pixels and seed are always filled in."""
 
     prompt: str
@@ -580,14 +580,7 @@ class ImageRequest:
 
     def as_dict(self) -> dict[str, Any]:
         """The request as JSON; itself valid, and normalizing it changes nothing."""
-        fields = {
-            "prompt": self.prompt,
-            "size": self.size,
-            "seed": self.seed,
-            "prompt_extend": self.prompt_extend,
-            "base_url": self.base_url,
-        }
-        return {name: value for name, value in fields.items() if value is not None}
+        return {name: value for name, value in self._asdict().items() if value is not None}
 
 
 def parse_size(text: str) -> tuple[int, int]:
@@ -602,6 +595,8 @@ def pick_seed() -> int:
 
 def request_problems(raw: Any) -> list[Problem]:
     """Everything wrong with a request as written; an empty list means that `normalize` takes it."""
+    if is_plainly_valid(raw):
+        return []
     import jsonschema
 
     if not isinstance(raw, dict):
@@ -609,6 +604,27 @@ def request_problems(raw: Any) -> list[Problem]:
     validator = jsonschema.Draft202012Validator(REQUEST_SCHEMA)
     texts = [text for error in validator.iter_errors(raw) for text in schema_sentences(error, raw)]
     return [Problem("invalid_request", text) for text in sorted(texts) + rule_sentences(raw)]
+
+
+def is_plainly_valid(raw: Any) -> bool:
+    """Whether a request surely is valid, told without jsonschema, whose import is a fifth of a whole run.
+
+    It may say no to a valid request, never yes to another: then the schema has the word, and names what is wrong.
+    """
+    checks: dict[str, Callable[[Any], bool]] = {
+        "prompt": lambda value: isinstance(value, str) and value.strip() != "",
+        "size": lambda value: isinstance(value, str) and "aspect_ratio" not in raw,
+        "aspect_ratio": lambda value: isinstance(value, str) and value in RATIO_SIZES,
+        "seed": lambda value: type(value) is int and -1 <= value <= MAX_SEED,
+        "prompt_extend": lambda value: isinstance(value, bool),
+        "base_url": lambda value: isinstance(value, str) and value != "",
+    }
+    return (
+        isinstance(raw, dict)
+        and "prompt" in raw
+        and all(name in checks and checks[name](value) for name, value in raw.items())
+        and not rule_sentences(raw)
+    )
 
 
 def schema_sentences(error: Any, raw: dict[str, Any]) -> list[str]:
@@ -783,8 +799,7 @@ def decode_json_file(label: str, data: bytes) -> Any:
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-@dataclass(frozen=True)
-class KeyPlaces:
+class KeyPlaces(NamedTuple):
     """The places of one provider's key, in the order in which they are looked at."""
 
     variable: str  # environment, and `.env` in the working folder
@@ -795,12 +810,14 @@ class KeyPlaces:
     file: str | None = None  # below the home folder, holds the key alone
 
 
-@dataclass(frozen=True)
-class Key:
+class Key(NamedTuple):
     """A key and the place it came from; only `source` is ever shown."""
 
-    value: str = field(repr=False)
+    value: str
     source: str
+
+    def __repr__(self) -> str:
+        return f"Key(source={self.source!r})"
 
 
 def find_key(places: KeyPlaces, env: Mapping[str, str]) -> Key:
@@ -922,8 +939,7 @@ _BASE_URL = re.compile(r"(?P<scheme>https?)://(?P<netloc>[^/]*)(?P<path>(?:/[A-Z
 LOOPBACK_NAME = "localhost"
 
 
-@dataclass(frozen=True)
-class Endpoint:
+class Endpoint(NamedTuple):
     """Where a provider is called: `root` is the API root, `url` the call that makes pictures."""
 
     root: str
@@ -1082,41 +1098,40 @@ def choose_endpoint(
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-@dataclass(frozen=True)
-class HttpCall:
+class HttpCall(NamedTuple):
     """One HTTP request, ready to be sent; `body` is JSON."""
 
     method: str
     url: str
-    headers: dict[str, str] = field(repr=False)
+    headers: dict[str, str]
     body: bytes | None = None
 
+    def __repr__(self) -> str:  # without the headers: they hold the key
+        return f"HttpCall({self.method} {self.url})"
 
-@dataclass(frozen=True)
-class HttpAnswer:
+
+class HttpAnswer(NamedTuple):
     """One HTTP answer; header names are lower case. `whole` is false where the body was cut off."""
 
     status: int
     headers: Mapping[str, str]
-    body: bytes = field(repr=False)
+    body: bytes
     whole: bool = True
 
 
-@dataclass(frozen=True)
-class Generated:
+class Generated(NamedTuple):
     """A picture that was made, and billed: its link and what the service said of it."""
 
     image_url: str
     expires_at: dt.datetime
-    request_id: str = ""
-    rewritten_prompt: str = ""
-    reasoning: str = ""
-    usage: dict[str, Any] = field(default_factory=dict)
+    request_id: str
+    rewritten_prompt: str
+    reasoning: str
+    usage: dict[str, Any]
     warnings: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class Price:
+class Price(NamedTuple):
     """US$ for one picture, and what the number rests on."""
 
     estimate: float
@@ -1723,8 +1738,7 @@ def _transport_failure(wire: Wire, error: Exception) -> Exception:
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-@dataclass(frozen=True)
-class Folders:
+class Folders(NamedTuple):
     """Where results go: below $OUTPUT_DIR, by default `output` in the working folder. Absolute paths."""
 
     images: Path
@@ -1859,11 +1873,10 @@ def write_exclusively(path: Path, content: bytes, mode: int = 0o666) -> None:
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-@dataclass(frozen=True)
-class Picture:
+class Picture(NamedTuple):
     """A verified image: the bytes, their format (PNG, JPEG or WEBP where it can be kept), width and height."""
 
-    content: bytes = field(repr=False)
+    content: bytes
     format: str
     width: int
     height: int
@@ -2152,8 +2165,7 @@ class Console:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-@dataclass(frozen=True)
-class Options:
+class Options(NamedTuple):
     """The command line after checking: typed, defaults filled in."""
 
     mode: str  # request | file | prompt | replay | recover | check | schema
@@ -2170,8 +2182,7 @@ class Options:
     trusted: frozenset[str]
 
 
-@dataclass(frozen=True)
-class Plan:
+class Plan(NamedTuple):
     """Everything about one paid call that is decided before it is made."""
 
     provider: Provider

@@ -1,0 +1,64 @@
+# make demo   one mock picture, no key, no network beyond installing
+# make check  validation, skill format, lint, types, all tests
+# make bench  our script beside the official client and curl (a measurement, not a test)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SKILL_NAME := alicloud-ai-image-zimage-turbo
+SKILL := skills/ai/image/$(SKILL_NAME)
+RESULTS := output/$(SKILL_NAME)
+SOURCES := skills tests
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+export PYTHONUTF8 := 1
+
+.PHONY: help demo check validate skill lint types test bench clean
+
+help:
+	@sed -n 's/^# make/make/p' Makefile
+
+# Two stamps: the demo installs only what the skill needs, the checks install everything.
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.skill: requirements.txt | $(BIN)/python
+	$(PIP) --constraint requirements.txt requests jsonschema Pillow
+	@touch $@
+
+$(VENV)/.checks: requirements.txt | $(BIN)/python
+	$(PIP) --requirement requirements.txt
+	@touch $@ $(VENV)/.skill
+
+demo: $(VENV)/.skill
+	@PATH="$(CURDIR)/$(BIN):$$PATH" sh tests/demo.sh
+
+check: validate skill lint types test
+
+# Needs nothing but python3: everything compiles.
+validate:
+	@mkdir -p $(RESULTS)
+	@rm -f $(RESULTS)/validate.txt
+	@for f in $(SKILL)/scripts/*.py; do PYTHONPYCACHEPREFIX=$(RESULTS)/pycache $(PYTHON) -m py_compile "$$f" || exit 1; done
+	@echo "py_compile_ok" > $(RESULTS)/validate.txt
+	@echo "py_compile_ok: $(RESULTS)/validate.txt"
+
+skill: $(VENV)/.checks
+	$(BIN)/agentskills validate $(SKILL)
+
+lint: $(VENV)/.checks
+	$(BIN)/ruff check $(SOURCES)
+	$(BIN)/ruff format --check $(SOURCES)
+
+types: $(VENV)/.checks
+	$(BIN)/mypy $(SKILL)/scripts tests
+
+test: $(VENV)/.checks
+	$(BIN)/python -m pytest
+
+bench: $(VENV)/.checks
+	$(BIN)/python tests/benchmarks/one_picture.py
+
+# Leaves output/ alone: pictures in it were paid for.
+clean:
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
