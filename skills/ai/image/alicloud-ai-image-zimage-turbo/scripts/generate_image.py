@@ -1819,7 +1819,7 @@ class Evidence:
         A disk that fails now must not lose a paid picture: `unwritten` tells, the command goes on.
         """
         self.data = {name: value for name, value in (self.data | changes).items() if value is not None}
-        temporary = self.path.with_name(f".{self.path.name}.{os.getpid()}.tmp")
+        temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
             write_exclusively(temporary, to_json(self.data), mode=0o600)
             os.replace(temporary, self.path)
@@ -2061,7 +2061,7 @@ def place(content: bytes, output: Path, evidence_id: str, overwrite: bool) -> tu
     Raises:
         Failure: disk_after_paying.
     """
-    temporary = output.with_name(f".{SKILL}-{evidence_id}-{os.getpid()}.part")
+    temporary = output.with_name(f".{SKILL}-{evidence_id}.part")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.suppress(OSError):

@@ -1,0 +1,291 @@
+"""The documents say what the program does: tables, examples and commands in them are held against it."""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+
+import generate_image
+from conftest import ROOT, SKILL, Shell
+from mock_server import MockServer
+
+SKILL_MD = (SKILL / "SKILL.md").read_text(encoding="utf-8")
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+REFERENCES = {path.name: path.read_text(encoding="utf-8") for path in sorted((SKILL / "references").glob("*.md"))}
+DOCUMENTS = {"SKILL.md": SKILL_MD, "README.md": README} | REFERENCES
+
+
+def blocks(text: str, language: str) -> list[str]:
+    return re.findall(rf"(?ms)^```{language}\n(.*?)^```", text)
+
+
+def rows(text: str, columns: int) -> Iterator[list[str]]:
+    """The cells of every table row that has this many columns, without headings."""
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
+        if line.startswith("|") and len(cells) == columns and not set(line) <= set("|-: "):
+            yield cells
+
+
+def code_spans(cell: str) -> list[str]:
+    return re.findall("`([^`]+)`", cell)
+
+
+# SKILL.md ------------------------------------------------------------------------------------------------------------
+
+
+def test_skill_md_is_short_enough_for_an_agent() -> None:
+    assert 150 <= len(SKILL_MD.splitlines()) <= 200
+    # Measured with two public tokenizers: 3.6 characters a token. Three are counted here, to be on the safe side.
+    assert len(SKILL_MD) / 3 <= 3000
+
+
+def test_skill_md_frontmatter_keeps_the_rules_of_the_format() -> None:
+    frontmatter = SKILL_MD.split("---\n")[1]
+    keys = re.findall(r"(?m)^([a-z-]+):", frontmatter)
+    assert keys == ["name", "description", "license", "compatibility", "metadata"]
+    description = " ".join(re.search(r"(?ms)^description: >-\n(.*?)^license", frontmatter)[1].split())  # type: ignore[index]
+    assert 300 <= len(description) <= 1024
+    assert not set("<>") & set(description)
+    assert re.search(r"[\u4e00-\u9fff]{4}", description), "says nothing to a Chinese request"
+    assert "Use when" in description
+    assert "Do NOT use for" in description
+    assert len(re.search(r"(?m)^compatibility: (.*)$", frontmatter)[1]) <= 500  # type: ignore[index]
+
+
+def test_versions_in_script_skill_and_changelog_are_one() -> None:
+    version = re.search(r'(?m)^  version: "(.*)"$', SKILL_MD)
+    newest = re.search(r"(?m)^## (\S+)", CHANGELOG)
+    assert version and newest
+    assert version[1] == newest[1] == generate_image.VERSION
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "Category: provider",
+        "z-image-turbo",
+        "# Model Studio Z-Image Turbo",
+        "## Critical model name",
+        "## Prerequisites",
+        "## Regions",
+        "## Normalized interface (`image.generate`)",
+        "## Quick start (curl)",
+        "## Size notes",
+        "## Cost notes",
+        "## Output location",
+        "## Validation",
+        "## Output and evidence",
+        "## Workflow",
+        "## References",
+        "## Gotchas",
+        "dashscope_api_key",
+        "~/.alibabacloud/credentials",
+        "OUTPUT_DIR",
+        "read-only",
+    ],
+)
+def test_skill_md_keeps_what_the_project_came_from(said: str) -> None:
+    assert said in SKILL_MD
+
+
+def test_skill_md_names_each_reference_with_when_to_read_it() -> None:
+    for name in REFERENCES:
+        line = re.search(rf"(?m)^- `references/{re.escape(name)}`: when .+", SKILL_MD)
+        assert line, name
+
+
+def test_skill_md_tells_what_to_do_after_every_exit_code() -> None:
+    told = {int(number) for cells in rows(SKILL_MD, 3) for number in re.findall(r"\b\d+\b", cells[0])}
+    assert told == {0, 130, 143} | {kind.exit_code for kind in generate_image.KINDS.values()} - {128}
+
+
+def test_every_file_a_document_names_exists() -> None:
+    for text in (README, SKILL_MD):
+        for name in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"", text):
+            assert (ROOT / (name[0] or name[1])).exists(), name
+    for name in re.findall(r"`((?:references|scripts)/[\w.]+)`", SKILL_MD):
+        assert (SKILL / name).exists(), name
+
+
+# Tables against the program ------------------------------------------------------------------------------------------
+
+
+def test_errors_md_has_a_row_for_every_error_code_and_none_else() -> None:
+    documented = {code_spans(cells[0])[0]: cells for cells in rows(REFERENCES["errors.md"], 4) if code_spans(cells[0])}
+    assert set(documented) == set(generate_image.KINDS)
+    for code, kind in generate_image.KINDS.items():
+        if code in ("interrupted", "internal_error"):  # these depend on when
+            assert documented[code][2] == "as said" or code == "internal_error"
+            continue
+        assert documented[code][1] == str(kind.exit_code), code
+        assert documented[code][2] == kind.billed, code
+
+
+def test_api_reference_lists_the_services_codes_as_the_script_reads_them() -> None:
+    listed: dict[str, Any] = {}
+    for cells in rows(REFERENCES["api_reference.md"], 5):
+        for code in code_spans(cells[1]):
+            listed[re.sub("[_-]", "", code.lower())] = (int(cells[2]), cells[3], cells[4])
+    kinds = {code: generate_image.KINDS[kind] for code, kind in generate_image.DashScope.code_kinds.items()}
+    assert set(listed) == set(kinds)
+    for code, kind in kinds.items():
+        retried = "yes" if kind.retryable else "never" if kind.billed == "unknown" else "no"
+        assert listed[code] == (kind.exit_code, kind.billed, retried), code
+
+
+def test_api_reference_lists_the_sizes_that_aspect_ratio_picks() -> None:
+    listed: dict[str, Any] = {}
+    for ratios, near_1024, _, _ in rows(REFERENCES["api_reference.md"], 4):
+        if re.fullmatch(r"[\d: ·]+", ratios):
+            listed.update(zip(ratios.split(" · "), near_1024.replace("\\", "").split(" · "), strict=True))
+    assert listed == generate_image.RATIO_SIZES
+
+
+def test_documented_prices_are_the_ones_that_are_estimated() -> None:
+    listed = {
+        cells[0].lower(): tuple(float(cell.removeprefix("US$")) for cell in cells[1:3])
+        for cells in rows(REFERENCES["api_reference.md"], 4)
+        if cells[1].startswith("US$")
+    }
+    assert listed == generate_image.DashScope.prices
+    assert f"US${generate_image.DashScope.prices['beijing'][0]}" in SKILL_MD
+    assert f"US${generate_image.DashScope.prices['singapore'][0]}" in SKILL_MD
+
+
+def test_command_line_md_and_help_name_the_same_options() -> None:
+    in_help = set(re.findall(r"--[a-z][a-z-]+", generate_image.build_parser().format_help()))
+    usage, *_ = blocks(REFERENCES["command_line.md"], "")
+    in_usage = set(re.findall(r"--[a-z][a-z-]+", usage)) | {"--help"}
+    assert in_usage == in_help
+    table = {code for text in (REFERENCES["command_line.md"],) for code in re.findall(r"`(--[a-z][a-z-]+)", text)}
+    assert in_help - table <= {"--version", "--region", "--base-url", "--provider", "--help"}
+
+
+def test_documented_environment_variables_are_the_ones_that_are_read() -> None:
+    source = (SKILL / "scripts" / "generate_image.py").read_text(encoding="utf-8")
+    for cells in rows(REFERENCES["command_line.md"], 2):
+        for name in code_spans(cells[0]):
+            if re.fullmatch("[A-Z_]{6,}", name) and name not in ("HTTPS_PROXY", "NO_PROXY"):  # those requests reads
+                assert f'"{name}"' in source, name
+
+
+def test_readme_has_the_exit_codes_of_help() -> None:
+    epilog = generate_image.EPILOG
+    for cells in rows(README, 2):
+        if re.fullmatch(r"\d[\d, ]*", cells[0]):
+            assert re.search(rf"\b{re.escape(cells[0])}\b", epilog), cells
+
+
+# Examples ------------------------------------------------------------------------------------------------------------
+
+
+def test_the_request_example_is_what_is_sent() -> None:
+    example = json.loads(blocks(REFERENCES["api_reference.md"], "json")[0])
+    prompt = example["input"]["messages"][0]["content"][0]["text"]
+    request = generate_image.normalize({"prompt": prompt, "size": "1024*1024", "seed": 1234})
+    assert generate_image.DashScope().payload(request) == example
+
+
+def test_the_response_example_is_understood() -> None:
+    body = blocks(REFERENCES["api_reference.md"], "json")[1].encode()
+    request = generate_image.normalize({"prompt": "a calm lake at dawn", "prompt_extend": True})
+    answer = generate_image.HttpAnswer(200, {}, body)
+    generated = generate_image.DashScope().read(answer, request, dt.datetime.now(dt.timezone.utc))
+    assert generated.image_url.startswith("https://dashscope-result-")
+    assert generated.rewritten_prompt == "the prompt that was drawn"
+    assert generated.request_id == "bf37…"
+
+
+def test_the_error_example_is_valid() -> None:
+    example = json.loads(blocks(REFERENCES["errors.md"], "json")[0])
+    jsonschema.validate(example["error"], generate_image.ERROR_SCHEMA)
+    kind = generate_image.KINDS[example["error"]["code"]]
+    assert (kind.exit_code, kind.billed) == (example["error"]["exit_code"], example["error"]["billed"])
+
+
+@pytest.fixture
+def clone(shell: Shell) -> Shell:
+    """A working folder laid out like a clone of the repository, `python` and `python3` being this interpreter."""
+    shutil.copytree(ROOT / "skills", shell.folder / "skills", ignore=shutil.ignore_patterns("__pycache__"))
+    bin_folder = shell.home / "bin"
+    bin_folder.mkdir()
+    for name in ("python", "python3"):
+        launcher = bin_folder / name
+        launcher.write_text(f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8")
+        launcher.chmod(0o755)
+    shell.env["PATH"] = f"{bin_folder}{os.pathsep}{os.environ['PATH']}"
+    shell.env["SKILL_DIR"] = str(shell.folder / "skills/ai/image/alicloud-ai-image-zimage-turbo")
+    return shell
+
+
+def bash(shell: Shell, script: str) -> subprocess.CompletedProcess[bytes]:
+    command = ["bash", "-euc", script]
+    return subprocess.run(
+        command, cwd=shell.folder, env=shell.environment(), capture_output=True, timeout=60, check=False
+    )
+
+
+def shell_examples() -> Iterator[tuple[str, str]]:
+    """Every bash block of the documents but those that set the machine up (`make`, copying, activating)."""
+    for name, text in DOCUMENTS.items():
+        for number, block in enumerate(blocks(text, "bash")):
+            if not re.search(r"(?m)^make |^cp -R", block):
+                yield f"{name} {number}", block.replace("source .venv/bin/activate\n", "")
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the examples are for a POSIX shell")
+@pytest.mark.parametrize(("name", "script"), list(shell_examples()), ids=lambda value: value if len(value) < 40 else "")
+def test_every_shell_example_runs_against_the_mock(clone: Shell, mock: MockServer, name: str, script: str) -> None:
+    clone.use(mock)
+    script = script.replace(
+        "https://dashscope.aliyuncs.com/api/v1/services/aigc/multimodal-generation/generation", mock.endpoint
+    )
+    done = bash(clone, script)
+    assert done.returncode == 0, (script, done.stderr.decode())
+    if "curl" in script:
+        assert "image" in json.loads(done.stdout)["output"]["choices"][0]["message"]["content"][0]
+    if "--print-response" in script:
+        response = json.loads(done.stdout[done.stdout.rindex(b"\n{") if b"\n{" in done.stdout else 0 :])
+        assert Path(response["image_path"]).stat().st_size > 1000
+        assert mock.stats()["billed"] == 1
+    if "py_compile" in script:
+        marker = clone.folder / "output/alicloud-ai-image-zimage-turbo/validate.txt"
+        assert marker.read_text(encoding="utf-8") == "py_compile_ok\n"
+
+
+def test_there_are_shell_examples() -> None:
+    assert len(list(shell_examples())) >= 5
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the examples are for a POSIX shell")
+def test_the_copied_skill_folder_makes_a_picture_on_its_own(clone: Shell, mock: MockServer) -> None:
+    clone.use(mock)
+    copies = [block for block in blocks(README, "bash") if "cp -R" in block]
+    assert len(copies) == 1
+    assert bash(clone, copies[0]).returncode == 0
+    for folder in (clone.home / ".claude/skills", clone.home / ".codex/skills", clone.folder / ".agents/skills"):
+        clone.script = folder / "alicloud-ai-image-zimage-turbo/scripts/generate_image.py"
+        assert clone.run("--prompt", "a red fox").code == 0
+
+
+def test_agents_md_names_only_things_that_exist() -> None:
+    text = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
+    source = (SKILL / "scripts" / "generate_image.py").read_text(encoding="utf-8")
+    for cells in rows(text, 2):
+        for name in code_spans(cells[1]):
+            last = name.split(".")[-1] if not name.endswith((".py", ".md")) else ""
+            found = re.search(rf"\b{re.escape(last)}\b", source) if last else list(ROOT.rglob(name.split("/")[-1]))
+            assert found, name
