@@ -103,7 +103,7 @@ GENERATE_SHARE = 0.8  # of the timeout; the last fifth is kept for the download
 SHORTEST_ATTEMPT_SHARE = 0.1  # of the timeout; with less time than that left, no paid attempt starts
 CONNECT_TIMEOUT = 10.0  # seconds for one address
 DEFAULT_MAX_RETRIES = 4
-MAX_RETRIES_LIMIT = 100
+MAX_RETRIES_RANGE = (0, 100)
 UNREACHABLE_RETRIES = 2  # a refused connection or a missing name fails in seconds
 BACKOFF_BASE, BACKOFF_CAP = 0.5, 20.0  # seconds
 DOWNLOAD_RETRIES = 4
@@ -355,7 +355,10 @@ KINDS: dict[str, Kind] = {
         EXIT_INVALID, False, "no", "give the whole endpoint, the …/api/v1 root or the bare host, over https"
     ),
     "host_not_trusted": Kind(
-        EXIT_INVALID, False, "no", "use the provider's own host; only for a host of your own add --trust-host HOST"
+        EXIT_INVALID,
+        False,
+        "no",
+        "use the provider's own host; --trust-host is only for a host that the user owns and names: ask them first",
     ),
     "region_mismatch": Kind(EXIT_INVALID, False, "no", "leave out --region, or give the base URL of that region"),
     "missing_package": Kind(EXIT_INVALID, False, "no", INSTALL_HINT),
@@ -456,20 +459,33 @@ class Failure(Exception):
 
 
 class Problem(NamedTuple):
-    """One thing wrong with what the user gave: the error code it belongs to, and a sentence naming the field."""
+    """One thing wrong with what the user gave: its error code, a sentence naming the field, special advice."""
 
     code: str
     text: str
+    hint: str | None = None
 
 
 def raise_problems(problems: Sequence[Problem]) -> None:
     """Raise all problems as one Failure; none raises nothing."""
     if not problems:
         return
+    if len(problems) == 1:
+        code, text, hint = problems[0]
+        raise Failure(code, text, hint=hint, problems=[text])
     codes = {problem.code for problem in problems}
     texts = [problem.text for problem in problems]
-    message = texts[0] if len(texts) == 1 else f"{len(texts)} problems: " + "; ".join(texts)
-    raise Failure(codes.pop() if len(codes) == 1 else "invalid_request", message, problems=texts)
+    code = codes.pop() if len(codes) == 1 else "invalid_request"
+    raise Failure(code, f"{len(texts)} problems: {'; '.join(texts)}", problems=texts)
+
+
+@contextlib.contextmanager
+def noting(problems: list[Problem]) -> Iterator[None]:
+    """Add a failure to the problems instead of stopping at it, so that all are told at once."""
+    try:
+        yield
+    except Failure as failure:
+        problems.append(Problem(failure.code, failure.message, failure.facts.get("hint")))
 
 
 class Interrupted(BaseException):
@@ -1059,7 +1075,6 @@ def check_trust(endpoint: Endpoint, source: str, provider: Provider, trusted: fr
         raise Failure(
             "host_not_trusted",
             f"{source}: {endpoint.host} is not a host of {provider.name}, so the key is not sent there",
-            hint=f"use the provider's own host; only for a host of your own add --trust-host {endpoint.host}",
         )
 
 
@@ -2180,6 +2195,7 @@ class Options(NamedTuple):
     timeout: float
     max_retries: int
     trusted: frozenset[str]
+    problems: tuple[Problem, ...]  # of the arguments, to be told together with those of the request
 
 
 class Plan(NamedTuple):
@@ -2227,21 +2243,22 @@ def make_plan(options: Options, clock: Clock, env: Mapping[str, str]) -> Plan:
     Raises:
         Failure: of exit code 2.
     """
-    raw, recorded = read_request(options, clock)
+    problems = list(options.problems)
+    raw, recorded = None, None
+    with noting(problems):
+        raw, recorded = read_request(options, clock)
+    if raw is None:
+        raise_problems(problems)
     provider = options.provider or provider_named(recorded["provider"] if recorded else DEFAULT_PROVIDER)
-    problems = request_problems(raw)
+    problems += request_problems(raw)
     workspace, more = workspace_of(provider, env)
     problems += more
     evidence_id = new_evidence_id(utc_now())
     output, more = choose_output(options.output, raw, evidence_id, env)
     problems += more
     endpoint = None
-    try:
+    with noting(problems):
         endpoint = planned_endpoint(options, raw, recorded, provider, env)
-    except Failure as failure:
-        problems.append(Problem(failure.code, failure.message))
-        if len(problems) == 1:
-            raise
     raise_problems(problems)
     if endpoint is None or output is None:  # each of them has left a problem
         raise AssertionError
@@ -2338,10 +2355,10 @@ def choose_output(
     return path, []
 
 
-def output_problems(output: Path, overwrite: bool) -> list[Problem]:
+def check_free_name(output: Path, overwrite: bool) -> None:
+    """Raise `output_exists` where the name is taken and may not be."""
     if os.path.lexists(output) and not overwrite:
-        return [Problem("output_exists", f"--output: {output} exists already")]
-    return []
+        raise Failure("output_exists", f"--output: {output} exists already")
 
 
 def format_problems(request: ImageRequest, output: Path) -> list[Problem]:
@@ -2394,21 +2411,20 @@ def provider_named(name: str) -> Provider:
 
 def dry_run(plan: Plan, env: Mapping[str, str]) -> dict[str, Any]:
     """The whole plan, and everything that would stop it; nothing is sent, asked for or written."""
+    checks: list[Callable[[], object]] = [
+        lambda: find_key(plan.provider.key_places, env),
+        lambda: check_free_name(plan.output, plan.overwrite),
+        lambda: check_space(plan.output.parent),
+        lambda: check_space(plan.evidence_path.parent),
+    ]
+    found: list[object] = []
     problems: list[Failure] = []
-    key_source = None
-    try:
-        key_source = find_key(plan.provider.key_places, env).source
-    except Failure as failure:
-        problems.append(failure)
-    try:
-        raise_problems(output_problems(plan.output, plan.overwrite))
-    except Failure as failure:
-        problems.append(failure)
-    for folder in (plan.output.parent, plan.evidence_path.parent):
+    for local_check in checks:
         try:
-            check_space(folder)
+            found.append(local_check())
         except Failure as failure:
             problems.append(failure)
+    key = next((result for result in found if isinstance(result, Key)), None)
     return {
         "ok": not problems,
         "request": plan.request.as_dict(),
@@ -2420,7 +2436,7 @@ def dry_run(plan: Plan, env: Mapping[str, str]) -> dict[str, Any]:
         "billable": True,
         "estimated_cost": plan.price.estimate,
         "cost_basis": plan.price.basis,
-        "key_source": key_source,
+        "key_source": key.source if key else None,
         "warnings": list(plan.warnings),
         "problems": [failure.object() for failure in problems],
     }
@@ -2457,7 +2473,7 @@ def check_writable(folder: Path, evidence_id: str) -> None:
 
 def generate(plan: Plan, options: Options, clock: Clock, console: Console, env: Mapping[str, str]) -> dict[str, Any]:
     """Make, verify and save one picture; returns the response. All local checks come before the paid call."""
-    raise_problems(output_problems(plan.output, plan.overwrite))
+    check_free_name(plan.output, plan.overwrite)
     key = find_key(plan.provider.key_places, env)
     check_space(plan.evidence_path.parent)
     check_writable(plan.output.parent, plan.evidence_path.stem)
@@ -2753,10 +2769,10 @@ def recovery_output(evidence: Evidence, options: Options) -> Path:
     if options.output is None:
         return recorded
     output, problems = choose_output(options.output, None, evidence.id, {})
-    if output is not None:
-        problems = output_problems(output, options.overwrite)
     raise_problems(problems)
-    return output or recorded
+    output = output or recorded
+    check_free_name(output, options.overwrite)
+    return output
 
 
 def is_saved(evidence: Evidence) -> bool:
@@ -2926,7 +2942,7 @@ def build_parser() -> Parser:
 
 
 def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
-    """Check the command line as a whole.
+    """Check the command line as a whole; what is wrong with it is raised now, or with what is wrong with the request.
 
     Raises:
         Failure: usage, naming every problem.
@@ -2952,11 +2968,19 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
         problems.append(
             Problem("usage", f"--schema: must be one of {', '.join(SCHEMAS)}, got {shown(arguments.schema)}")
         )
-    timeout, max_retries = number_options(arguments, problems)
-    provider = provider_option(arguments.provider, problems)
-    region = region_option(arguments.region, provider or PROVIDERS[DEFAULT_PROVIDER](), problems)
+    timeout, max_retries, provider, region = DEFAULT_TIMEOUT, float(DEFAULT_MAX_RETRIES), None, None
+    with noting(problems):
+        timeout = number_option("--timeout", arguments.timeout, DEFAULT_TIMEOUT, TIMEOUT_RANGE)
+    with noting(problems):
+        max_retries = number_option("--max-retries", arguments.max_retries, DEFAULT_MAX_RETRIES, MAX_RETRIES_RANGE)
+    with noting(problems):
+        provider = provider_named(arguments.provider) if arguments.provider else None
+    with noting(problems):
+        region = region_option(arguments.region, provider or provider_named(DEFAULT_PROVIDER))
     trusted, more = trusted_hosts(arguments.trust_host or [], env)
-    raise_problems(problems + more)
+    problems += more
+    if mode in ALLOWED:
+        raise_problems(problems)
     return Options(
         mode=mode,
         source="" if mode == "check" else getattr(arguments, mode),
@@ -2968,8 +2992,9 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
         overwrite=arguments.overwrite,
         dry_run=arguments.dry_run,
         timeout=timeout,
-        max_retries=max_retries,
+        max_retries=int(max_retries),
         trusted=trusted,
+        problems=tuple(problems),
     )
 
 
@@ -2984,44 +3009,34 @@ def unknown_sentence(text: str) -> str:
     return f"{shown(text)}: stray argument (a prompt must be quoted; * is expanded by shells, use x in sizes)"
 
 
-def number_options(arguments: argparse.Namespace, problems: list[Problem]) -> tuple[float, int]:
-    """--timeout in seconds and --max-retries; problems are appended."""
-    timeout, max_retries = DEFAULT_TIMEOUT, DEFAULT_MAX_RETRIES
-    least, most = TIMEOUT_RANGE
-    if arguments.timeout is not None:
-        if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", arguments.timeout) and least <= float(arguments.timeout) <= most:
-            timeout = float(arguments.timeout)
-        else:
-            text = f"--timeout: must be from {least:g} to {most:g} seconds, got {shown(arguments.timeout)}"
-            problems.append(Problem("usage", text))
-    if arguments.max_retries is not None:
-        if re.fullmatch(r"[0-9]{1,3}", arguments.max_retries) and int(arguments.max_retries) <= MAX_RETRIES_LIMIT:
-            max_retries = int(arguments.max_retries)
-        else:
-            text = f"--max-retries: must be from 0 to {MAX_RETRIES_LIMIT}, got {shown(arguments.max_retries)}"
-            problems.append(Problem("usage", text))
-    return timeout, max_retries
+def number_option(name: str, text: str | None, default: float, bounds: tuple[float, float]) -> float:
+    """The number that an option gives.
+
+    Raises:
+        Failure: usage.
+    """
+    if text is None:
+        return default
+    least, most = bounds
+    form = r"[0-9]{1,9}(\.[0-9]{1,9})?" if isinstance(default, float) else "[0-9]{1,9}"
+    if not re.fullmatch(form, text) or not least <= float(text) <= most:
+        raise Failure("usage", f"{name}: must be a number from {least:g} to {most:g}, got {shown(text)}")
+    return float(text)
 
 
-def provider_option(name: str | None, problems: list[Problem]) -> Provider | None:
-    if name is None:
-        return None
-    try:
-        return provider_named(name)
-    except Failure as failure:
-        problems.append(Problem("usage", failure.message))
-        return None
+def region_option(name: str | None, provider: Provider) -> str | None:
+    """The provider's own name for the region that --region gives.
 
-
-def region_option(name: str | None, provider: Provider, problems: list[Problem]) -> str | None:
+    Raises:
+        Failure: usage.
+    """
     if name is None:
         return None
     region = provider.region_aliases.get(name.lower(), name.lower())
-    if region in provider.roots:
-        return region
-    known = ", ".join([*provider.roots, *provider.region_aliases])
-    problems.append(Problem("usage", f"--region: must be one of {known}, got {shown(name)}"))
-    return None
+    if region not in provider.roots:
+        known = ", ".join([*provider.roots, *provider.region_aliases])
+        raise Failure("usage", f"--region: must be one of {known}, got {shown(name)}")
+    return region
 
 
 def request_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
