@@ -1692,7 +1692,8 @@ def exchange(call: HttpCall, *, until: float, limit: int, reach: str) -> HttpAns
                 proxies=proxies,
                 verify=ca_bundle(),
             )
-            return _read_answer(response, limit)
+            answer = _read_answer(response, limit)
+            return answer._replace(whole=answer.whole and not wire.expired)  # cut by us looks like an end
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
         raise _transport_failure(wire, error) from None
     finally:
@@ -1836,6 +1837,7 @@ class Evidence:
         self.data = {name: value for name, value in (self.data | changes).items() if value is not None}
         temporary = self.path.with_name(f".{self.path.name}.tmp")
         try:
+            temporary.unlink(missing_ok=True)  # of a process that was killed
             write_exclusively(temporary, to_json(self.data), mode=0o600)
             os.replace(temporary, self.path)
             self.unwritten = False
