@@ -58,7 +58,8 @@ from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
 from urllib.parse import parse_qs, quote, urljoin, urlsplit, urlunsplit
 
 if sys.version_info < (3, 10):
-    sys.exit("error: this script needs Python 3.10 or newer\nnext: run it with `uv run --script`, or a newer python3")
+    sys.stderr.write("error: Python 3.10 or newer is needed\nnext: run it with `uv run --script`, or a newer python3\n")
+    sys.exit(2)
 
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
 # 1. Contract: the numbers and schemas that users and their scripts rely on
@@ -726,9 +727,11 @@ def parse_json(text: str) -> Any:
     """
 
     def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields = dict(pairs)
-        if len(fields) < len(pairs):
-            raise ValueError("a field stands in it twice")
+        fields: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in fields:
+                raise ValueError(f"{shown(name)} stands in it twice")
+            fields[name] = value
         return fields
 
     def no_constants(name: str) -> NoReturn:
@@ -742,29 +745,34 @@ def parse_json(text: str) -> Any:
         raise ValueError("it is nested too deeply") from None
 
 
-def read_input(name: str, limit: int, wait: float) -> bytes:
-    """The bytes of a file, or of standard input for `-`; what does not arrive within `wait` seconds is an error.
+def read_input(option: str, name: str, limit: int, wait: float) -> bytes:
+    """The bytes of the file that an option names; what does not arrive within `wait` seconds is an error.
 
     Raises:
         Failure: file_unreadable.
     """
-    if name == "-":
-        if sys.stdin is None or sys.stdin.isatty():
-            raise Failure("file_unreadable", "--file -: standard input is a terminal, nothing is piped into it")
-        return _read_in_time("standard input", sys.stdin.buffer, limit, wait)
+    label = f"{option} {outside_text(name, 200)}".strip()
     try:
-        if stat.S_ISREG(os.stat(name).st_mode):
+        if name == "-":
+            if sys.stdin is None or sys.stdin.isatty():
+                raise Failure("file_unreadable", f"{label}: standard input is a terminal, nothing is piped into it")
+            content = _read_in_time(sys.stdin.buffer, limit, wait)
+        elif stat.S_ISREG(os.stat(name).st_mode):
             with open(name, "rb") as source:
-                return _bounded(name, source.read(limit + 1), limit)
-        if os.path.isdir(name):
-            raise IsADirectoryError(21, "it is a folder")
-        return _read_in_time(name, name, limit, wait)
+                content = source.read(limit + 1)
+        elif os.path.isdir(name):
+            raise Failure("file_unreadable", f"{label}: is a folder")
+        else:
+            content = _read_in_time(name, limit, wait)
     except (OSError, ValueError) as error:
-        raise Failure("file_unreadable", f"{outside_text(name)}: cannot be read: {os_reason(error)}") from None
+        raise Failure("file_unreadable", f"{label}: cannot be read: {os_reason(error)}") from None
+    if len(content) > limit:
+        raise Failure("file_unreadable", f"{label}: is larger than {limit // MIB} MiB")
+    return content
 
 
-def _read_in_time(label: str, source: Any, limit: int, wait: float) -> bytes:
-    """Read a pipe in a thread: one that nobody writes to must not hang the command."""
+def _read_in_time(source: Any, limit: int, wait: float) -> bytes:
+    """Read a pipe, or the file of that name, in a thread: one that nobody writes to must not hang the command."""
     result: list[bytes | OSError] = []
 
     def read() -> None:
@@ -779,16 +787,10 @@ def _read_in_time(label: str, source: Any, limit: int, wait: float) -> bytes:
     with SIGNALS.breakable():
         reader.join(wait)
     if not result:
-        raise Failure("file_unreadable", f"{label}: nothing complete arrived within {wait:g} s")
+        raise OSError(f"nothing complete arrived within {wait:g} s")
     if isinstance(result[0], OSError):
         raise result[0]
-    return _bounded(label, result[0], limit)
-
-
-def _bounded(label: str, data: bytes, limit: int) -> bytes:
-    if len(data) > limit:
-        raise Failure("file_unreadable", f"{outside_text(label)}: larger than {limit // MIB} MiB")
-    return data
+    return result[0]
 
 
 def os_reason(error: Exception) -> str:
@@ -872,7 +874,7 @@ def _key_in_dotenv(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) 
         return None
     value = str(lines[-1])
     quoted = re.match(r"""(["'])(.*?)\1""", value)
-    return _key(quoted[2] if quoted else re.split(r"\s#", value)[0], ".env in the working folder")
+    return _key(quoted[2] if quoted else re.split(r"(?:^|\s)#", value)[0], ".env in the working folder")
 
 
 def _key_in_ini(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> Key | None:
@@ -991,7 +993,7 @@ def split_netloc(netloc: str) -> tuple[str, int | None]:
         raise ValueError("its port must be from 1 to 65535")
     if host.startswith("["):
         return str(ipaddress.IPv6Address(host[1:-1])), port
-    if not _HOST_NAME.fullmatch(host):
+    if len(host) > 253 or not _HOST_NAME.fullmatch(host):
         raise ValueError("its host is not a host name")
     return host, port
 
@@ -1809,7 +1811,7 @@ class Evidence:
         return cls(path, data)
 
     @classmethod
-    def load(cls, name: str, wait: float) -> Evidence:
+    def load(cls, option: str, name: str, wait: float) -> Evidence:
         """Read and check an evidence file.
 
         Raises:
@@ -1818,7 +1820,7 @@ class Evidence:
         import jsonschema
 
         path = Path(os.path.abspath(name))
-        content = read_input(str(path), MAX_EVIDENCE_BYTES, wait)
+        content = read_input(option, str(path) if name else "", MAX_EVIDENCE_BYTES, wait)
         try:
             data = decode_json_file(name, content)
         except Failure as failure:
@@ -2284,12 +2286,12 @@ def read_request(options: Options, clock: Clock) -> tuple[Any, dict[str, Any] | 
     """The request as written, flags applied; and, for --replay, the evidence that it comes from."""
     recorded = None
     if options.mode == "replay":
-        recorded = Evidence.load(options.source, clock.timeout).data
+        recorded = Evidence.load("--replay", options.source, clock.timeout).data
         raw: Any = {name: value for name, value in recorded["request"].items() if name != "base_url"}
     elif options.mode == "prompt":
         raw = {"prompt": options.source}
     elif options.mode == "file":
-        raw = decode_json_file(options.source, read_input(options.source, MAX_REQUEST_BYTES, clock.timeout))
+        raw = decode_json_file(options.source, read_input("--file", options.source, MAX_REQUEST_BYTES, clock.timeout))
     else:
         if len(options.source) > MAX_REQUEST_BYTES:
             raise Failure("invalid_request", f"--request: larger than {MAX_REQUEST_BYTES // MIB} MiB")
@@ -2312,6 +2314,8 @@ def planned_endpoint(
 ) -> Endpoint:
     """The endpoint of a request; a replayed one goes where the first one went unless a flag says otherwise."""
     request_url = raw.get("base_url") if isinstance(raw, dict) else None
+    if not isinstance(request_url, str) or not request_url:
+        request_url = None  # where it is of another type or empty, the schema says so
     region = options.region
     if recorded and recorded["provider"] == provider.name and region is None:
         request_url = recorded["endpoint"]
@@ -2319,7 +2323,7 @@ def planned_endpoint(
     return choose_endpoint(
         provider,
         flag=options.base_url,
-        request_url=request_url if isinstance(request_url, str) and request_url else None,
+        request_url=request_url,
         region=region,
         env=env,
         trusted=options.trusted,
@@ -2339,21 +2343,22 @@ def choose_output(
     name: str | None, raw: Any, evidence_id: str, env: Mapping[str, str]
 ) -> tuple[Path | None, list[Problem]]:
     """The absolute path of the picture, and what is wrong with it."""
+    source = "--output" if name is not None else "OUTPUT_DIR"
     if name is None:
         prompt = raw.get("prompt") if isinstance(raw, dict) else None
         slug = slug_of(prompt) if isinstance(prompt, str) else ""
         name = str(Folders.of(env).images / "-".join(filter(None, (evidence_id, slug)))) + ".png"
     shown_name = outside_text(name, 200)
     if not name or _CONTROL.search(name):
-        return None, [Problem("invalid_output", "--output: must not be empty or hold control characters")]
+        return None, [Problem("invalid_output", f"{source}: must not be empty or hold control characters")]
     if name.endswith(("/", os.sep)) or os.path.isdir(name):
         return None, [Problem("invalid_output", f"--output: {shown_name} is a folder; give a file name in it")]
     path = Path(os.path.abspath(name))
     if path.suffix.lower() not in FORMATS:
         kinds = ", ".join(FORMATS)
         return None, [Problem("invalid_output", f"--output: must end in one of {kinds}, got {shown(path.name)}")]
-    if len(os.fsencode(path.name)) > 255:
-        return None, [Problem("invalid_output", "--output: the file name is longer than 255 bytes")]
+    if not is_file_name(path.name):
+        return None, [Problem("invalid_output", "--output: not a file name here, or longer than 255 bytes")]
     return path, []
 
 
@@ -2374,7 +2379,16 @@ def format_problems(request: ImageRequest, output: Path) -> list[Problem]:
 def slug_of(prompt: str) -> str:
     """The beginning of a prompt as part of a file name: letters and digits of any script, joined by `-`."""
     words = re.findall(r"\w+", unicodedata.normalize("NFC", without_surrogates(prompt[:400])).replace("_", " ").lower())
-    return "-".join(words)[:40].strip("-")
+    slug = "-".join(words)[:40].strip("-")
+    return slug if is_file_name(slug) else ""
+
+
+def is_file_name(text: str) -> bool:
+    """Whether this system can write the text as a file name."""
+    try:
+        return len(os.fsencode(text)) <= 255
+    except UnicodeError:
+        return False
 
 
 def request_warnings(request: ImageRequest) -> tuple[str, ...]:
@@ -2459,6 +2473,14 @@ def check_space(folder: Path) -> None:
         raise Failure("disk", f"the folder {existing} cannot be examined: {os_reason(error)}") from None
     if free < MIN_FREE_BYTES:
         raise Failure("disk", f"only {free // 1024} KiB are free in {existing}; {MIN_FREE_BYTES // MIB} MiB are needed")
+
+
+def check_working_folder() -> None:
+    """Raise `disk` where the folder that the command was started in is gone."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise Failure("disk", f"the working folder cannot be used: {os_reason(error)}") from None
 
 
 def check_writable(folder: Path, evidence_id: str) -> None:
@@ -2744,7 +2766,7 @@ def recover(options: Options, clock: Clock) -> dict[str, Any]:
     Raises:
         Failure: 2 where nothing was billed, 7 where the outcome is unknown, 8 where the link has died.
     """
-    evidence = Evidence.load(options.source, clock.timeout)
+    evidence = Evidence.load("--recover", options.source, clock.timeout)
     output = recovery_output(evidence, options)
     if options.output is None and is_saved(evidence):
         return response_of(evidence)
@@ -2854,7 +2876,7 @@ def free_of_charge(failure: Failure) -> Failure:
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
 
 MODES = ("request", "file", "prompt", "replay", "recover", "check", "schema")
-REQUEST_FLAGS = ("size", "aspect_ratio", "seed", "prompt_extend")
+REQUEST_FLAGS = ("size", "aspect_ratio", "seed", "prompt_extend", "base_url")
 ALWAYS_ALLOWED = {"print_response", "quiet"}
 ALLOWED: dict[str, set[str]] = {  # the flags that mean something in a mode; those not named here allow all
     "recover": ALWAYS_ALLOWED | {"output", "overwrite", "timeout"},
@@ -2955,7 +2977,7 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
     }
     if arguments.prompt_extend is None:
         given.pop("prompt_extend")
-    problems = [Problem("usage", unknown_sentence(text)) for text in unknown]
+    problems = [Problem("usage", text) for text in unknown_sentences(unknown)]
     modes = [name for name in MODES if name in given]
     if len(modes) != 1:
         names = " ".join(flag(name) for name in modes or MODES)
@@ -2976,7 +2998,7 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
     with noting(problems):
         max_retries = number_option("--max-retries", arguments.max_retries, DEFAULT_MAX_RETRIES, MAX_RETRIES_RANGE)
     with noting(problems):
-        provider = provider_named(arguments.provider) if arguments.provider else None
+        provider = None if arguments.provider is None else provider_named(arguments.provider)
     with noting(problems):
         region = region_option(arguments.region, provider or provider_named(DEFAULT_PROVIDER))
     trusted, more = trusted_hosts(arguments.trust_host or [], env)
@@ -3004,11 +3026,18 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def unknown_sentence(text: str) -> str:
-    """An argument that is not known; only an option's name is repeated, its value could be a key."""
-    if text.startswith("-"):
-        return f"{outside_text(text.partition('=')[0], 60)}: unknown option"
-    return f"{shown(text)}: stray argument (a prompt must be quoted; * is expanded by shells, use x in sizes)"
+def unknown_sentences(unknown: Sequence[str]) -> list[str]:
+    """Arguments that are not known. What may be an unknown option's value could be a key: it is not repeated."""
+    sentences = []
+    previous = ""
+    for text in unknown:
+        if text.startswith("-"):
+            sentences.append(f"{outside_text(text.partition('=')[0], 60)}: unknown option")
+        elif not previous.startswith("-") or "=" in previous:
+            advice = "a prompt must be quoted; shells expand *, use x in sizes"
+            sentences.append(f"{shown(text)}: stray argument ({advice})")
+        previous = text
+    return sentences
 
 
 def number_option(name: str, text: str | None, default: float, bounds: tuple[float, float]) -> float:
@@ -3057,6 +3086,7 @@ def run(options: Options, console: Console, env: Mapping[str, str]) -> None:
         return
     clock = Clock(options.timeout)
     missing_packages()
+    check_working_folder()
     if options.mode == "check":
         console.data(check(options, clock, env))
         return
@@ -3081,6 +3111,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     env = os.environ
     SIGNALS.install()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     for provider in PROVIDERS.values():
         remember_secret(env.get(provider.key_places.variable, "").strip())
     json_flags = ("--print-response", "--check", "--dry-run", "--schema")
