@@ -47,11 +47,13 @@ import shlex
 import shutil
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
 import time
 import unicodedata
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
@@ -112,6 +114,7 @@ CORRUPT_DOWNLOAD_RETRIES = 1  # the same bytes twice will not get better
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP"}
 MAX_SIDE = {"PNG": 2**31 - 1, "JPEG": 65_500, "WEBP": 16_383}  # pixels; limits of the file formats
+READABLE_FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP"]  # others start programs or are not worth the risk
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {"PNG": {}, "JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
 
 EXIT_OK = 0
@@ -566,8 +569,6 @@ def outside_json(value: Any, depth: int = 4) -> Any:
     if isinstance(value, str):
         return outside_text(value)
     if isinstance(value, float) and not math.isfinite(value):
-        return None
-    if isinstance(value, int) and abs(value) > 2**63:
         return None
     if isinstance(value, dict):
         items = list(value.items())[:50] if depth else []
@@ -1392,9 +1393,13 @@ class DashScope(Provider):
 
 
 def read_json(answer: HttpAnswer) -> dict[str, Any]:
-    """The JSON object in an answer; empty where there is none, whatever stands there instead."""
+    """The JSON object in an answer; empty where there is none, whatever stands there instead.
+
+    Small faults of form are forgiven: behind them may be the link to a picture that has been paid for.
+    """
     try:
-        body = json.loads(answer.body.decode("utf-8-sig"))
+        text = answer.body.decode("utf-8-sig", "replace")
+        body = json.loads(text, strict=False, parse_int=lambda digits: int(digits) if len(digits) < 20 else None)
     except (ValueError, RecursionError):
         return {}
     return body if isinstance(body, dict) else {}
@@ -1432,7 +1437,7 @@ def retry_after(answer: HttpAnswer) -> float | None:
     import email.utils
 
     said = answer.headers.get("retry-after", "").strip()
-    if re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", said):
+    if re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,9})?", said):
         return float(said)
     try:
         moment = email.utils.parsedate_to_datetime(said)
@@ -1716,14 +1721,19 @@ def _read_answer(response: Any, limit: int) -> HttpAnswer:
     import urllib3
 
     body, whole = bytearray(), True
+    # Left to itself, urllib3 throws away the beginning of a body that breaks off: it may hold the link.
+    response.raw.enforce_content_length = False
     try:
         for chunk in response.iter_content(64 * 1024):
             body += chunk
             if len(body) > limit:
                 raise AnswerTooLarge
+        whole = not response.raw.length_remaining
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError):
         whole = False
     headers = {name.lower(): value for name, value in response.headers.items()}
+    if not body and not {"content-length", "transfer-encoding"} & headers.keys():
+        whole = False  # nothing announced and nothing sent: the headers broke off
     return HttpAnswer(response.status_code, headers, bytes(body), whole)
 
 
@@ -2010,39 +2020,58 @@ def verified(content: bytes) -> Picture:
     """
     from PIL import Image
 
+    Image.MAX_IMAGE_PIXELS = None  # the check below is stricter, and does not print a warning
+
     def unusable(what: str) -> Failure:
         return Failure("image_unusable", f"what was downloaded ({len(content)} bytes) {what}")
 
     if not content:
         raise unusable("is empty")
     try:
-        with Image.open(io.BytesIO(content)) as image:
+        with Image.open(io.BytesIO(content), formats=READABLE_FORMATS) as image:
             if image.width * image.height > MAX_DECODED_PIXELS:
                 raise unusable(f"claims {image.width}*{image.height} pixels, which no picture of this model has")
             kind = image.format or ""
             image.load()
             size = image.size
+            last_row_is_empty = image.crop((0, image.height - 1, image.width, image.height)).getbbox() is None
         if kind == "PNG":
-            with Image.open(io.BytesIO(content)) as image:
+            with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
                 image.verify()  # checksums of all chunks, to the last
     except Failure:
         raise
-    except Image.DecompressionBombError:
-        raise unusable("claims more pixels than any picture of this model has") from None
     except Exception as error:  # Pillow's decoders raise many kinds for bytes they cannot read
         raise unusable(f"is not a whole image ({type(error).__name__})") from None
-    if not ends_as_it_should(kind, content):
+    if not ends_as_it_should(kind, content) or (kind == "PNG" and last_row_is_empty and png_lacks_rows(content)):
         raise unusable(f"is a {kind} image that breaks off")
     return Picture(content, kind, *size)
 
 
 def ends_as_it_should(kind: str, content: bytes) -> bool:
     """Whether a format whose decoder forgives a missing end has its end."""
+    if kind == "PNG":
+        return b"IEND\xaeB`\x82" in content[-1024:]
     if kind == "JPEG":
         return b"\xff\xd9" in content[-1024:]
     if kind == "WEBP":
         return len(content) >= 8 + int.from_bytes(content[4:8], "little")
     return True
+
+
+def png_lacks_rows(content: bytes) -> bool:
+    """Whether a PNG's data ends before its last row: Pillow leaves such rows empty and says nothing.
+
+    Chunk layout and sizes: PNG specification (W3C), sections 5 and 7. Interlaced pictures are taken as they are.
+    """
+    width, height, bits, color, _, _, interlaced = struct.unpack(">IIBBBBB", content[16:29])
+    samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
+    expected = height * (1 + (width * bits * samples + 7) // 8)
+    data, position = bytearray(), 8
+    while position + 8 <= len(content):
+        length, kind = struct.unpack(">I4s", content[position : position + 8])
+        data += content[position + 8 : position + 8 + length] if kind == b"IDAT" else b""
+        position += 12 + length
+    return not interlaced and len(zlib.decompressobj().decompress(bytes(data), expected)) < expected
 
 
 def converted(picture: Picture, wanted: str) -> Picture:
@@ -2080,22 +2109,20 @@ def place(content: bytes, output: Path, evidence_id: str, overwrite: bool) -> tu
     Raises:
         Failure: disk_after_paying.
     """
+    other = _second_name(output, evidence_id)
     temporary = output.with_name(f".{SKILL}-{evidence_id}.part")
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)  # of a process that was killed
         write_exclusively(temporary, content)
-        try:
-            if overwrite and not output.is_dir():
-                os.replace(temporary, output)
-                return output, None
-            _move_without_replacing(temporary, output)
+        if overwrite and not output.is_dir():
+            os.replace(temporary, output)
             return output, None
-        except FileExistsError:
-            other = _second_name(output, evidence_id)
-            _move_without_replacing(temporary, other)
+        if _take_name(temporary, output, content):
+            return output, None
+        if _take_name(temporary, other, content):
             return other, f"{output} was taken meanwhile; the picture is saved as {other}"
+        raise FileExistsError(f"{other} is taken too")
     except OSError as error:
         raise Failure("disk_after_paying", f"the picture cannot be saved at {output}: {os_reason(error)}") from None
     finally:
@@ -2111,17 +2138,20 @@ def _second_name(output: Path, evidence_id: str) -> Path:
     return output.with_name(f"{stem}-{evidence_id}{output.suffix}")
 
 
-def _move_without_replacing(source: Path, target: Path) -> None:
-    """Give a file its name unless the name is taken (FileExistsError)."""
+def _take_name(temporary: Path, target: Path, content: bytes) -> bool:
+    """Give a finished file its name, unless another file has it. True where the name now holds the content."""
     try:
-        os.link(source, target)
+        os.link(temporary, target)
     except FileExistsError:
-        raise
+        # The same bytes: saved by a run that was killed before it could say so.
+        return target.is_file() and target.stat().st_size == len(content) and target.read_bytes() == content
     except OSError:  # a file system without hard links: claim the name first
-        os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        os.replace(source, target)
-    else:
-        source.unlink(missing_ok=True)
+        try:
+            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        except FileExistsError:
+            return False
+        os.replace(temporary, target)
+    return True
 
 
 def backoff(attempt: int) -> float:
