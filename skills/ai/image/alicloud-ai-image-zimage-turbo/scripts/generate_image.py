@@ -756,7 +756,7 @@ def read_input(option: str, name: str, limit: int, wait: float) -> bytes:
     try:
         if name == "-":
             if sys.stdin is None or sys.stdin.isatty():
-                raise Failure("file_unreadable", f"{label}: standard input is a terminal, nothing is piped into it")
+                raise Failure("file_unreadable", f"{label}: nothing is piped into standard input")
             content = _read_in_time(sys.stdin.buffer, limit, wait)
         elif stat.S_ISREG(os.stat(name).st_mode):
             with open(name, "rb") as source:
@@ -920,7 +920,9 @@ def _key(value: str, source: str) -> Key | None:
 
 def _check_key(key: Key) -> None:
     """Refuse what no header can carry and what is plainly a placeholder."""
-    if not re.fullmatch(r"[!-~]{1,512}", key.value) or re.search("[\"'<>]", key.value):
+    if len(key.value) > 512:
+        raise Failure("key_malformed", f"the API key from {key.source} is longer than any key: 512 characters")
+    if not re.fullmatch(r"[!-~]+", key.value) or re.search("[\"'<>]", key.value):
         raise Failure(
             "key_malformed",
             f"the API key from {key.source} has blanks, quotes, brackets or characters beyond ASCII in it",
@@ -974,9 +976,14 @@ class Endpoint(NamedTuple):
 def is_loopback_host(host: str) -> bool:
     """True for localhost, 127.0.0.0/8 and ::1 in their usual spelling; nothing is resolved."""
     try:
-        return ipaddress.ip_address(host).is_loopback
+        return is_loopback_address(ipaddress.ip_address(host))
     except ValueError:
         return host == LOOPBACK_NAME
+
+
+def is_loopback_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """True for 127.0.0.0/8 and ::1, not for ::ffff:127.0.0.1, on which versions of Python disagree."""
+    return address.is_loopback and getattr(address, "ipv4_mapped", None) is None
 
 
 def split_netloc(netloc: str) -> tuple[str, int | None]:
@@ -994,9 +1001,16 @@ def split_netloc(netloc: str) -> tuple[str, int | None]:
         raise ValueError("its port must be from 1 to 65535")
     if host.startswith("["):
         return str(ipaddress.IPv6Address(host[1:-1])), port
-    if len(host) > 253 or not _HOST_NAME.fullmatch(host):
+    if not is_host_name(host):
         raise ValueError("its host is not a host name")
     return host, port
+
+
+def is_host_name(text: str) -> bool:
+    """True for a name or a plain IPv4 address in lower case; not for 127.1, 0x7f.1 and their like."""
+    if len(text) > 253 or not _HOST_NAME.fullmatch(text):
+        return False
+    return _is_address(text) or not re.fullmatch(r"[0-9]+|0x[0-9a-f]*", text.rpartition(".")[2])
 
 
 def trusted_hosts(flags: Sequence[str], env: Mapping[str, str]) -> tuple[frozenset[str], list[Problem]]:
@@ -1007,7 +1021,7 @@ def trusted_hosts(flags: Sequence[str], env: Mapping[str, str]) -> tuple[frozens
     ]
     hosts, problems = set(), []
     for source, name in named:
-        if _HOST_NAME.fullmatch(name.lower()):
+        if is_host_name(name.lower()):
             hosts.add(name.lower())
         else:
             problems.append(
@@ -1508,7 +1522,7 @@ REACH: dict[str, Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address], bool]
     # Which resolved addresses a call may connect to.
     "service": lambda address: True,  # the host was checked by name; private service endpoints exist
     "public": lambda address: is_public_address(address),
-    "loopback": lambda address: address.is_loopback,
+    "loopback": is_loopback_address,
 }
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
 
@@ -1847,9 +1861,8 @@ class Evidence:
         A disk that fails now must not lose a paid picture: `unwritten` tells, the command goes on.
         """
         self.data = {name: value for name, value in (self.data | changes).items() if value is not None}
-        temporary = self.path.with_name(f".{self.path.name}.tmp")
+        temporary = temporary_name(self.path.parent, self.id)
         try:
-            temporary.unlink(missing_ok=True)  # of a process that was killed
             write_exclusively(temporary, to_json(self.data), mode=0o600)
             os.replace(temporary, self.path)
             self.unwritten = False
@@ -1877,6 +1890,28 @@ class Evidence:
 def to_json(value: Any) -> bytes:
     """Readable JSON in UTF-8; file names that are not text become escapes."""
     return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode("utf-8", "backslashreplace")
+
+
+def temporary_name(folder: Path, stem: str) -> Path:
+    """A hidden name for a file in the making. What a killed process has left under the same stem is removed."""
+    with contextlib.suppress(OSError):
+        for path in folder.glob(f".{stem}.*.part"):
+            if not is_alive(int(path.suffixes[-2][1:])):
+                path.unlink(missing_ok=True)
+    return folder / f".{stem}.{os.getpid()}.part"
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process may still be at work. Windows keeps open files from being removed: there, none needs to be."""
+    if os.name == "nt":
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def write_exclusively(path: Path, content: bytes, mode: int = 0o666) -> None:
@@ -2103,31 +2138,34 @@ def converted(picture: Picture, wanted: str) -> Picture:
     return Picture(target.getvalue(), wanted, picture.width, picture.height)
 
 
-def place(content: bytes, output: Path, evidence_id: str, overwrite: bool) -> tuple[Path, str | None]:
+def place(content: bytes, output: Path, evidence_id: str, *, overwrite: bool, again: bool) -> tuple[Path, str | None]:
     """Put the bytes under the output's name in one step; returns the path used, and a warning if it is another.
+
+    `again`: a run that was killed may have put them there already; then its file is the one.
 
     Raises:
         Failure: disk_after_paying.
     """
     other = _second_name(output, evidence_id)
-    temporary = output.with_name(f".{SKILL}-{evidence_id}.part")
+    warning = f"{output} was taken meanwhile; the picture is saved as {other}"
+    temporary = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary.unlink(missing_ok=True)  # of a process that was killed
+        temporary = temporary_name(output.parent, f"{SKILL}-{evidence_id}")
         write_exclusively(temporary, content)
         if overwrite and not output.is_dir():
             os.replace(temporary, output)
             return output, None
-        if _take_name(temporary, output, content):
-            return output, None
-        if _take_name(temporary, other, content):
-            return other, f"{output} was taken meanwhile; the picture is saved as {other}"
+        for path, said in ((output, None), (other, warning)):
+            if _take_name(temporary, path) or (again and _holds(path, content)):
+                return path, said
         raise FileExistsError(f"{other} is taken too")
     except OSError as error:
         raise Failure("disk_after_paying", f"the picture cannot be saved at {output}: {os_reason(error)}") from None
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def _second_name(output: Path, evidence_id: str) -> Path:
@@ -2138,13 +2176,16 @@ def _second_name(output: Path, evidence_id: str) -> Path:
     return output.with_name(f"{stem}-{evidence_id}{output.suffix}")
 
 
-def _take_name(temporary: Path, target: Path, content: bytes) -> bool:
-    """Give a finished file its name, unless another file has it. True where the name now holds the content."""
+def _holds(path: Path, content: bytes) -> bool:
+    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
+
+
+def _take_name(temporary: Path, target: Path) -> bool:
+    """Give a finished file its name; False where another file has it."""
     try:
         os.link(temporary, target)
     except FileExistsError:
-        # The same bytes: saved by a run that was killed before it could say so.
-        return target.is_file() and target.stat().st_size == len(content) and target.read_bytes() == content
+        return False
     except OSError:  # a file system without hard links: claim the name first
         try:
             os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
@@ -2553,7 +2594,7 @@ def generate(plan: Plan, options: Options, clock: Clock, console: Console, env: 
             timings_ms={"generate": elapsed_ms(clock.start)},
             warnings=[*plan.warnings, *generated.warnings] or None,
         )
-        collect(evidence, plan.provider, plan.output, plan.overwrite, clock)
+        collect(evidence, plan.provider, plan.output, clock, overwrite=plan.overwrite, again=False)
     return response_of(evidence)
 
 
@@ -2630,8 +2671,13 @@ def retry_wait(failure: Failure, attempt: int, max_retries: int, clock: Clock, u
     return float(wait)
 
 
-def collect(evidence: Evidence, provider: Provider, output: Path, overwrite: bool, clock: Clock) -> None:
-    """Bring a picture that has been paid for to its place, and the evidence to `saved`."""
+def collect(
+    evidence: Evidence, provider: Provider, output: Path, clock: Clock, *, overwrite: bool, again: bool
+) -> None:
+    """Bring a picture that has been paid for to its place, and the evidence to `saved`.
+
+    `again`: an earlier run may have got as far as this.
+    """
     start = time.monotonic()
     response = evidence.data["response"]
     source = download(
@@ -2642,7 +2688,7 @@ def collect(evidence: Evidence, provider: Provider, output: Path, overwrite: boo
         expires_at=moment_of(response.get("expires_at")),
     )
     picture = converted(source, FORMATS[output.suffix.lower()])
-    path, warning = place(picture.content, output, evidence.id, overwrite)
+    path, warning = place(picture.content, output, evidence.id, overwrite=overwrite, again=again)
     warnings = [*evidence.data.get("warnings", ()), warning, size_warning(evidence.data["request"]["size"], picture)]
     origin = {"source_format": source.format, "source_sha256": source.sha256} if picture is not source else {}
     evidence.record(
@@ -2804,8 +2850,9 @@ def recover(options: Options, clock: Clock) -> dict[str, Any]:
         raise unrecoverable(evidence)
     check_writable(output.parent, evidence.id)
     import_libraries()
+    provider = provider_named(evidence.data["provider"])
     with settling(evidence, clock):
-        collect(evidence, provider_named(evidence.data["provider"]), output, options.overwrite, clock)
+        collect(evidence, provider, output, clock, overwrite=options.overwrite, again=True)
     return response_of(evidence)
 
 
