@@ -27,7 +27,7 @@ KEPT_VARIABLES = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LD_LIBRARY_PATH")
 
 sys.path.insert(0, str(SCRIPTS))
 
-from mock_server import MockServer  # noqa: E402
+from mock_server import MockServer
 
 
 @dataclass

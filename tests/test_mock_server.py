@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-import mock_server
 import pytest
 import requests
-from mock_server import FAULTS, MockServer, Picture, RateLimit, draw_png, fault_plan
 from PIL import Image
+
+import mock_server
+from mock_server import FAULTS, MockServer, Picture, RateLimit, draw_png, fault_plan
 
 SCRIPT = Path(mock_server.__file__)
 PROMPT = "A red panda reading a book"
@@ -610,7 +611,6 @@ print(json.dumps({
 
 
 def test_the_official_client_works_unchanged(tmp_path: Path) -> None:
-    pytest.importorskip("dashscope")
     with MockServer(rpm=0) as mock:
         environment = {
             **os.environ,
