@@ -1438,7 +1438,9 @@ def at(value: Any, *path: str | int) -> Any:
 
 def kept_text(value: object) -> str:
     """A long text from outside (rewritten prompt, reasoning): kept with its lines, without key and broken text."""
-    return mask(without_surrogates(value.strip()))[:100_000] if isinstance(value, str) else ""
+    if not isinstance(value, str):
+        return ""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "", mask(without_surrogates(value)).strip())[:100_000]
 
 
 def request_id(answer: HttpAnswer, body: dict[str, Any]) -> str:
@@ -1700,8 +1702,9 @@ def exchange(call: HttpCall, *, until: float, limit: int, reach: str) -> HttpAns
     host = urlsplit(call.url).hostname or ""
     proxies = {} if is_loopback_host(host) else requests.utils.get_environ_proxies(call.url)
     headers = {"User-Agent": f"{SKILL}/{VERSION}", "Accept-Encoding": "identity", "Connection": "close"} | call.headers
+    answer: HttpAnswer | None = None
     try:
-        with SIGNALS.breakable(), open_session(wire) as session:
+        with open_session(wire) as session, SIGNALS.breakable():
             response = session.request(
                 call.method,
                 call.url,
@@ -1714,12 +1717,16 @@ def exchange(call: HttpCall, *, until: float, limit: int, reach: str) -> HttpAns
                 verify=ca_bundle(),
             )
             answer = _read_answer(response, limit)
-            return answer._replace(whole=answer.whole and not wire.expired)  # cut by us looks like an end
+    except Interrupted:
+        if answer is None:
+            raise
+        # The signal came with the answer: what was paid for is put on disk first, the next wait gives way.
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
         raise _transport_failure(wire, error) from None
     finally:
         watchdog.cancel()
         wire.close()
+    return answer._replace(whole=answer.whole and not wire.expired)  # cut by us looks like an end
 
 
 def ca_bundle() -> str | bool:
@@ -1740,8 +1747,10 @@ def _read_answer(response: Any, limit: int) -> HttpAnswer:
     try:
         for chunk in response.iter_content(64 * 1024):
             body += chunk
-            if len(body) > limit:
+            if len(body) > limit and response.status_code < 300:
                 raise AnswerTooLarge
+            if len(body) > limit:
+                break  # the status alone says enough
         whole = not response.raw.length_remaining
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError):
         whole = False
@@ -1888,8 +1897,10 @@ class Evidence:
 
 
 def to_json(value: Any) -> bytes:
-    """Readable JSON in UTF-8; file names that are not text become escapes."""
-    return (json.dumps(value, ensure_ascii=False, indent=2) + "\n").encode("utf-8", "backslashreplace")
+    """Readable JSON in UTF-8; file names that are not text, and what a terminal would obey, become escapes."""
+    text = json.dumps(value, ensure_ascii=False, indent=2)
+    text = re.sub("[\x7f-\x9f]", lambda sign: f"\\u{ord(sign[0]):04x}", text)
+    return (text + "\n").encode("utf-8", "backslashreplace")
 
 
 def temporary_name(folder: Path, stem: str) -> Path:
@@ -2023,8 +2034,6 @@ def download(link: str, *, clock: Clock, loopback: bool, provider: Provider, exp
         if final or spent or attempt == DOWNLOAD_RETRIES or time.monotonic() + wait >= clock.end:
             break
         pause(wait)
-    if failure.code == "paid_not_downloaded" and expires_at <= utc_now():
-        raise Failure("link_expired", f"the link to the picture died at {timestamp(expires_at)}")
     raise failure
 
 
@@ -2557,9 +2566,9 @@ def check_working_folder() -> None:
 def check_writable(folder: Path, evidence_id: str) -> None:
     """Raise `disk` unless a file can really be written into the folder; leaves none behind."""
     check_space(folder)
-    probe = folder / f".{SKILL}-{evidence_id}.probe"
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        probe = temporary_name(folder, f"{SKILL}-{evidence_id}")
         write_exclusively(probe, b"")
         probe.unlink()
     except OSError as error:
