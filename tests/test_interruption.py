@@ -321,12 +321,11 @@ def test_a_kill_at_any_moment_leaves_true_evidence_and_no_half_picture(
         assert picture.exists()
     if service.billed:
         assert evidence["status"] in ("submitting", "generated", "saved")
-    posts = len(service.posts)
     result = recover(shell)
     assert result.code == (7 if evidence["status"] == "submitting" else 0), (evidence, result)
     if result.code == 0:
         assert Path(result.json["image_path"]).read_bytes() == noise_png()
-    assert len(service.posts) == posts
+    assert len(service.posts) <= 1  # the server may read the killed run's request only now
 
 
 def test_a_run_killed_between_picture_and_evidence_knows_its_picture_again(shell: Shell, service: FaultServer) -> None:
