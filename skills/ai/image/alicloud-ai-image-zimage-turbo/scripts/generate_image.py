@@ -8,7 +8,7 @@ and everything that is known after it is on disk before the next step.
 
 This file stands alone: it needs requests, jsonschema and Pillow, and nothing else of the repository.
 Chapters: contract, errors, request, credentials, endpoint and trust, provider, transport, evidence,
-picture, commands, command line.
+picture, plan, local checks, making a picture, settling, free commands, command line.
 """
 
 # /// script
@@ -324,7 +324,7 @@ EVIDENCE_SCHEMA: dict[str, Any] = {
 SCHEMAS = {"request": REQUEST_SCHEMA, "response": RESPONSE_SCHEMA, "evidence": EVIDENCE_SCHEMA}
 
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
-# 2. Errors: every way in which a command can end other than well
+# 2. Errors: every way in which a command can end other than well, signals, and text that must be safe to show
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
 
 
@@ -2215,53 +2215,8 @@ def pause(seconds: float) -> None:
 
 
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
-# 10. Commands: what each mode does, from options to an answer
+# 10. Plan: everything that is decided before money is spent
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
-
-
-class Console:
-    """stdout carries data only, in UTF-8; everything else goes to stderr. A closed stream never ends a command."""
-
-    def __init__(self, *, json_mode: bool, quiet: bool = False) -> None:
-        self.json_mode = json_mode
-        self.quiet = quiet
-
-    def note(self, text: str) -> None:
-        if not self.quiet:
-            self._write("stderr", text.encode("utf-8", "backslashreplace") + b"\n")
-
-    def data(self, value: dict[str, Any]) -> None:
-        self._write("stdout", to_json(value))
-
-    def path(self, path: str) -> None:
-        self._write("stdout", os.fsencode(path) + b"\n")
-
-    def failure(self, failure: Failure) -> None:
-        """The error for a person on stderr, its advice on the last line; as JSON on stdout where asked for."""
-        error = failure.object()
-        lines = [f"error: {error['code']}: {error['message']}"]
-        if len(error.get("problems", [])) > 1:
-            lines = [f"error: {error['code']}: {len(error['problems'])} problems"]
-            lines += [f"  {problem}" for problem in error["problems"]]
-        lines += [
-            f"{name}: {error[name]}" for name in ("evidence_path", "next_command", "retry_after_s") if name in error
-        ]
-        lines.append(f"next: {error['hint']}")
-        self._write("stderr", ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
-        if self.json_mode:
-            self.data({"error": error})
-
-    def _write(self, name: str, content: bytes) -> None:
-        stream = getattr(sys, name)
-        try:
-            stream.buffer.write(content)
-            stream.buffer.flush()
-        except AttributeError:  # no such stream, or a replaced one without bytes
-            with contextlib.suppress(Exception):
-                stream.write(content.decode("utf-8", "replace"))
-        except OSError:  # nobody reads it any more; keep the interpreter from complaining at its end
-            with contextlib.suppress(OSError, ValueError):
-                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Options(NamedTuple):
@@ -2419,6 +2374,17 @@ def workspace_of(provider: Provider, env: Mapping[str, str]) -> tuple[str | None
     return None, [Problem("usage", f"{provider.workspace_variable}: must be a workspace id, letters, digits, . _ -")]
 
 
+def provider_named(name: str) -> Provider:
+    """The provider of that name.
+
+    Raises:
+        Failure: usage, naming those that exist.
+    """
+    if name not in PROVIDERS:
+        raise Failure("usage", f"--provider: must be one of {', '.join(PROVIDERS)}, got {shown(name)}")
+    return PROVIDERS[name]()
+
+
 def choose_output(
     name: str | None, raw: Any, evidence_id: str, env: Mapping[str, str]
 ) -> tuple[Path | None, list[Problem]]:
@@ -2442,20 +2408,6 @@ def choose_output(
     return path, []
 
 
-def check_free_name(output: Path, overwrite: bool) -> None:
-    """Raise `output_exists` where the name is taken and may not be."""
-    if os.path.lexists(output) and not overwrite:
-        raise Failure("output_exists", f"--output: {output} exists already")
-
-
-def format_problems(request: ImageRequest, output: Path) -> list[Problem]:
-    """A picture that the output's format cannot hold is refused before it is paid for."""
-    limit = MAX_SIDE[FORMATS[output.suffix.lower()]]
-    if max(request.width_height) <= limit:
-        return []
-    return [Problem("invalid_output", f"--output: {output.suffix} holds sides up to {limit} pixels; use .png")]
-
-
 def slug_of(prompt: str) -> str:
     """The beginning of a prompt as part of a file name: letters and digits of any script, joined by `-`."""
     words = re.findall(r"\w+", unicodedata.normalize("NFC", without_surrogates(prompt[:400])).replace("_", " ").lower())
@@ -2471,10 +2423,23 @@ def is_file_name(text: str) -> bool:
         return False
 
 
+def format_problems(request: ImageRequest, output: Path) -> list[Problem]:
+    """A picture that the output's format cannot hold is refused before it is paid for."""
+    limit = MAX_SIDE[FORMATS[output.suffix.lower()]]
+    if max(request.width_height) <= limit:
+        return []
+    return [Problem("invalid_output", f"--output: {output.suffix} holds sides up to {limit} pixels; use .png")]
+
+
 def request_warnings(request: ImageRequest) -> tuple[str, ...]:
     if len(request.prompt) <= LONG_PROMPT:
         return ()
     return (f"prompt: {len(request.prompt)} characters; the service may cut it at {LONG_PROMPT}",)
+
+
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+# 11. Local checks: whatever can fail on this machine fails before the request leaves
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
 
 
 def missing_packages() -> None:
@@ -2494,48 +2459,26 @@ def missing_package(what: str) -> Failure:
     return Failure("missing_package", f"missing Python package: {what}", hint=hint)
 
 
-def provider_named(name: str) -> Provider:
-    """The provider of that name.
+def import_libraries() -> None:
+    """Load what the paid call and its picture need, so that a broken package shows before money is spent."""
+    import PIL.Image
+    import requests
 
-    Raises:
-        Failure: usage, naming those that exist.
-    """
-    if name not in PROVIDERS:
-        raise Failure("usage", f"--provider: must be one of {', '.join(PROVIDERS)}, got {shown(name)}")
-    return PROVIDERS[name]()
+    del PIL, requests
 
 
-def dry_run(plan: Plan, env: Mapping[str, str]) -> dict[str, Any]:
-    """The whole plan, and everything that would stop it; nothing is sent, asked for or written."""
-    checks: list[Callable[[], object]] = [
-        lambda: find_key(plan.provider.key_places, env),
-        lambda: check_free_name(plan.output, plan.overwrite),
-        lambda: check_space(plan.output.parent),
-        lambda: check_space(plan.evidence_path.parent),
-    ]
-    found: list[object] = []
-    problems: list[Failure] = []
-    for local_check in checks:
-        try:
-            found.append(local_check())
-        except Failure as failure:
-            problems.append(failure)
-    key = next((result for result in found if isinstance(result, Key)), None)
-    return {
-        "ok": not problems,
-        "request": plan.request.as_dict(),
-        "provider": plan.provider.name,
-        "region": plan.endpoint.region,
-        "endpoint": plan.endpoint.url,
-        "payload": plan.payload,
-        "output": str(plan.output),
-        "billable": True,
-        "estimated_cost": plan.price.estimate,
-        "cost_basis": plan.price.basis,
-        "key_source": key.source if key else None,
-        "warnings": list(plan.warnings),
-        "problems": [failure.object() for failure in problems],
-    }
+def check_working_folder() -> None:
+    """Raise `disk` where the folder that the command was started in is gone."""
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise Failure("disk", f"the working folder cannot be used: {os_reason(error)}") from None
+
+
+def check_free_name(output: Path, overwrite: bool) -> None:
+    """Raise `output_exists` where the name is taken and may not be."""
+    if os.path.lexists(output) and not overwrite:
+        raise Failure("output_exists", f"--output: {output} exists already")
 
 
 def check_space(folder: Path) -> None:
@@ -2555,14 +2498,6 @@ def check_space(folder: Path) -> None:
         raise Failure("disk", f"only {free // 1024} KiB are free in {existing}; {MIN_FREE_BYTES // MIB} MiB are needed")
 
 
-def check_working_folder() -> None:
-    """Raise `disk` where the folder that the command was started in is gone."""
-    try:
-        os.getcwd()
-    except OSError as error:
-        raise Failure("disk", f"the working folder cannot be used: {os_reason(error)}") from None
-
-
 def check_writable(folder: Path, evidence_id: str) -> None:
     """Raise `disk` unless a file can really be written into the folder; leaves none behind."""
     check_space(folder)
@@ -2573,6 +2508,11 @@ def check_writable(folder: Path, evidence_id: str) -> None:
         probe.unlink()
     except OSError as error:
         raise Failure("disk", f"the folder {folder} is not writable: {os_reason(error)}") from None
+
+
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+# 12. Making a picture: the one paid call, and the way from its answer to a saved file
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
 
 
 def generate(plan: Plan, options: Options, clock: Clock, console: Console, env: Mapping[str, str]) -> dict[str, Any]:
@@ -2605,18 +2545,6 @@ def generate(plan: Plan, options: Options, clock: Clock, console: Console, env: 
         )
         collect(evidence, plan.provider, plan.output, clock, overwrite=plan.overwrite, again=False)
     return response_of(evidence)
-
-
-def import_libraries() -> None:
-    """Load what the paid call and its picture need, so that a broken package shows before money is spent."""
-    import PIL.Image
-    import requests
-
-    del PIL, requests
-
-
-def elapsed_ms(start: float) -> float:
-    return round((time.monotonic() - start) * 1000, 1)
 
 
 def obtain(plan: Plan, key: Key, evidence: Evidence, clock: Clock, max_retries: int) -> Generated:
@@ -2725,25 +2653,42 @@ def collect(
         evidence.data["warnings"] = said
 
 
-def is_loopback_url(url: str) -> bool:
-    try:
-        return is_loopback_host(split_netloc(urlsplit(url).netloc)[0])
-    except ValueError:
-        return False
-
-
-def moment_of(text: str | None) -> dt.datetime:
-    """The moment that an evidence file names; long ago where it names none."""
-    try:
-        moment = dt.datetime.fromisoformat((text or "").replace("Z", "+00:00"))
-        return moment if moment.tzinfo else moment.replace(tzinfo=dt.timezone.utc)
-    except ValueError:
-        return dt.datetime.min.replace(tzinfo=dt.timezone.utc)
-
-
 def size_warning(asked: str, picture: Picture) -> str | None:
     size = f"{picture.width}*{picture.height}"
     return None if size == asked else f"the picture is {size}, asked was {asked}"
+
+
+def elapsed_ms(start: float) -> float:
+    return round((time.monotonic() - start) * 1000, 1)
+
+
+def response_of(evidence: Evidence) -> dict[str, Any]:
+    """The response of the contract (RESPONSE_SCHEMA), from an evidence file that has reached `saved`."""
+    data = evidence.data
+    request, said, image = data["request"], data.get("response", {}), data["image"]
+    response = {
+        "image_url": said.get("image_url"),
+        "width": image["width"],
+        "height": image["height"],
+        "prompt": request["prompt"],
+        "rewritten_prompt": said.get("rewritten_prompt"),
+        "reasoning": said.get("reasoning"),
+        "request_id": said.get("request_id", ""),
+        "seed": request["seed"],
+        "size": request["size"],
+        "provider": data["provider"],
+        "region": data["region"],
+        "image_path": image["path"],
+        "evidence_path": str(evidence.path),
+        "estimated_cost": data["cost"]["estimate"],
+        "warnings": data.get("warnings"),
+    }
+    return {name: value for name, value in response.items() if value is not None}
+
+
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+# 13. Settling: how a run that ends early leaves its evidence
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
 
 
 @contextlib.contextmanager
@@ -2821,28 +2766,42 @@ def own_command(*arguments: str) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-def response_of(evidence: Evidence) -> dict[str, Any]:
-    """The response of the contract (RESPONSE_SCHEMA), from an evidence file that has reached `saved`."""
-    data = evidence.data
-    request, said, image = data["request"], data.get("response", {}), data["image"]
-    response = {
-        "image_url": said.get("image_url"),
-        "width": image["width"],
-        "height": image["height"],
-        "prompt": request["prompt"],
-        "rewritten_prompt": said.get("rewritten_prompt"),
-        "reasoning": said.get("reasoning"),
-        "request_id": said.get("request_id", ""),
-        "seed": request["seed"],
-        "size": request["size"],
-        "provider": data["provider"],
-        "region": data["region"],
-        "image_path": image["path"],
-        "evidence_path": str(evidence.path),
-        "estimated_cost": data["cost"]["estimate"],
-        "warnings": data.get("warnings"),
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+# 14. Free commands: dry run, recovery, check
+# ═══════════════════════════════════════════════════════════════════════════════════════════════════
+
+
+def dry_run(plan: Plan, env: Mapping[str, str]) -> dict[str, Any]:
+    """The whole plan, and everything that would stop it; nothing is sent, asked for or written."""
+    checks: list[Callable[[], object]] = [
+        lambda: find_key(plan.provider.key_places, env),
+        lambda: check_free_name(plan.output, plan.overwrite),
+        lambda: check_space(plan.output.parent),
+        lambda: check_space(plan.evidence_path.parent),
+    ]
+    found: list[object] = []
+    problems: list[Failure] = []
+    for local_check in checks:
+        try:
+            found.append(local_check())
+        except Failure as failure:
+            problems.append(failure)
+    key = next((result for result in found if isinstance(result, Key)), None)
+    return {
+        "ok": not problems,
+        "request": plan.request.as_dict(),
+        "provider": plan.provider.name,
+        "region": plan.endpoint.region,
+        "endpoint": plan.endpoint.url,
+        "payload": plan.payload,
+        "output": str(plan.output),
+        "billable": True,
+        "estimated_cost": plan.price.estimate,
+        "cost_basis": plan.price.basis,
+        "key_source": key.source if key else None,
+        "warnings": list(plan.warnings),
+        "problems": [failure.object() for failure in problems],
     }
-    return {name: value for name, value in response.items() if value is not None}
 
 
 def recover(options: Options, clock: Clock) -> dict[str, Any]:
@@ -2915,6 +2874,22 @@ def unrecoverable(evidence: Evidence) -> Failure:
     )
 
 
+def is_loopback_url(url: str) -> bool:
+    try:
+        return is_loopback_host(split_netloc(urlsplit(url).netloc)[0])
+    except ValueError:
+        return False
+
+
+def moment_of(text: str | None) -> dt.datetime:
+    """The moment that an evidence file names; long ago where it names none."""
+    try:
+        moment = dt.datetime.fromisoformat((text or "").replace("Z", "+00:00"))
+        return moment if moment.tzinfo else moment.replace(tzinfo=dt.timezone.utc)
+    except ValueError:
+        return dt.datetime.min.replace(tzinfo=dt.timezone.utc)
+
+
 def check(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str, Any]:
     """One free, read-only query that shows whether host, key and permission work.
 
@@ -2958,7 +2933,7 @@ def free_of_charge(failure: Failure) -> Failure:
 
 
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
-# 11. Command line
+# 15. Command line: options, streams and exit codes
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
 
 MODES = ("request", "file", "prompt", "replay", "recover", "check", "schema")
@@ -2984,6 +2959,51 @@ exit codes:
 stdout carries data only: the path of the saved image, or one JSON object. The last line on stderr
 of every error says what to do next. Key: DASHSCOPE_API_KEY, or dashscope_api_key in ~/.alibabacloud/credentials.
 """
+
+
+class Console:
+    """stdout carries data only, in UTF-8; everything else goes to stderr. A closed stream never ends a command."""
+
+    def __init__(self, *, json_mode: bool, quiet: bool = False) -> None:
+        self.json_mode = json_mode
+        self.quiet = quiet
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            self._write("stderr", text.encode("utf-8", "backslashreplace") + b"\n")
+
+    def data(self, value: dict[str, Any]) -> None:
+        self._write("stdout", to_json(value))
+
+    def path(self, path: str) -> None:
+        self._write("stdout", os.fsencode(path) + b"\n")
+
+    def failure(self, failure: Failure) -> None:
+        """The error for a person on stderr, its advice on the last line; as JSON on stdout where asked for."""
+        error = failure.object()
+        lines = [f"error: {error['code']}: {error['message']}"]
+        if len(error.get("problems", [])) > 1:
+            lines = [f"error: {error['code']}: {len(error['problems'])} problems"]
+            lines += [f"  {problem}" for problem in error["problems"]]
+        lines += [
+            f"{name}: {error[name]}" for name in ("evidence_path", "next_command", "retry_after_s") if name in error
+        ]
+        lines.append(f"next: {error['hint']}")
+        self._write("stderr", ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
+        if self.json_mode:
+            self.data({"error": error})
+
+    def _write(self, name: str, content: bytes) -> None:
+        stream = getattr(sys, name)
+        try:
+            stream.buffer.write(content)
+            stream.buffer.flush()
+        except AttributeError:  # no such stream, or a replaced one without bytes
+            with contextlib.suppress(Exception):
+                stream.write(content.decode("utf-8", "replace"))
+        except OSError:  # nobody reads it any more; keep the interpreter from complaining at its end
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Parser(argparse.ArgumentParser):

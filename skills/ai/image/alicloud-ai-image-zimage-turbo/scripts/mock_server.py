@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["pillow>=10.1,<14"]
+# dependencies = ["Pillow>=10.3,<14"]
 # ///
 """The image service on loopback: offline, free, and as strict as the real one.
 
@@ -53,7 +53,7 @@ from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFont, ImageOps
 
 MAX_BODY_BYTES = 1024 * 1024
 MIN_PIXELS, MAX_PIXELS = 512 * 512, 2048 * 2048  # the service's bounds on width * height
-MIN_SIDE, MAX_SIDE = 256, 8192  # the service names none; these only keep out slivers that nobody means
+MIN_SIDE = 64  # the service names none: this only keeps out slivers that cannot be drawn
 MAX_SEED = 2147483647
 DEFAULT_SIZE = "1024*1536"
 DEFAULT_RPM = 120  # requests a minute and account: the vendor's model page, 2026
@@ -607,7 +607,7 @@ def _valid_size(value: object) -> bool:
     if not isinstance(value, str) or not re.fullmatch(r"[1-9][0-9]{2,3}\*[1-9][0-9]{2,3}", value):
         return False
     width, height = map(int, value.split("*"))
-    return MIN_PIXELS <= width * height <= MAX_PIXELS and all(MIN_SIDE <= n <= MAX_SIDE for n in (width, height))
+    return MIN_PIXELS <= width * height <= MAX_PIXELS and min(width, height) >= MIN_SIDE
 
 
 # type() and not isinstance(): true and false are no integers.
@@ -1051,7 +1051,8 @@ def _grained(image: Image.Image, rng: random.Random) -> Image.Image:
 
 def _caption(picture: Picture, palette: Palette) -> Image.Image:
     """The strip below the landscape: that this is a mock, what was asked, seed and size."""
-    size = round(min(max(12, 0.021 * math.sqrt(picture.width * picture.height)), picture.width / 24))
+    wanted = max(12, 0.021 * math.sqrt(picture.width * picture.height))
+    size = max(2, round(min(wanted, picture.width / 24, picture.height / 12)))
     pad, line = round(size * 0.9), round(size * 1.45)
     big, small = ImageFont.load_default(size), ImageFont.load_default(round(size * 0.82))
     paper, ink = _mix(_rgb(palette.land), (0, 0, 0), 0.35), _mix(_rgb(palette.light), (255, 255, 255), 0.4)
