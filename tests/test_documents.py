@@ -48,8 +48,8 @@ def code_spans(cell: str) -> list[str]:
 
 def test_skill_md_is_short_enough_for_an_agent() -> None:
     assert 150 <= len(SKILL_MD.splitlines()) <= 200
-    # Measured with two public tokenizers: 3.6 characters a token. Three are counted here, to be on the safe side.
-    assert len(SKILL_MD) / 3 <= 3000
+    # Measured with two public tokenizers: 3.6 characters a token. Fewer are counted here, to be on the safe side.
+    assert len(SKILL_MD) / 3.3 <= 3000
 
 
 def test_skill_md_frontmatter_keeps_the_rules_of_the_format() -> None:

@@ -22,11 +22,13 @@ picture, plan, local checks, making a picture, settling, free commands, command 
 from __future__ import annotations
 
 import gc
+import os
 import signal
 
 if __name__ == "__main__":
-    # Until main() installs its handlers, Ctrl-C ends the process silently instead of with a traceback.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    # Until main() installs its handlers nothing has been done: a signal ends the process at once.
+    for _signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_signum, lambda number, _: os._exit(128 + number))
     gc.disable()  # one short run leaves nothing worth collecting, and imports are faster without
 
 import argparse
@@ -39,7 +41,6 @@ import io
 import ipaddress
 import json
 import math
-import os
 import random
 import re
 import secrets
@@ -109,7 +110,7 @@ DEFAULT_MAX_RETRIES = 4
 MAX_RETRIES_RANGE = (0, 100)
 UNREACHABLE_RETRIES = 2  # a refused connection or a missing name fails in seconds
 BACKOFF_BASE, BACKOFF_CAP = 0.5, 20.0  # seconds
-DOWNLOAD_RETRIES = 4
+DOWNLOAD_RETRIES = 4  # free, so --max-retries does not count them
 CORRUPT_DOWNLOAD_RETRIES = 1  # the same bytes twice will not get better
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP"}
@@ -154,7 +155,7 @@ REQUEST_SCHEMA: dict[str, Any] = {
             "type": "integer",
             "minimum": -1,
             "maximum": MAX_SEED,
-            "description": "-1 or none: one is picked, sent and recorded.",
+            "description": "-1 or left out: one is picked, sent and recorded.",
         },
         "prompt_extend": {
             "type": "boolean",
@@ -261,6 +262,7 @@ EVIDENCE_SCHEMA: dict[str, Any] = {
         "request": {"type": "object", "description": "Normalized: itself a valid request."},
         "payload": {"type": "object", "description": "The body that was sent."},
         "output": {"type": "string", "description": "Absolute path that was asked for."},
+        "overwrite": {"type": "boolean", "description": "Whether --overwrite was given."},
         "started_at": {"type": "string", "format": "date-time"},
         "generated_at": {"type": "string", "format": "date-time"},
         "finished_at": {"type": "string", "format": "date-time"},
@@ -304,6 +306,7 @@ EVIDENCE_SCHEMA: dict[str, Any] = {
                 "height": {"type": "integer"},
                 "source_format": {"type": "string", "description": "Where the picture was converted."},
                 "source_sha256": {"type": "string", "description": "Where the picture was converted."},
+                "warnings": {"type": "array", "items": {"type": "string"}},
             },
         },
         "cost": {
@@ -386,9 +389,13 @@ KINDS: dict[str, Kind] = {
     "balance": Kind(EXIT_BALANCE, False, "no", "tell the user to settle the account; do not retry"),
     "quota": Kind(EXIT_BALANCE, False, "no", "tell the user that the quota is used up; do not retry"),
     "blocked": Kind(EXIT_BLOCKED, False, "no", "tell the user; reword the prompt only with their consent"),
-    "rate_limited": Kind(EXIT_UNAVAILABLE, True, "no", "wait a minute (or retry_after_s), then run it once more"),
+    "rate_limited": Kind(
+        EXIT_UNAVAILABLE, True, "no", "wait retry_after_s, or a minute where it is not given, then run it once more"
+    ),
     "service_failing": Kind(EXIT_UNAVAILABLE, True, "no", "wait a minute, then run it once more"),
-    "unreachable": Kind(EXIT_UNAVAILABLE, True, "no", "check network, proxy and base URL, then run it once more"),
+    "unreachable": Kind(
+        EXIT_UNAVAILABLE, True, "no", "check network, proxy, certificates and base URL, then run it once more"
+    ),
     "refused_by_service": Kind(EXIT_UNUSABLE, False, "no", "report the status and message; do not rerun unasked"),
     # After the request has left.
     "outcome_unknown": Kind(EXIT_UNKNOWN, False, "unknown", ASK_BEFORE_PAYING),
@@ -404,7 +411,7 @@ KINDS: dict[str, Kind] = {
         EXIT_UNUSABLE,
         False,
         "yes",
-        "report it; next_command tries the download once more, free; do not pay again unasked",
+        "run next_command once, free; then report it, and do not pay again unasked",
     ),
     "image_too_large": Kind(EXIT_UNUSABLE, False, "yes", "report it; do not pay again unasked"),
     "hop_refused": Kind(
@@ -413,7 +420,9 @@ KINDS: dict[str, Kind] = {
     "link_expired": Kind(
         EXIT_UNUSABLE, False, "yes", "the picture can only be made again: ask the user, then --replay EVIDENCE (costs)"
     ),
-    "link_refused": Kind(EXIT_UNUSABLE, False, "yes", "report it; do not pay again unasked"),
+    "link_refused": Kind(
+        EXIT_UNUSABLE, False, "yes", "run next_command once, free; then report it, and do not pay again unasked"
+    ),
     "disk_after_paying": Kind(EXIT_DISK, False, "yes", "free space or mend the folder, then run next_command, free"),
     "interrupted": Kind(EXIT_SIGNAL, False, "no", "nothing was billed; run it again when you like"),
 }
@@ -498,6 +507,7 @@ class Interrupted(BaseException):
     def __init__(self, signum: int) -> None:
         super().__init__(signum)
         self.signum = signum
+        self.request_left = True  # or may have
 
 
 class Signals:
@@ -513,6 +523,11 @@ class Signals:
     def install(self) -> None:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._handle)
+
+    def ignore(self) -> None:
+        """From now on the work is done: a late signal must not make a success look like an interruption."""
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, signal.SIG_IGN)
 
     def _handle(self, signum: int, _frame: object) -> None:
         self._pending = signum
@@ -572,7 +587,8 @@ def outside_json(value: Any, depth: int = 4) -> Any:
         return None
     if isinstance(value, dict):
         items = list(value.items())[:50] if depth else []
-        return {outside_text(name, 100): outside_json(item, depth - 1) for name, item in items}
+        kept = {outside_text(name, 100): outside_json(item, depth - 1) for name, item in items}
+        return {name: item for name, item in kept.items() if item is not None}
     if isinstance(value, list):
         return [outside_json(item, depth - 1) for item in value[:50]] if depth else []
     return value
@@ -658,7 +674,8 @@ def schema_sentences(error: Any, raw: dict[str, Any]) -> list[str]:
     if error.validator == "not":
         return ["size, aspect_ratio: give one of the two, not both"]
     if error.validator == "type":
-        return [f"{name}: must be of type {rule['type']}, got {json_kind(error.instance)} {given}"]
+        kind = json_kind(error.instance)
+        return [f"{name}: must be of type {rule['type']}, got {kind if kind == given else f'{kind} {given}'}"]
     if error.validator in ("minimum", "maximum"):
         return [f"{name}: must be from {rule['minimum']} to {rule['maximum']}, got {given}"]
     if error.validator == "enum":
@@ -735,11 +752,14 @@ def parse_json(text: str) -> Any:
             fields[name] = value
         return fields
 
+    def bounded(digits: str) -> int:
+        return int(digits[:300])  # out of every range all the same, and Python takes no longer ones
+
     def no_constants(name: str) -> NoReturn:
         raise ValueError(f"{name} is not a JSON value")
 
     try:
-        return json.loads(text, object_pairs_hook=no_repeats, parse_constant=no_constants)
+        return json.loads(text, object_pairs_hook=no_repeats, parse_constant=no_constants, parse_int=bounded)
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} at line {error.lineno}, column {error.colno}") from None
     except RecursionError:
@@ -1295,6 +1315,12 @@ class DashScope(Provider):
         404: "not_found",
         429: "rate_limited",
     }
+    gateway_statuses = (502, 504)  # whatever their body says, the call is not sent again on its own
+    unsaid: ClassVar = {  # what an answer without a message lacks
+        "no_image": "no picture is in the answer",
+        "answer_unusable": "what came back is not the service's JSON",
+        "outcome_unknown": "not an answer from which the outcome can be told (redirects are not followed with the key)",
+    }
     own_fault_statuses = (500, 503)  # not billed, but only where the service itself says so in its JSON
 
     def root_of(self, path: str) -> str | None:
@@ -1346,7 +1372,7 @@ class DashScope(Provider):
         items = at(choice, "message", "content")
         items = [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
         links = [item["image"] for item in items if isinstance(item.get("image"), str) and item["image"].strip()]
-        if not (200 <= answer.status < 300 and links):
+        if body is None or not links or not 200 <= answer.status < 300:
             raise self._failure(answer, body)
         text = next((item["text"] for item in items if isinstance(item.get("text"), str)), "")
         reasoning = at(choice, "message", "reasoning_content") or next(
@@ -1365,29 +1391,31 @@ class DashScope(Provider):
 
     def read_query(self, answer: HttpAnswer) -> bool:
         body = read_json(answer)
-        if answer.status != 200 or body.get("code"):
+        if body is None or answer.status != 200 or body.get("code"):
             raise self._failure(answer, body)
-        if not body:
-            raise Failure(
-                "answer_unusable", "the service's answer is not its JSON", billed="no", http_status=answer.status
-            )
         models = at(body, "output", "models")
         return isinstance(models, list) and any(isinstance(m, dict) and self.model in m.values() for m in models)
 
-    def _failure(self, answer: HttpAnswer, body: dict[str, Any]) -> Failure:
+    def _failure(self, answer: HttpAnswer, body: dict[str, Any] | None) -> Failure:
         """What an answer without a picture means, by the service's code and else by the HTTP status."""
-        code = body["code"] if isinstance(body.get("code"), str) else ""
-        facts = {
-            "http_status": answer.status,
-            "service_code": outside_text(code, 100) or None,
-            "request_id": request_id(answer, body) or None,
-            "retry_after_s": retry_after(answer),
-        }
-        said = outside_text(body.get("message")) if isinstance(body.get("message"), str) else ""
-        message = f"the service answered {answer.status}" + (f" {facts['service_code']}" if code else "")
-        return Failure(self._kind(answer, body, code), message + (f": {said}" if said else ""), **facts)
+        said = {name: value for name, value in (body or {}).items() if isinstance(value, str)}
+        kind = self._kind(answer, body, said.get("code", ""))
+        code = outside_text(said.get("code"), 100)
+        what = outside_text(said.get("message")) or self.unsaid.get(kind, "")
+        doubtful = answer.status in self.gateway_statuses and KINDS[kind].retryable
+        return Failure(
+            kind,
+            " ".join(filter(None, ("the service answered", str(answer.status), code))) + (f": {what}" if what else ""),
+            http_status=answer.status,
+            service_code=code or None,
+            request_id=request_id(answer, body or {}) or None,
+            retry_after_s=retry_after(answer),
+            retryable=False if doubtful else None,
+        )
 
-    def _kind(self, answer: HttpAnswer, body: dict[str, Any], code: str) -> str:
+    def _kind(self, answer: HttpAnswer, body: dict[str, Any] | None, code: str) -> str:
+        if not answer.whole and not 400 <= answer.status < 500:
+            return "outcome_unknown"
         folded = re.sub("[_-]", "", code.lower())
         prefixes = [prefix for prefix in self.code_kinds if folded.startswith(prefix)]
         if prefixes:
@@ -1399,15 +1427,15 @@ class DashScope(Provider):
         if 400 <= answer.status < 500:
             return "refused_by_service"
         if 200 <= answer.status < 300:
-            if body:
+            if body is not None:
                 return "no_image"
-            # An answer that breaks off may have held a picture; one of another kind is no answer of the service.
-            return "outcome_unknown" if not answer.whole or looks_cut(answer.body) else "answer_unusable"
+            # What breaks off may have been the answer with the picture; what is of another kind is no answer at all.
+            return "outcome_unknown" if looks_cut(answer.body) else "answer_unusable"
         return "outcome_unknown"
 
 
-def read_json(answer: HttpAnswer) -> dict[str, Any]:
-    """The JSON object in an answer; empty where there is none, whatever stands there instead.
+def read_json(answer: HttpAnswer) -> dict[str, Any] | None:
+    """The JSON object in an answer; None where there is none, whatever stands there instead.
 
     Small faults of form are forgiven: behind them may be the link to a picture that has been paid for.
     """
@@ -1415,8 +1443,8 @@ def read_json(answer: HttpAnswer) -> dict[str, Any]:
         text = answer.body.decode("utf-8-sig", "replace")
         body = json.loads(text, strict=False, parse_int=lambda digits: int(digits) if len(digits) < 20 else None)
     except (ValueError, RecursionError):
-        return {}
-    return body if isinstance(body, dict) else {}
+        return None
+    return body if isinstance(body, dict) else None
 
 
 def looks_cut(body: bytes) -> bool:
@@ -1547,7 +1575,8 @@ class Wire:
     request leaves on it.
     """
 
-    def __init__(self, until: float, reach: str) -> None:
+    def __init__(self, call: HttpCall, until: float, reach: str) -> None:
+        self.target = request_target(call.url)
         self.until = until
         self.reach = reach
         self.connecting = False
@@ -1592,9 +1621,9 @@ class Wire:
             thread.start()
             thread.join(self.remaining)
         if not found:
-            raise NotSent(f"the name {host} was not resolved in time")
+            raise NotSent("its name was not resolved in time")
         if isinstance(found[0], OSError):
-            raise NotSent(f"the name {host} cannot be resolved")
+            raise NotSent("its name cannot be resolved")
         return found[0]
 
     def _connect(self, addresses: list[tuple[Any, ...]], by_proxy: bool) -> socket.socket:
@@ -1629,6 +1658,13 @@ class Wire:
                 self._socket = None
 
 
+def request_target(url: str) -> str:
+    """Path and query of a URL, byte by byte as they stand; only what is beyond ASCII is encoded."""
+    parts = urlsplit(url)
+    target = urlunsplit(("", "", parts.path or "/", parts.query, ""))
+    return "".join(sign if sign.isascii() else quote(sign) for sign in target)
+
+
 def _is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host)
@@ -1654,6 +1690,12 @@ def open_session(wire: Wire) -> Any:
             if wire.expired:
                 raise OSError("the deadline passed while connecting")
             wire.connected = True  # from here on the service may have seen the request
+
+        def putrequest(
+            self, method: str, url: str, skip_host: bool = False, skip_accept_encoding: bool = False
+        ) -> None:
+            # The libraries rewrite a URL on its way here; a signature may hold for its very bytes only.
+            super().putrequest(method, wire.target, skip_host, skip_accept_encoding)  # type: ignore[misc]
 
     class PlainConnection(Wired, HTTPConnection):
         pass
@@ -1695,7 +1737,7 @@ def exchange(call: HttpCall, *, until: float, limit: int, reach: str) -> HttpAns
     import requests
     import urllib3
 
-    wire = Wire(until, reach)
+    wire = Wire(call, until, reach)
     watchdog = threading.Timer(wire.remaining, wire.cut)
     watchdog.daemon = True
     watchdog.start()
@@ -1717,8 +1759,9 @@ def exchange(call: HttpCall, *, until: float, limit: int, reach: str) -> HttpAns
                 verify=ca_bundle(),
             )
             answer = _read_answer(response, limit)
-    except Interrupted:
+    except Interrupted as interruption:
         if answer is None:
+            interruption.request_left = wire.connected
             raise
         # The signal came with the answer: what was paid for is put on disk first, the next wait gives way.
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
@@ -1744,6 +1787,9 @@ def _read_answer(response: Any, limit: int) -> HttpAnswer:
     body, whole = bytearray(), True
     # Left to itself, urllib3 throws away the beginning of a body that breaks off: it may hold the link.
     response.raw.enforce_content_length = False
+    announced = response.headers.get("content-length", "")
+    if response.status_code < 300 and announced.isdecimal() and len(announced) < 19 and int(announced) > limit:
+        raise AnswerTooLarge
     try:
         for chunk in response.iter_content(64 * 1024):
             body += chunk
@@ -1838,7 +1884,7 @@ class Evidence:
             ignore = path.parent / ".gitignore"
             if not ignore.exists():
                 ignore.write_text("*\n", encoding="utf-8")
-            write_exclusively(path, to_json(data), mode=0o600)
+            write_exclusively(path, to_json(data), mode=OWNER_ONLY)
         except OSError as error:
             raise Failure("disk", f"the evidence file {path} cannot be written: {os_reason(error)}") from None
         return cls(path, data)
@@ -1860,7 +1906,8 @@ class Evidence:
             raise Failure("invalid_evidence", failure.message) from None
         faults = sorted(jsonschema.Draft202012Validator(EVIDENCE_SCHEMA).iter_errors(data), key=lambda e: e.json_path)
         if faults:
-            texts = [outside_text(f"{fault.json_path.removeprefix('$.')}: {fault.message}", 200) for fault in faults]
+            paths = [fault.json_path.removeprefix("$").removeprefix(".") or "the file" for fault in faults]
+            texts = [outside_text(f"{path}: {fault.message}", 200) for path, fault in zip(paths, faults, strict=True)]
             raise Failure("invalid_evidence", f"{outside_text(name)} is not an evidence file: {'; '.join(texts[:5])}")
         return cls(path, data)
 
@@ -1872,7 +1919,7 @@ class Evidence:
         self.data = {name: value for name, value in (self.data | changes).items() if value is not None}
         temporary = temporary_name(self.path.parent, self.id)
         try:
-            write_exclusively(temporary, to_json(self.data), mode=0o600)
+            write_exclusively(temporary, to_json(self.data), mode=OWNER_ONLY)
             os.replace(temporary, self.path)
             self.unwritten = False
         except OSError:
@@ -1894,6 +1941,9 @@ class Evidence:
     def nothing_outstanding(self) -> bool:
         """Whether every attempt is known to have ended unbilled."""
         return all(attempt.get("billed") == "no" for attempt in self.data["attempts"])
+
+
+OWNER_ONLY = 0o600
 
 
 def to_json(value: Any) -> bytes:
@@ -1935,6 +1985,8 @@ def write_exclusively(path: Path, content: bytes, mode: int = 0o666) -> None:
     descriptor = os.open(path, flags, mode)
     try:
         with os.fdopen(descriptor, "wb") as target:
+            if mode == OWNER_ONLY and hasattr(os, "fchmod"):
+                os.fchmod(descriptor, mode)  # whatever the umask
             target.write(content)
             target.flush()
             os.fsync(target.fileno())
@@ -2030,7 +2082,7 @@ def download(link: str, *, clock: Clock, loopback: bool, provider: Provider, exp
             failure = refused
         final = failure.code not in ("paid_not_downloaded", "image_unusable")
         spent = failure.code == "image_unusable" and attempt >= CORRUPT_DOWNLOAD_RETRIES
-        wait = backoff(attempt)
+        wait = failure.facts.get("retry_after_s", backoff(attempt))
         if final or spent or attempt == DOWNLOAD_RETRIES or time.monotonic() + wait >= clock.end:
             break
         pause(wait)
@@ -2049,7 +2101,8 @@ def picture_bytes(answer: HttpAnswer, expires_at: dt.datetime) -> bytes:
             raise Failure("paid_not_downloaded", "the picture was not downloaded: it broke off", http_status=status)
         return answer.body
     if status in (408, 425, 429) or status >= 500:
-        raise Failure("paid_not_downloaded", f"the picture was not downloaded: HTTP {status}", http_status=status)
+        message = f"the picture was not downloaded: HTTP {status}"
+        raise Failure("paid_not_downloaded", message, http_status=status, retry_after_s=retry_after(answer))
     said_expired = status in (403, 410) and b"expired" in answer.body[:4096].lower()
     if said_expired or (status in (401, 403, 404, 410) and expires_at <= utc_now()):
         raise Failure("link_expired", f"the link to the picture has expired (HTTP {status})", http_status=status)
@@ -2126,11 +2179,12 @@ def converted(picture: Picture, wanted: str) -> Picture:
     """
     if picture.format == wanted:
         return picture
-    from PIL import Image
+    from PIL import Image, ImageOps
 
     target = io.BytesIO()
     try:
-        with Image.open(io.BytesIO(picture.content)) as image:
+        with Image.open(io.BytesIO(picture.content), formats=READABLE_FORMATS) as turned:
+            image = ImageOps.exif_transpose(turned)
             has_alpha = "A" in image.getbands() or "transparency" in image.info
             mode = "RGBA" if has_alpha else "RGB"
             plain = image.convert(mode)
@@ -2144,7 +2198,7 @@ def converted(picture: Picture, wanted: str) -> Picture:
         raise Failure(
             "image_unusable", reason, hint="run next_command with another --output, such as one ending in .png"
         ) from None
-    return Picture(target.getvalue(), wanted, picture.width, picture.height)
+    return Picture(target.getvalue(), wanted, *image.size)
 
 
 def place(content: bytes, output: Path, evidence_id: str, *, overwrite: bool, again: bool) -> tuple[Path, str | None]:
@@ -2156,7 +2210,7 @@ def place(content: bytes, output: Path, evidence_id: str, *, overwrite: bool, ag
         Failure: disk_after_paying.
     """
     other = _second_name(output, evidence_id)
-    warning = f"{output} was taken meanwhile; the picture is saved as {other}"
+    warning = f"{output} is taken by another file; the picture is saved as {other}"
     temporary = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
@@ -2265,6 +2319,7 @@ class Plan(NamedTuple):
             "request": self.request.as_dict(),
             "payload": self.payload,
             "output": str(self.output),
+            "overwrite": self.overwrite,
             "started_at": timestamp(now),
             "attempts": [{"at": timestamp(now)}],
             "cost": {
@@ -2298,6 +2353,9 @@ def make_plan(options: Options, clock: Clock, env: Mapping[str, str]) -> Plan:
     endpoint = None
     with noting(problems):
         endpoint = planned_endpoint(options, raw, recorded, provider, env)
+    if problems and output:
+        with noting(problems):  # told with the others; alone, it is a local check
+            check_free_name(output, options.overwrite)
     raise_problems(problems)
     if endpoint is None or output is None:  # each of them has left a problem
         raise AssertionError
@@ -2386,25 +2444,26 @@ def provider_named(name: str) -> Provider:
 
 
 def choose_output(
-    name: str | None, raw: Any, evidence_id: str, env: Mapping[str, str]
+    name: str | None, raw: Any, evidence_id: str, env: Mapping[str, str], source: str = "--output"
 ) -> tuple[Path | None, list[Problem]]:
-    """The absolute path of the picture, and what is wrong with it."""
-    source = "--output" if name is not None else "OUTPUT_DIR"
+    """The absolute path of the picture, and what is wrong with it; `source` is where the name was given."""
+    hint = None
     if name is None:
+        source, hint = "OUTPUT_DIR", "set OUTPUT_DIR to the path of a folder, or unset it"
         prompt = raw.get("prompt") if isinstance(raw, dict) else None
         slug = slug_of(prompt) if isinstance(prompt, str) else ""
         name = str(Folders.of(env).images / "-".join(filter(None, (evidence_id, slug)))) + ".png"
     shown_name = outside_text(name, 200)
     if not name or _CONTROL.search(name):
-        return None, [Problem("invalid_output", f"{source}: must not be empty or hold control characters")]
+        return None, [Problem("invalid_output", f"{source}: must not be empty or hold control characters", hint)]
     if name.endswith(("/", os.sep)) or os.path.isdir(name):
-        return None, [Problem("invalid_output", f"--output: {shown_name} is a folder; give a file name in it")]
+        return None, [Problem("invalid_output", f"{source}: {shown_name} is a folder; give a file name in it")]
     path = Path(os.path.abspath(name))
     if path.suffix.lower() not in FORMATS:
         kinds = ", ".join(FORMATS)
-        return None, [Problem("invalid_output", f"--output: must end in one of {kinds}, got {shown(path.name)}")]
+        return None, [Problem("invalid_output", f"{source}: must end in one of {kinds}, got {shown(path.name)}")]
     if not is_file_name(path.name):
-        return None, [Problem("invalid_output", "--output: not a file name here, or longer than 255 bytes")]
+        return None, [Problem("invalid_output", f"{source}: not a file name here, or longer than 255 bytes")]
     return path, []
 
 
@@ -2522,11 +2581,10 @@ def generate(plan: Plan, options: Options, clock: Clock, console: Console, env: 
     check_space(plan.evidence_path.parent)
     check_writable(plan.output.parent, plan.evidence_path.stem)
     import_libraries()
-    for warning in plan.warnings:
-        console.note(f"warning: {warning}")
+    console.warn(plan.warnings)
     evidence = Evidence.create(plan.evidence_path, plan.evidence(utc_now()))
     console.note(f"evidence: {evidence.path}")
-    with settling(evidence, clock):
+    with settling(evidence):
         generated = obtain(plan, key, evidence, clock, options.max_retries)
         response = {
             "request_id": generated.request_id,
@@ -2543,8 +2601,11 @@ def generate(plan: Plan, options: Options, clock: Clock, console: Console, env: 
             timings_ms={"generate": elapsed_ms(clock.start)},
             warnings=[*plan.warnings, *generated.warnings] or None,
         )
-        collect(evidence, plan.provider, plan.output, clock, overwrite=plan.overwrite, again=False)
-    return response_of(evidence)
+        start = time.monotonic()
+        source = fetch_source(evidence, plan.provider, clock)
+        image = collect(evidence, source, plan.output, overwrite=plan.overwrite, again=False)
+        finish(evidence, image, clock, start)
+    return response_of(evidence, image)
 
 
 def obtain(plan: Plan, key: Key, evidence: Evidence, clock: Clock, max_retries: int) -> Generated:
@@ -2570,7 +2631,13 @@ def obtain(plan: Plan, key: Key, evidence: Evidence, clock: Clock, max_retries: 
                 wait_s=wait and round(wait, 3),
             )
             if wait is None:
+                if attempt:
+                    failure.message += f" (sent {attempt + 1} times)"
                 raise
+        except Interrupted as interruption:
+            if not interruption.request_left:
+                evidence.end_attempt(outcome="interrupted", billed="no")
+            raise
         else:
             evidence.end_attempt(http_status=200, outcome="generated", billed="yes")
             return generated
@@ -2608,49 +2675,51 @@ def retry_wait(failure: Failure, attempt: int, max_retries: int, clock: Clock, u
     return float(wait)
 
 
-def collect(
-    evidence: Evidence, provider: Provider, output: Path, clock: Clock, *, overwrite: bool, again: bool
-) -> None:
-    """Bring a picture that has been paid for to its place, and the evidence to `saved`.
+def collect(evidence: Evidence, source: Picture, output: Path, *, overwrite: bool, again: bool) -> dict[str, Any]:
+    """Put a downloaded picture in its place; returns the `image` of the evidence.
 
     `again`: an earlier run may have got as far as this.
+
+    Raises:
+        Failure: image_unusable, disk_after_paying.
     """
-    start = time.monotonic()
+    picture = converted(source, FORMATS[output.suffix.lower()])
+    path, warning = place(picture.content, output, evidence.id, overwrite=overwrite, again=again)
+    warnings = [text for text in (warning, size_warning(evidence.data["request"]["size"], picture)) if text]
+    image = {
+        "path": str(path),
+        "sha256": picture.sha256,
+        "bytes": len(picture.content),
+        "format": picture.format,
+        "width": picture.width,
+        "height": picture.height,
+    }
+    origin = {"source_format": source.format, "source_sha256": source.sha256} if picture is not source else {}
+    return image | origin | ({"warnings": warnings} if warnings else {})
+
+
+def fetch_source(evidence: Evidence, provider: Provider, clock: Clock) -> Picture:
+    """The picture as the service made it, by the link in the evidence."""
     response = evidence.data["response"]
-    source = download(
+    return download(
         response["image_url"],
         clock=clock,
         loopback=is_loopback_url(evidence.data["endpoint"]),
         provider=provider,
         expires_at=moment_of(response.get("expires_at")),
     )
-    picture = converted(source, FORMATS[output.suffix.lower()])
-    path, warning = place(picture.content, output, evidence.id, overwrite=overwrite, again=again)
-    warnings = [*evidence.data.get("warnings", ()), warning, size_warning(evidence.data["request"]["size"], picture)]
-    origin = {"source_format": source.format, "source_sha256": source.sha256} if picture is not source else {}
-    evidence.record(
-        status="saved",
-        finished_at=timestamp(utc_now()),
-        timings_ms=evidence.data.get("timings_ms", {})
-        | {"download": elapsed_ms(start), "total": elapsed_ms(clock.start)},
-        image={
-            "path": str(path),
-            "sha256": picture.sha256,
-            "bytes": len(picture.content),
-            "format": picture.format,
-            "width": picture.width,
-            "height": picture.height,
-            **origin,
-        },
-        warnings=list(dict.fromkeys(filter(None, warnings))) or None,
-        error=None,
-    )
+
+
+def finish(evidence: Evidence, image: dict[str, Any], clock: Clock, start: float) -> None:
+    """Bring the evidence to `saved`; `start` is when the download began, in seconds of time.monotonic().
+
+    `timings_ms` is of the command that saved the picture; `generate` stays that of the one that made it.
+    """
+    now = {"download": elapsed_ms(start), "total": elapsed_ms(clock.start)}
+    timings = evidence.data.get("timings_ms", {}) | now
+    evidence.record(status="saved", finished_at=timestamp(utc_now()), timings_ms=timings, image=image, error=None)
     if evidence.unwritten:
-        said = [
-            *evidence.data.get("warnings", ()),
-            f"the evidence file {evidence.path} could not be brought up to date",
-        ]
-        evidence.data["warnings"] = said
+        image.setdefault("warnings", []).append(f"the evidence file {evidence.path} could not be brought up to date")
 
 
 def size_warning(asked: str, picture: Picture) -> str | None:
@@ -2662,10 +2731,10 @@ def elapsed_ms(start: float) -> float:
     return round((time.monotonic() - start) * 1000, 1)
 
 
-def response_of(evidence: Evidence) -> dict[str, Any]:
-    """The response of the contract (RESPONSE_SCHEMA), from an evidence file that has reached `saved`."""
+def response_of(evidence: Evidence, image: dict[str, Any]) -> dict[str, Any]:
+    """The response of the contract (RESPONSE_SCHEMA) for a saved image of this evidence."""
     data = evidence.data
-    request, said, image = data["request"], data.get("response", {}), data["image"]
+    request, said = data["request"], data.get("response", {})
     response = {
         "image_url": said.get("image_url"),
         "width": image["width"],
@@ -2681,7 +2750,7 @@ def response_of(evidence: Evidence) -> dict[str, Any]:
         "image_path": image["path"],
         "evidence_path": str(evidence.path),
         "estimated_cost": data["cost"]["estimate"],
-        "warnings": data.get("warnings"),
+        "warnings": [*data.get("warnings", ()), *image.get("warnings", ())] or None,
     }
     return {name: value for name, value in response.items() if value is not None}
 
@@ -2692,7 +2761,7 @@ def response_of(evidence: Evidence) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def settling(evidence: Evidence, clock: Clock) -> Iterator[None]:
+def settling(evidence: Evidence) -> Iterator[None]:
     """Whatever ends the work, the evidence says how, and the error says where the evidence is."""
     try:
         yield
@@ -2703,7 +2772,7 @@ def settling(evidence: Evidence, clock: Clock) -> Iterator[None]:
         failure = interrupted(interruption, evidence)
     except Exception as error:  # a fault of this tool must not lose what was paid for
         failure = internal_error(error, billed=billed_so_far(evidence), exit_code=EXIT_UNKNOWN)
-    settle(evidence, failure, clock)
+    settle(evidence, failure)
     raise failure
 
 
@@ -2741,7 +2810,7 @@ def internal_error(error: Exception, **facts: Any) -> Failure:
     return Failure("internal_error", f"{type(error).__name__}{place_of}", **facts)
 
 
-def settle(evidence: Evidence, failure: Failure, clock: Clock) -> None:
+def settle(evidence: Evidence, failure: Failure) -> None:
     """Write a failure into the evidence, and add to it what leads back to the picture."""
     status = {"no": "failed", "unknown": "unknown", "yes": "generated"}[failure.billed]
     link = evidence.data.get("response", {}).get("image_url")
@@ -2750,10 +2819,11 @@ def settle(evidence: Evidence, failure: Failure, clock: Clock) -> None:
         failure.facts.setdefault("request_id", evidence.data["response"].get("request_id") or None)
         failure.facts["image_url"] = link
         if failure.code not in ("link_expired", "hop_refused", "image_too_large"):
-            failure.facts["next_command"] = own_command("--recover", str(evidence.path), "--print-response")
+            again = ["--overwrite"] if evidence.data.get("overwrite") else []
+            failure.facts["next_command"] = own_command("--recover", str(evidence.path), *again, "--print-response")
+    failure.facts["hint"] = failure.fact("hint").replace("EVIDENCE", shlex.quote(str(evidence.path)))
     failure.facts = {name: value for name, value in failure.facts.items() if value is not None}
-    timings = evidence.data.get("timings_ms", {}) | {"total": elapsed_ms(clock.start)}
-    evidence.record(status=status, finished_at=timestamp(utc_now()), timings_ms=timings, error=failure.object())
+    evidence.record(status=status, finished_at=timestamp(utc_now()), error=failure.object())
     if evidence.unwritten and link:
         # The file on disk does not hold the link: only the error does.
         failure.facts.pop("next_command", None)
@@ -2785,7 +2855,8 @@ def dry_run(plan: Plan, env: Mapping[str, str]) -> dict[str, Any]:
         try:
             found.append(local_check())
         except Failure as failure:
-            problems.append(failure)
+            if failure.message not in [problem.message for problem in problems]:
+                problems.append(failure)
     key = next((result for result in found if isinstance(result, Key)), None)
     return {
         "ok": not problems,
@@ -2812,16 +2883,24 @@ def recover(options: Options, clock: Clock) -> dict[str, Any]:
     """
     evidence = Evidence.load("--recover", options.source, clock.timeout)
     output = recovery_output(evidence, options)
-    if options.output is None and is_saved(evidence):
-        return response_of(evidence)
+    saved = is_saved(evidence)
+    if saved and options.output is None:
+        return response_of(evidence, evidence.data["image"])
     if not evidence.data.get("response", {}).get("image_url"):
         raise unrecoverable(evidence)
     check_writable(output.parent, evidence.id)
     import_libraries()
     provider = provider_named(evidence.data["provider"])
-    with settling(evidence, clock):
-        collect(evidence, provider, output, clock, overwrite=options.overwrite, again=True)
-    return response_of(evidence)
+    with settling(evidence):
+        start = time.monotonic()
+        if saved and "source_format" not in evidence.data["image"]:  # the service's own bytes are here
+            source = verified(Path(evidence.data["image"]["path"]).read_bytes())
+        else:
+            source = fetch_source(evidence, provider, clock)
+        image = collect(evidence, source, output, overwrite=options.overwrite, again=True)
+        if not saved:  # else this is one more copy, and the evidence goes on naming the first
+            finish(evidence, image, clock, start)
+    return response_of(evidence, image)
 
 
 def recovery_output(evidence: Evidence, options: Options) -> Path:
@@ -2831,7 +2910,7 @@ def recovery_output(evidence: Evidence, options: Options) -> Path:
         problems = [Problem("invalid_request", "request: is not normalized")]
     if evidence.data["provider"] not in PROVIDERS:
         problems.append(Problem("invalid_evidence", f"provider: {evidence.data['provider']} is not known"))
-    recorded, more = choose_output(evidence.data["output"], None, evidence.id, {})
+    recorded, more = choose_output(evidence.data["output"], None, evidence.id, {}, source="output")
     if problems or recorded is None or not os.path.isabs(evidence.data["output"]):
         texts = [problem.text for problem in [*problems, *more]] or ["output: is not an absolute path"]
         raise Failure("invalid_evidence", f"{evidence.path.name}: {'; '.join(texts)}", problems=texts)
@@ -2859,16 +2938,20 @@ def unrecoverable(evidence: Evidence) -> Failure:
     """Why there is nothing to fetch for an evidence file without a link."""
     failed = evidence.data["status"] == "failed"
     if failed or (evidence.data["status"] == "submitting" and evidence.nothing_outstanding):
-        reason = evidence.data.get("error", {}).get("message", "it ended before the service made a picture")
+        error = evidence.data.get("error", {"message": "it ended before the service made a picture"})
+        kind = KINDS.get(error.get("code", ""))
+        hint = kind.hint if kind and not kind.retryable else KINDS["nothing_to_recover"].hint
         return Failure(
             "nothing_to_recover",
-            f"this request was not billed: {outside_text(reason)}",
+            f"this request was not billed: {outside_text(error['message'])}",
+            hint=hint.replace("EVIDENCE", shlex.quote(str(evidence.path))),
             evidence_path=str(evidence.path),
         )
     error = evidence.data.get("error", {})
     return Failure(
         "outcome_unknown",
         "the request left and no link came back: whether a picture was made and billed is not known",
+        hint=ASK_BEFORE_PAYING.replace("EVIDENCE", shlex.quote(str(evidence.path))),
         evidence_path=str(evidence.path),
         request_id=error.get("request_id"),
     )
@@ -2925,10 +3008,14 @@ def check(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str, A
 
 
 def free_of_charge(failure: Failure) -> Failure:
-    """The failure of a call that costs nothing."""
-    if failure.code == "outcome_unknown":
-        return Failure("service_failing", failure.message, **failure.facts)
+    """The failure of a call that costs nothing: what would be unknown for a paid one is only a fault here."""
     failure.facts["billed"] = "no"
+    if failure.code == "outcome_unknown" and 300 <= failure.facts.get("http_status", 0) < 400:
+        failure.code = "answer_unusable"
+    if failure.code == "outcome_unknown":
+        failure.code = "service_failing"
+    if failure.code in ("answer_unusable", "no_image"):
+        failure.facts["hint"] = "check the base URL: what answers there is not the service"
     return failure
 
 
@@ -2967,16 +3054,24 @@ class Console:
     def __init__(self, *, json_mode: bool, quiet: bool = False) -> None:
         self.json_mode = json_mode
         self.quiet = quiet
+        self._warned: set[str] = set()
+
+    def warn(self, warnings: Sequence[str]) -> None:
+        """Tell each warning once."""
+        for text in warnings:
+            if text not in self._warned:
+                self._warned.add(text)
+                self.note(f"warning: {text}")
 
     def note(self, text: str) -> None:
         if not self.quiet:
             self._write("stderr", text.encode("utf-8", "backslashreplace") + b"\n")
 
-    def data(self, value: dict[str, Any]) -> None:
-        self._write("stdout", to_json(value))
+    def data(self, value: dict[str, Any]) -> bool:
+        return self._write("stdout", to_json(value))
 
-    def path(self, path: str) -> None:
-        self._write("stdout", os.fsencode(path) + b"\n")
+    def path(self, path: str) -> bool:
+        return self._write("stdout", os.fsencode(path) + b"\n")
 
     def failure(self, failure: Failure) -> None:
         """The error for a person on stderr, its advice on the last line; as JSON on stdout where asked for."""
@@ -2993,17 +3088,19 @@ class Console:
         if self.json_mode:
             self.data({"error": error})
 
-    def _write(self, name: str, content: bytes) -> None:
+    def _write(self, name: str, content: bytes) -> bool:
+        """Whether the stream took the content."""
         stream = getattr(sys, name)
+        if stream is None:
+            return False
         try:
             stream.buffer.write(content)
             stream.buffer.flush()
-        except AttributeError:  # no such stream, or a replaced one without bytes
-            with contextlib.suppress(Exception):
-                stream.write(content.decode("utf-8", "replace"))
         except OSError:  # nobody reads it any more; keep the interpreter from complaining at its end
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            return False
+        return True
 
 
 class Parser(argparse.ArgumentParser):
@@ -3037,7 +3134,7 @@ def build_parser() -> Parser:
     request = parser.add_argument_group("request (wins over the request's own fields)")
     request.add_argument("--size", metavar="W*H", help="pixels, such as 1280x720; 512*512 to 2048*2048 in total")
     request.add_argument("--aspect-ratio", metavar="R", help=f"one of {' '.join(RATIO_SIZES)}")
-    request.add_argument("--seed", metavar="N", help=f"0 to {MAX_SEED}; -1 or none: one is picked and recorded")
+    request.add_argument("--seed", metavar="N", help=f"0 to {MAX_SEED}; -1 or left out: one is picked and recorded")
     request.add_argument(
         "--prompt-extend",
         action=argparse.BooleanOptionalAction,
@@ -3204,12 +3301,10 @@ def run(options: Options, console: Console, env: Mapping[str, str]) -> None:
             console.data(dry_run(plan, env))
             return
         response = generate(plan, options, clock, console, env)
-    for warning in response.get("warnings", ()):
-        console.note(f"warning: {warning}")
-    if console.json_mode:
-        console.data(response)
-    else:
-        console.path(response["image_path"])
+    console.warn(response.get("warnings", ()))
+    told = console.data(response) if console.json_mode else console.path(response["image_path"])
+    if not told:
+        console.note(f"warning: standard output cannot be written; the image is {response['image_path']}")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3246,4 +3341,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    exit_code = main()
+    SIGNALS.ignore()
+    sys.exit(exit_code)
