@@ -207,6 +207,17 @@ def test_a_saved_picture_is_had_in_another_format_without_network_and_without_to
     assert (shell.folder / "out.png").read_bytes() == noise_png()
 
 
+def test_a_copy_that_fails_leaves_the_saved_picture_saved(shell: Shell, service: FaultServer) -> None:
+    service.play(PICTURE, file(jpeg(1024, 1024, 1), "image/jpeg"))
+    assert shell.run(*RUN).code == 0
+    (path,) = shell.evidence_files()
+    before = path.read_bytes()
+    service.play(PICTURE, oss_error(404, "NoSuchKey", "gone"))
+    assert recover(shell, "--output", "copy.webp").code == 8
+    assert path.read_bytes() == before
+    assert recover(shell).code == 0
+
+
 def test_advice_names_the_evidence_and_not_a_placeholder(shell: Shell, service: FaultServer) -> None:
     service.play(GENERATE, Answer(hang_up="after-reading"))
     hint = shell.run(*RUN).error["hint"]

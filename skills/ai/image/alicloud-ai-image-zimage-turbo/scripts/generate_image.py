@@ -2761,8 +2761,11 @@ def response_of(evidence: Evidence, image: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def settling(evidence: Evidence) -> Iterator[None]:
-    """Whatever ends the work, the evidence says how, and the error says where the evidence is."""
+def settling(evidence: Evidence, *, saved: bool = False) -> Iterator[None]:
+    """Whatever ends the work, the evidence says how, and the error says where the evidence is.
+
+    `saved`: the picture is safe already; a copy that fails changes nothing about that.
+    """
     try:
         yield
         return
@@ -2772,7 +2775,9 @@ def settling(evidence: Evidence) -> Iterator[None]:
         failure = interrupted(interruption, evidence)
     except Exception as error:  # a fault of this tool must not lose what was paid for
         failure = internal_error(error, billed=billed_so_far(evidence), exit_code=EXIT_UNKNOWN)
-    settle(evidence, failure)
+    explain(evidence, failure)
+    if not saved:
+        settle(evidence, failure)
     raise failure
 
 
@@ -2810,21 +2815,27 @@ def internal_error(error: Exception, **facts: Any) -> Failure:
     return Failure("internal_error", f"{type(error).__name__}{place_of}", **facts)
 
 
-def settle(evidence: Evidence, failure: Failure) -> None:
-    """Write a failure into the evidence, and add to it what leads back to the picture."""
-    status = {"no": "failed", "unknown": "unknown", "yes": "generated"}[failure.billed]
+def explain(evidence: Evidence, failure: Failure) -> None:
+    """Add to a failure what leads back to the picture."""
     link = evidence.data.get("response", {}).get("image_url")
-    failure.facts["evidence_path"] = str(evidence.path)
-    if link:
-        failure.facts.setdefault("request_id", evidence.data["response"].get("request_id") or None)
-        failure.facts["image_url"] = link
-        if failure.code not in ("link_expired", "hop_refused", "image_too_large"):
-            again = ["--overwrite"] if evidence.data.get("overwrite") else []
-            failure.facts["next_command"] = own_command("--recover", str(evidence.path), *again, "--print-response")
-    failure.facts["hint"] = failure.fact("hint").replace("EVIDENCE", shlex.quote(str(evidence.path)))
-    failure.facts = {name: value for name, value in failure.facts.items() if value is not None}
+    path = str(evidence.path)
+    failure.facts["evidence_path"] = path
+    failure.facts["hint"] = failure.fact("hint").replace("EVIDENCE", shlex.quote(path))
+    if not link:
+        return
+    failure.facts["image_url"] = link
+    if evidence.data["response"].get("request_id"):
+        failure.facts.setdefault("request_id", evidence.data["response"]["request_id"])
+    if failure.code not in ("link_expired", "hop_refused", "image_too_large"):
+        again = ["--overwrite"] if evidence.data.get("overwrite") else []
+        failure.facts["next_command"] = own_command("--recover", path, *again, "--print-response")
+
+
+def settle(evidence: Evidence, failure: Failure) -> None:
+    """Write a failure into the evidence."""
+    status = {"no": "failed", "unknown": "unknown", "yes": "generated"}[failure.billed]
     evidence.record(status=status, finished_at=timestamp(utc_now()), error=failure.object())
-    if evidence.unwritten and link:
+    if evidence.unwritten and "image_url" in failure.facts:
         # The file on disk does not hold the link: only the error does.
         failure.facts.pop("next_command", None)
         failure.facts["hint"] = "fetch image_url within 24 hours by other means: the evidence file could not be written"
@@ -2891,7 +2902,7 @@ def recover(options: Options, clock: Clock) -> dict[str, Any]:
     check_writable(output.parent, evidence.id)
     import_libraries()
     provider = provider_named(evidence.data["provider"])
-    with settling(evidence):
+    with settling(evidence, saved=saved):
         start = time.monotonic()
         if saved and "source_format" not in evidence.data["image"]:  # the service's own bytes are here
             source = verified(Path(evidence.data["image"]["path"]).read_bytes())
