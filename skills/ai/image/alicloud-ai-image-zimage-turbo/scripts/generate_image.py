@@ -14,7 +14,7 @@ picture, plan, local checks, making a picture, settling, free commands, command 
 # /// script
 # requires-python = ">=3.10"
 # dependencies = [
-#   "requests>=2.32,<3",
+#   "requests>=2.32.3,<3",
 #   "jsonschema>=4.18,<5",
 #   "Pillow>=10.3,<14",
 # ]
@@ -70,7 +70,7 @@ if sys.version_info < (3, 10):
 
 VERSION = "0.1.0"
 SKILL = "alicloud-ai-image-zimage-turbo"
-REQUIREMENTS = {"requests": "requests>=2.32,<3", "jsonschema": "jsonschema>=4.18,<5", "PIL": "Pillow>=10.3,<14"}
+REQUIREMENTS = {"requests": "requests>=2.32.3,<3", "jsonschema": "jsonschema>=4.18,<5", "PIL": "Pillow>=10.3,<14"}
 
 MIN_PIXELS = 512 * 512
 MAX_PIXELS = 2048 * 2048
@@ -2632,7 +2632,7 @@ def obtain(plan: Plan, key: Key, evidence: Evidence, clock: Clock, max_retries: 
             )
             if wait is None:
                 if attempt:
-                    failure.message += f" (sent {attempt + 1} times)"
+                    failure.message += f" (tried {attempt + 1} times)"
                 raise
         except Interrupted as interruption:
             if not interruption.request_left:
