@@ -19,6 +19,7 @@ from PIL import Image
 import generate_image as tool
 from conftest import TEST_KEY, Result, Shell
 from fault_server import (
+    BLOCK,
     GENERATE,
     PICTURE,
     Answer,
@@ -77,6 +78,7 @@ def jpeg(width: int, height: int, orientation: int) -> bytes:
         "/img/./b/../a.png?x=[1]&y={2}&z=|",
         "/img/a.png?bad=%zz&good=%2F",
         "/img//a.png?&&a=;b=~",
+        "/img/a.png?",
     ],
 )
 def test_a_link_is_fetched_byte_by_byte(shell: Shell, service: FaultServer, target: str) -> None:
@@ -120,6 +122,28 @@ def test_a_photo_that_lies_on_its_side_is_turned_when_converted(shell: Shell, se
         assert image.size == (512, 768)
 
 
+@pytest.mark.parametrize("body", [BLOCK * 3000, BLOCK[:1]], ids=["huge", "hanging"])
+def test_the_body_of_a_redirect_is_not_read(shell: Shell, service: FaultServer, body: bytes) -> None:
+    headers = (("Location", "/img/there.png"),)
+    service.play(PICTURE, Answer(status=302, headers=headers, body=body, claimed_length=len(BLOCK) * 3000, delay_s=0))
+    service.play("/img/there.png", file(png()))
+    start = time.monotonic()
+    assert shell.run(*RUN, "--timeout", "30").code == 0
+    assert time.monotonic() - start < 10
+
+
+@pytest.mark.parametrize("location", ["http://[", "http://h]x/", "/\xff"])
+def test_a_redirect_to_what_is_no_link_is_refused_at_once(shell: Shell, service: FaultServer, location: str) -> None:
+    service.play(PICTURE, Answer(status=302, headers=(("Location", location),)))
+    assert shell.run(*RUN).error["code"] == "hop_refused"
+    assert len(service.downloads) == 1
+
+
+def test_a_whole_png_counts_whatever_length_was_announced(shell: Shell, service: FaultServer) -> None:
+    service.play(PICTURE, file(png(), claimed_length=len(png()) + 100))
+    assert shell.run(*RUN).code == 0
+
+
 # The answer ----------------------------------------------------------------------------------------------------------
 
 
@@ -157,6 +181,18 @@ def test_the_next_command_of_a_run_that_may_overwrite_does_overwrite(shell: Shel
     done = subprocess.run(command, shell=True, cwd="/", env=shell.environment(), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr
     assert (shell.folder / "out.png").read_bytes() == png()
+
+
+def test_the_next_command_of_a_recovery_goes_on_to_the_same_file(shell: Shell, service: FaultServer) -> None:
+    pay_without_fetching(shell, service)
+    (shell.folder / "n.webp").write_bytes(b"old")
+    service.play(PICTURE, oss_error(404, "NoSuchKey", "not there yet"))
+    command = recover(shell, "--output", "n.webp", "--overwrite").error["next_command"]
+    service.play(PICTURE, file(png()))
+    done = subprocess.run(command, shell=True, cwd="/", env=shell.environment(), capture_output=True, check=False)
+    assert done.returncode == 0, done.stderr
+    with Image.open(shell.folder / "n.webp") as image:
+        assert image.format == "WEBP"
 
 
 def test_a_recovery_alone_never_overwrites(shell: Shell, service: FaultServer) -> None:
@@ -251,6 +287,22 @@ def test_a_picture_whose_path_cannot_be_told_on_stdout_is_told_on_stderr(shell: 
         )
     assert done.returncode == 0
     assert str(shell.folder / "out.png") in done.stderr.decode()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize(("mode", "code"), [("--schema=request", 9), ("--help", 0), ("--version", 0)])
+def test_data_that_nobody_takes_is_no_success(shell: Shell, mode: str, code: int) -> None:
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(
+            shell.command(mode),
+            cwd=shell.folder,
+            env=shell.environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            check=False,
+        )
+    assert done.returncode == code
+    assert b"Exception" not in done.stderr
 
 
 def test_a_warning_is_told_once(shell: Shell, service: FaultServer) -> None:

@@ -25,10 +25,16 @@ import gc
 import os
 import signal
 
+
+def _leave_early(number: int, _frame: object) -> None:
+    """Until main() installs its handlers nothing has been done: a signal ends the process at once."""
+    os.write(2, b"error: interrupted: before anything was sent\nnext: nothing was billed; run it again when you like\n")
+    os._exit(128 + number)
+
+
 if __name__ == "__main__":
-    # Until main() installs its handlers nothing has been done: a signal ends the process at once.
     for _signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(_signum, lambda number, _: os._exit(128 + number))
+        signal.signal(_signum, _leave_early)
     gc.disable()  # one short run leaves nothing worth collecting, and imports are faster without
 
 import argparse
@@ -262,7 +268,6 @@ EVIDENCE_SCHEMA: dict[str, Any] = {
         "request": {"type": "object", "description": "Normalized: itself a valid request."},
         "payload": {"type": "object", "description": "The body that was sent."},
         "output": {"type": "string", "description": "Absolute path that was asked for."},
-        "overwrite": {"type": "boolean", "description": "Whether --overwrite was given."},
         "started_at": {"type": "string", "format": "date-time"},
         "generated_at": {"type": "string", "format": "date-time"},
         "finished_at": {"type": "string", "format": "date-time"},
@@ -590,7 +595,8 @@ def outside_json(value: Any, depth: int = 4) -> Any:
         kept = {outside_text(name, 100): outside_json(item, depth - 1) for name, item in items}
         return {name: item for name, item in kept.items() if item is not None}
     if isinstance(value, list):
-        return [outside_json(item, depth - 1) for item in value[:50]] if depth else []
+        kept_items = [outside_json(item, depth - 1) for item in value[:50]] if depth else []
+        return [item for item in kept_items if item is not None]
     return value
 
 
@@ -1319,7 +1325,7 @@ class DashScope(Provider):
     unsaid: ClassVar = {  # what an answer without a message lacks
         "no_image": "no picture is in the answer",
         "answer_unusable": "what came back is not the service's JSON",
-        "outcome_unknown": "not an answer from which the outcome can be told (redirects are not followed with the key)",
+        "outcome_unknown": "no answer from which the outcome can be told",
     }
     own_fault_statuses = (500, 503)  # not billed, but only where the service itself says so in its JSON
 
@@ -1401,7 +1407,8 @@ class DashScope(Provider):
         said = {name: value for name, value in (body or {}).items() if isinstance(value, str)}
         kind = self._kind(answer, body, said.get("code", ""))
         code = outside_text(said.get("code"), 100)
-        what = outside_text(said.get("message")) or self.unsaid.get(kind, "")
+        redirect = "a redirect, which is not followed with the key" if 300 <= answer.status < 400 else ""
+        what = outside_text(said.get("message")) or redirect or self.unsaid.get(kind, "")
         doubtful = answer.status in self.gateway_statuses and KINDS[kind].retryable
         return Failure(
             kind,
@@ -1660,8 +1667,8 @@ class Wire:
 
 def request_target(url: str) -> str:
     """Path and query of a URL, byte by byte as they stand; only what is beyond ASCII is encoded."""
-    parts = urlsplit(url)
-    target = urlunsplit(("", "", parts.path or "/", parts.query, ""))
+    target = url.partition("#")[0].partition("://")[2][len(urlsplit(url).netloc) :]
+    target = target if target.startswith("/") else f"/{target}"
     return "".join(sign if sign.isascii() else quote(sign) for sign in target)
 
 
@@ -1719,7 +1726,11 @@ def open_session(wire: Wire) -> Any:
             manager.pool_classes_by_scheme = {"http": PlainPool, "https": TlsPool}
             return manager
 
-    session = requests.Session()
+    class PlainSession(requests.Session):
+        def get_redirect_target(self, resp: Any) -> None:
+            """None: told not to follow redirects, requests would still read their whole bodies to prepare it."""
+
+    session = PlainSession()
     session.trust_env = False
     session.mount("http://", WiredAdapter())
     session.mount("https://", WiredAdapter())
@@ -1784,10 +1795,13 @@ def _read_answer(response: Any, limit: int) -> HttpAnswer:
     import requests
     import urllib3
 
+    headers = {name.lower(): value for name, value in response.headers.items()}
+    if 300 <= response.status_code < 400 and "location" in headers:
+        return HttpAnswer(response.status_code, headers, b"")  # all that a redirect says is said
     body, whole = bytearray(), True
     # Left to itself, urllib3 throws away the beginning of a body that breaks off: it may hold the link.
     response.raw.enforce_content_length = False
-    announced = response.headers.get("content-length", "")
+    announced = headers.get("content-length", "")
     if response.status_code < 300 and announced.isdecimal() and len(announced) < 19 and int(announced) > limit:
         raise AnswerTooLarge
     try:
@@ -1800,7 +1814,6 @@ def _read_answer(response: Any, limit: int) -> HttpAnswer:
         whole = not response.raw.length_remaining
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError):
         whole = False
-    headers = {name.lower(): value for name, value in response.headers.items()}
     if not body and not {"content-length", "transfer-encoding"} & headers.keys():
         whole = False  # nothing announced and nothing sent: the headers broke off
     return HttpAnswer(response.status_code, headers, bytes(body), whole)
@@ -2058,7 +2071,10 @@ def fetch(link: str, *, until: float, loopback: bool, provider: Provider) -> Htt
         target = answer.headers.get("location", "").strip()
         if not (300 <= answer.status < 400 and target):
             return answer
-        link = urljoin(link, target)
+        try:  # header bytes come as Latin-1; what is not UTF-8 becomes surrogates, which no link may hold
+            link = urljoin(link, target.encode("latin-1").decode("utf-8", "surrogateescape"))
+        except ValueError:
+            raise Failure("hop_refused", "the link to the picture is redirected to what is no link") from None
     raise Failure("hop_refused", f"the link to the picture was redirected more than {MAX_HOPS} times")
 
 
@@ -2097,9 +2113,9 @@ def picture_bytes(answer: HttpAnswer, expires_at: dt.datetime) -> bytes:
     """
     status = answer.status
     if 200 <= status < 300:
-        if not answer.whole:
-            raise Failure("paid_not_downloaded", "the picture was not downloaded: it broke off", http_status=status)
-        return answer.body
+        if answer.whole or ends_as_it_should("PNG", answer.body):  # a whole PNG, whatever length was announced
+            return answer.body
+        raise Failure("paid_not_downloaded", "the picture was not downloaded: it broke off", http_status=status)
     if status in (408, 425, 429) or status >= 500:
         message = f"the picture was not downloaded: HTTP {status}"
         raise Failure("paid_not_downloaded", message, http_status=status, retry_after_s=retry_after(answer))
@@ -2319,7 +2335,6 @@ class Plan(NamedTuple):
             "request": self.request.as_dict(),
             "payload": self.payload,
             "output": str(self.output),
-            "overwrite": self.overwrite,
             "started_at": timestamp(now),
             "attempts": [{"at": timestamp(now)}],
             "cost": {
@@ -2584,7 +2599,7 @@ def generate(plan: Plan, options: Options, clock: Clock, console: Console, env: 
     console.warn(plan.warnings)
     evidence = Evidence.create(plan.evidence_path, plan.evidence(utc_now()))
     console.note(f"evidence: {evidence.path}")
-    with settling(evidence):
+    with settling(evidence, flags=["--overwrite"] if plan.overwrite else []):
         generated = obtain(plan, key, evidence, clock, options.max_retries)
         response = {
             "request_id": generated.request_id,
@@ -2761,10 +2776,11 @@ def response_of(evidence: Evidence, image: dict[str, Any]) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def settling(evidence: Evidence, *, saved: bool = False) -> Iterator[None]:
+def settling(evidence: Evidence, *, flags: Sequence[str], saved: bool = False) -> Iterator[None]:
     """Whatever ends the work, the evidence says how, and the error says where the evidence is.
 
-    `saved`: the picture is safe already; a copy that fails changes nothing about that.
+    `flags` are those that a recovery needs to do what was asked for. `saved`: the picture is safe already; a copy
+    that fails changes nothing about that.
     """
     try:
         yield
@@ -2775,7 +2791,7 @@ def settling(evidence: Evidence, *, saved: bool = False) -> Iterator[None]:
         failure = interrupted(interruption, evidence)
     except Exception as error:  # a fault of this tool must not lose what was paid for
         failure = internal_error(error, billed=billed_so_far(evidence), exit_code=EXIT_UNKNOWN)
-    explain(evidence, failure)
+    explain(evidence, failure, flags)
     if not saved:
         settle(evidence, failure)
     raise failure
@@ -2815,7 +2831,7 @@ def internal_error(error: Exception, **facts: Any) -> Failure:
     return Failure("internal_error", f"{type(error).__name__}{place_of}", **facts)
 
 
-def explain(evidence: Evidence, failure: Failure) -> None:
+def explain(evidence: Evidence, failure: Failure, flags: Sequence[str]) -> None:
     """Add to a failure what leads back to the picture."""
     link = evidence.data.get("response", {}).get("image_url")
     path = str(evidence.path)
@@ -2827,8 +2843,7 @@ def explain(evidence: Evidence, failure: Failure) -> None:
     if evidence.data["response"].get("request_id"):
         failure.facts.setdefault("request_id", evidence.data["response"]["request_id"])
     if failure.code not in ("link_expired", "hop_refused", "image_too_large"):
-        again = ["--overwrite"] if evidence.data.get("overwrite") else []
-        failure.facts["next_command"] = own_command("--recover", path, *again, "--print-response")
+        failure.facts["next_command"] = own_command("--recover", path, *flags, "--print-response")
 
 
 def settle(evidence: Evidence, failure: Failure) -> None:
@@ -2902,7 +2917,8 @@ def recover(options: Options, clock: Clock) -> dict[str, Any]:
     check_writable(output.parent, evidence.id)
     import_libraries()
     provider = provider_named(evidence.data["provider"])
-    with settling(evidence, saved=saved):
+    flags = ["--output", str(output)] if options.output else []
+    with settling(evidence, flags=[*flags, *["--overwrite"] * options.overwrite], saved=saved):
         start = time.monotonic()
         if saved and "source_format" not in evidence.data["image"]:  # the service's own bytes are here
             source = verified(Path(evidence.data["image"]["path"]).read_bytes())
@@ -3025,6 +3041,8 @@ def free_of_charge(failure: Failure) -> Failure:
         failure.code = "answer_unusable"
     if failure.code == "outcome_unknown":
         failure.code = "service_failing"
+    if failure.code == "service_failing":
+        failure.facts.pop("retryable", None)
     if failure.code in ("answer_unusable", "no_image"):
         failure.facts["hint"] = "check the base URL: what answers there is not the service"
     return failure
@@ -3078,6 +3096,11 @@ class Console:
         if not self.quiet:
             self._write("stderr", text.encode("utf-8", "backslashreplace") + b"\n")
 
+    def answer(self, value: dict[str, Any]) -> None:
+        """Data that is all that a command has to give: if nobody takes it, the command has failed."""
+        if not self.data(value):
+            raise Failure("disk", "standard output cannot be written", hint="give the command a place to write to")
+
     def data(self, value: dict[str, Any]) -> bool:
         return self._write("stdout", to_json(value))
 
@@ -3099,12 +3122,16 @@ class Console:
         if self.json_mode:
             self.data({"error": error})
 
+    def flush(self) -> bool:
+        return self._write("stdout", b"")
+
     def _write(self, name: str, content: bytes) -> bool:
         """Whether the stream took the content."""
         stream = getattr(sys, name)
         if stream is None:
             return False
         try:
+            stream.flush()
             stream.buffer.write(content)
             stream.buffer.flush()
         except OSError:  # nobody reads it any more; keep the interpreter from complaining at its end
@@ -3296,20 +3323,20 @@ def request_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
 def run(options: Options, console: Console, env: Mapping[str, str]) -> None:
     """Do what the options say and print its answer."""
     if options.mode == "schema":
-        console.data(SCHEMAS[options.source])
+        console.answer(SCHEMAS[options.source])
         return
     clock = Clock(options.timeout)
     missing_packages()
     check_working_folder()
     if options.mode == "check":
-        console.data(check(options, clock, env))
+        console.answer(check(options, clock, env))
         return
     if options.mode == "recover":
         response = recover(options, clock)
     else:
         plan = make_plan(options, clock, env)
         if options.dry_run:
-            console.data(dry_run(plan, env))
+            console.answer(dry_run(plan, env))
             return
         response = generate(plan, options, clock, console, env)
     console.warn(response.get("warnings", ()))
@@ -3334,6 +3361,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     try:
         run(read_options(arguments, env), console, env)
+        return EXIT_OK
+    except SystemExit:  # argparse has printed help or version
+        console.flush()
         return EXIT_OK
     except Failure as error:
         failure = error
