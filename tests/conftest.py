@@ -27,6 +27,7 @@ KEPT_VARIABLES = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LD_LIBRARY_PATH")
 
 sys.path.insert(0, str(SCRIPTS))
 
+from fault_server import FaultServer
 from mock_server import MockServer
 
 
@@ -72,6 +73,7 @@ class Shell:
     home: Path
     env: dict[str, str] = field(default_factory=dict)
     script: Path = GENERATE
+    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def use(self, mock: MockServer) -> None:
         """Point the script at a mock service, and give it the mock's key."""
@@ -99,8 +101,8 @@ class Shell:
         return Result(done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"))
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
-        """Start the script and leave it running; the test ends it."""
-        return subprocess.Popen(
+        """Start the script and leave it running; what still runs at the end of the test is ended then."""
+        process = subprocess.Popen(
             self.command(*arguments),
             cwd=self.folder,
             env=self.environment(),
@@ -108,6 +110,8 @@ class Shell:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
+        self.started.append(process)
+        return process
 
     def finish(self, process: subprocess.Popen[bytes], timeout: float = 60) -> Result:
         stdout, stderr = process.communicate(timeout=timeout)
@@ -129,11 +133,24 @@ class Shell:
 
 
 @pytest.fixture
-def shell(tmp_path: Path) -> Shell:
+def shell(tmp_path: Path) -> Iterator[Shell]:
     folder, home = tmp_path / "project", tmp_path / "home"
     folder.mkdir()
     home.mkdir()
-    return Shell(folder, home)
+    shell = Shell(folder, home)
+    yield shell
+    for process in shell.started:
+        if process.poll() is None:
+            process.kill()
+            process.communicate(timeout=30)
+
+
+@pytest.fixture
+def service(shell: Shell) -> Iterator[FaultServer]:
+    """A server that breaks the protocol as told, and the shell pointed at it."""
+    with FaultServer() as server:
+        shell.env |= {"DASHSCOPE_API_KEY": TEST_KEY, "DASHSCOPE_BASE_URL": server.base_url}
+        yield server
 
 
 @pytest.fixture

@@ -64,10 +64,10 @@ PEAK_BYTES = 400 * 1024 * 1024
 
 
 @pytest.fixture
-def service(shell: Shell) -> Iterator[FaultServer]:
-    with FaultServer() as server:
-        shell.env |= {"DASHSCOPE_API_KEY": KEY, "DASHSCOPE_BASE_URL": server.base_url}
-        yield server
+def service(shell: Shell, service: FaultServer) -> FaultServer:
+    """The shared one, with this file's key."""
+    shell.env["DASHSCOPE_API_KEY"] = KEY
+    return service
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -37,30 +37,11 @@ from fault_server import (
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and limits of POSIX")
 
-KEY = "sk-interrupted-0123456789"
 RUN = ("--prompt", "x", "--output", "out.png", "--print-response")
 SIGNALS = [(signal.SIGINT, 130), (signal.SIGTERM, 143)]
 SIGNAL_NAMES = ["SIGINT", "SIGTERM"]
 SILENT = good(how=Answer(delay_s=60))  # billed, and the answer does not come
 DRIBBLING = Answer(body=png(), dribble_body_s=0.2)
-
-
-@pytest.fixture
-def service(shell: Shell) -> Iterator[FaultServer]:
-    with FaultServer() as server:
-        shell.env |= {"DASHSCOPE_API_KEY": KEY, "DASHSCOPE_BASE_URL": server.base_url}
-        yield server
-
-
-@pytest.fixture
-def started(shell: Shell) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Processes that a test starts; those still running are ended with it."""
-    processes: list[subprocess.Popen[bytes]] = []
-    yield processes
-    for process in processes:
-        if process.poll() is None:
-            process.kill()
-        process.communicate(timeout=30)
 
 
 def evidence_path(shell: Shell) -> str:
@@ -111,11 +92,10 @@ def assert_recovers_free(shell: Shell, service: FaultServer, picture: bytes | No
 
 @pytest.mark.parametrize(("signum", "exit"), SIGNALS, ids=SIGNAL_NAMES)
 def test_a_signal_while_the_request_is_out_leaves_an_unknown_outcome(
-    shell: Shell, service: FaultServer, started: list[subprocess.Popen[bytes]], signum: int, exit: int
+    shell: Shell, service: FaultServer, signum: int, exit: int
 ) -> None:
     service.play(GENERATE, SILENT)
     process = shell.start(*RUN)
-    started.append(process)
     service.wait_until(lambda: service.posts)
     process.send_signal(signum)
     result = shell.finish(process, timeout=10)
@@ -131,11 +111,10 @@ def test_a_signal_while_the_request_is_out_leaves_an_unknown_outcome(
 
 @pytest.mark.parametrize(("signum", "exit"), SIGNALS, ids=SIGNAL_NAMES)
 def test_a_signal_between_retries_ends_at_once_and_nothing_was_billed(
-    shell: Shell, service: FaultServer, started: list[subprocess.Popen[bytes]], signum: int, exit: int
+    shell: Shell, service: FaultServer, signum: int, exit: int
 ) -> None:
     service.play(GENERATE, error(429, "Throttling", headers=(("Retry-After", "50"),)))
     process = shell.start(*RUN)
-    started.append(process)
     service.wait_until(lambda: evidence_shows(shell, lambda evidence: "wait_s" in evidence["attempts"][0]))
     process.send_signal(signum)
     result = shell.finish(process, timeout=10)
@@ -151,14 +130,12 @@ def test_a_signal_between_retries_ends_at_once_and_nothing_was_billed(
 def test_a_signal_while_the_picture_is_fetched_leaves_it_to_be_fetched_free(
     shell: Shell,
     service: FaultServer,
-    started: list[subprocess.Popen[bytes]],
     signum: int,
     exit: int,
     play: Answer,
 ) -> None:
     service.play(PICTURE, play)
     process = shell.start(*RUN)
-    started.append(process)
     service.wait_until(lambda: service.downloads)
     process.send_signal(signum)
     result = shell.finish(process, timeout=10)
@@ -172,12 +149,9 @@ def test_a_signal_while_the_picture_is_fetched_leaves_it_to_be_fetched_free(
     assert_recovers_free(shell, service)
 
 
-def test_an_impatient_second_signal_changes_nothing(
-    shell: Shell, service: FaultServer, started: list[subprocess.Popen[bytes]]
-) -> None:
+def test_an_impatient_second_signal_changes_nothing(shell: Shell, service: FaultServer) -> None:
     service.play(GENERATE, SILENT)
     process = shell.start(*RUN)
-    started.append(process)
     service.wait_until(lambda: service.posts)
     for _ in range(5):
         process.send_signal(signal.SIGINT)
@@ -185,9 +159,7 @@ def test_an_impatient_second_signal_changes_nothing(
     assert (result.code, result.error["billed"], shell.evidence()["status"]) == (130, "unknown", "unknown")
 
 
-def test_a_signal_before_anything_is_sent_costs_nothing(
-    shell: Shell, service: FaultServer, started: list[subprocess.Popen[bytes]]
-) -> None:
+def test_a_signal_before_anything_is_sent_costs_nothing(shell: Shell, service: FaultServer) -> None:
     """Standard input is where a run can wait before it pays."""
     process = subprocess.Popen(
         shell.command("--file", "-", *RUN[2:]),
@@ -197,7 +169,6 @@ def test_a_signal_before_anything_is_sent_costs_nothing(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    started.append(process)
     assert process.stdin is not None
     process.stdin.write(b'{"prompt":')
     process.stdin.flush()
@@ -209,9 +180,7 @@ def test_a_signal_before_anything_is_sent_costs_nothing(
     assert shell.files() == []
 
 
-def test_a_stopped_and_continued_run_ends_well(
-    shell: Shell, service: FaultServer, started: list[subprocess.Popen[bytes]]
-) -> None:
+def test_a_stopped_and_continued_run_ends_well(shell: Shell, service: FaultServer) -> None:
     """Ctrl-Z and fg, while the request is out."""
     release = threading.Event()
 
@@ -223,7 +192,6 @@ def test_a_stopped_and_continued_run_ends_well(
     assert not isinstance(made, Answer)
     service.play(GENERATE, answer)
     process = shell.start(*RUN)
-    started.append(process)
     service.wait_until(lambda: evidence_shows(shell, lambda evidence: evidence["status"] == "submitting"))
     service.wait_until(lambda: service.connections)
     process.send_signal(signal.SIGSTOP)
@@ -245,12 +213,9 @@ def kill(process: subprocess.Popen[bytes]) -> None:
     process.communicate(timeout=30)
 
 
-def test_a_run_killed_while_the_request_is_out_is_unknown_when_recovered(
-    shell: Shell, service: FaultServer, started: list[subprocess.Popen[bytes]]
-) -> None:
+def test_a_run_killed_while_the_request_is_out_is_unknown_when_recovered(shell: Shell, service: FaultServer) -> None:
     service.play(GENERATE, SILENT)
     process = shell.start(*RUN)
-    started.append(process)
     service.wait_until(lambda: service.posts)
     kill(process)
     assert shell.evidence()["status"] == "submitting"
@@ -260,37 +225,28 @@ def test_a_run_killed_while_the_request_is_out_is_unknown_when_recovered(
     assert (len(service.posts), len(service.downloads)) == (1, 0)
 
 
-def test_a_run_killed_between_retries_was_not_billed(
-    shell: Shell, service: FaultServer, started: list[subprocess.Popen[bytes]]
-) -> None:
+def test_a_run_killed_between_retries_was_not_billed(shell: Shell, service: FaultServer) -> None:
     service.play(GENERATE, error(429, "Throttling", headers=(("Retry-After", "50"),)))
     process = shell.start(*RUN)
-    started.append(process)
     service.wait_until(lambda: evidence_shows(shell, lambda evidence: "wait_s" in evidence["attempts"][0]))
     kill(process)
     assert shell.evidence()["status"] in ("submitting", "failed")
     assert recover(shell).error["exit_code"] == 2
 
 
-def test_a_run_killed_in_its_second_attempt_is_unknown(
-    shell: Shell, service: FaultServer, started: list[subprocess.Popen[bytes]]
-) -> None:
+def test_a_run_killed_in_its_second_attempt_is_unknown(shell: Shell, service: FaultServer) -> None:
     """That the first attempt was refused says nothing of the second."""
     service.play(GENERATE, error(429, "Throttling"), SILENT)
     process = shell.start(*RUN)
-    started.append(process)
     service.wait_until(lambda: len(service.posts) == 2)
     kill(process)
     assert shell.evidence()["status"] == "submitting"
     assert recover(shell).error["exit_code"] == 7
 
 
-def test_a_run_killed_while_the_picture_is_fetched_is_recovered_free(
-    shell: Shell, service: FaultServer, started: list[subprocess.Popen[bytes]]
-) -> None:
+def test_a_run_killed_while_the_picture_is_fetched_is_recovered_free(shell: Shell, service: FaultServer) -> None:
     service.play(PICTURE, DRIBBLING)
     process = shell.start(*RUN)
-    started.append(process)
     service.wait_until(lambda: service.downloads)
     kill(process)
     assert shell.evidence()["status"] == "generated"
@@ -301,12 +257,11 @@ def test_a_run_killed_while_the_picture_is_fetched_is_recovered_free(
 
 @pytest.mark.parametrize("moment", range(10))
 def test_a_kill_at_any_moment_leaves_true_evidence_and_no_half_picture(
-    shell: Shell, service: FaultServer, started: list[subprocess.Popen[bytes]], moment: int
+    shell: Shell, service: FaultServer, moment: int
 ) -> None:
     """The moments are counted from one that every run passes, and lie dense around all that it does."""
     service.play(PICTURE, file(noise_png()))
     process = shell.start(*RUN)
-    started.append(process)
     service.wait_until(lambda: shell.evidence_files() or process.poll() is not None)
     threading.Event().wait(moment * 0.012)
     kill(process)
@@ -467,13 +422,11 @@ def test_evidence_of_the_real_service_cannot_lead_a_recovery_to_this_machine(
     assert service.connections == asked
 
 
-def test_two_recoveries_at_once_damage_nothing(
-    shell: Shell, service: FaultServer, started: list[subprocess.Popen[bytes]]
-) -> None:
+def test_two_recoveries_at_once_damage_nothing(shell: Shell, service: FaultServer) -> None:
     paid_and_not_fetched(shell, service)
     service.play(PICTURE, two_at_once(png(), png()))
-    started += [shell.start("--recover", evidence_path(shell), "--print-response") for _ in range(2)]
-    for result in [shell.finish(process) for process in started]:
+    processes = [shell.start("--recover", evidence_path(shell), "--print-response") for _ in range(2)]
+    for result in [shell.finish(process) for process in processes]:
         assert result.code == 0, (result.stdout, result.stderr)
         assert Path(result.json["image_path"]).read_bytes() == png()
     assert (shell.folder / "out.png").read_bytes() == png()
@@ -586,13 +539,13 @@ def test_evidence_removed_meanwhile_does_not_lose_the_picture(shell: Shell, serv
 
 @pytest.mark.parametrize("overwrite", [False, True], ids=["keep", "overwrite"])
 def test_two_runs_at_once_to_the_same_name_never_damage_each_other(
-    shell: Shell, service: FaultServer, started: list[subprocess.Popen[bytes]], overwrite: bool
+    shell: Shell, service: FaultServer, overwrite: bool
 ) -> None:
     made = {png(colour="red"), png(colour="blue")}
     service.play(PICTURE, two_at_once(*made))
     flags = ["--overwrite"] if overwrite else []
-    started += [shell.start(*RUN, *flags) for _ in range(2)]
-    results = [shell.finish(process) for process in started]
+    processes = [shell.start(*RUN, *flags) for _ in range(2)]
+    results = [shell.finish(process) for process in processes]
     assert [result.code for result in results] == [0, 0], results
     assert (len(service.posts), service.billed) == (2, 2)
     paths = {result.json["image_path"] for result in results}
@@ -730,13 +683,10 @@ def test_a_closed_or_full_stream_does_not_lose_the_picture(shell: Shell, service
 
 
 @pytest.mark.parametrize("failing", [False, True], ids=["saved", "failed"])
-def test_a_pipe_closed_early_gives_no_traceback(
-    shell: Shell, service: FaultServer, started: list[subprocess.Popen[bytes]], failing: bool
-) -> None:
+def test_a_pipe_closed_early_gives_no_traceback(shell: Shell, service: FaultServer, failing: bool) -> None:
     if failing:
         service.play(GENERATE, error(400, "InvalidParameter"))
     process = shell.start(*RUN)
-    started.append(process)
     assert process.stdout is not None
     assert process.stderr is not None
     process.stdout.close()

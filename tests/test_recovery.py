@@ -17,7 +17,7 @@ import pytest
 from PIL import Image
 
 import generate_image as tool
-from conftest import TEST_KEY, Result, Shell
+from conftest import Result, Shell
 from fault_server import (
     BLOCK,
     GENERATE,
@@ -34,13 +34,6 @@ from fault_server import (
 )
 
 RUN = ("--prompt", "x", "--output", "out.png", "--print-response")
-
-
-@pytest.fixture
-def service(shell: Shell) -> Iterator[FaultServer]:
-    with FaultServer() as server:
-        shell.env |= {"DASHSCOPE_API_KEY": TEST_KEY, "DASHSCOPE_BASE_URL": server.base_url}
-        yield server
 
 
 def recover(shell: Shell, *more: str) -> Result:

@@ -2363,9 +2363,13 @@ def make_plan(options: Options, clock: Clock, env: Mapping[str, str]) -> Plan:
     workspace, more = workspace_of(provider, env)
     problems += more
     evidence_id = new_evidence_id(utc_now())
-    output, more = choose_output(options.output, raw, evidence_id, env)
-    problems += more
-    endpoint = None
+    output, endpoint = None, None
+    with noting(problems):
+        if options.output is not None:
+            output = checked_output(options.output, "--output")
+        else:
+            hint = "set OUTPUT_DIR to the path of a folder, or unset it"
+            output = checked_output(str(default_output(raw, evidence_id, env)), "OUTPUT_DIR", hint)
     with noting(problems):
         endpoint = planned_endpoint(options, raw, recorded, provider, env)
     if problems and output:
@@ -2458,28 +2462,33 @@ def provider_named(name: str) -> Provider:
     return PROVIDERS[name]()
 
 
-def choose_output(
-    name: str | None, raw: Any, evidence_id: str, env: Mapping[str, str], source: str = "--output"
-) -> tuple[Path | None, list[Problem]]:
-    """The absolute path of the picture, and what is wrong with it; `source` is where the name was given."""
-    hint = None
-    if name is None:
-        source, hint = "OUTPUT_DIR", "set OUTPUT_DIR to the path of a folder, or unset it"
-        prompt = raw.get("prompt") if isinstance(raw, dict) else None
-        slug = slug_of(prompt) if isinstance(prompt, str) else ""
-        name = str(Folders.of(env).images / "-".join(filter(None, (evidence_id, slug)))) + ".png"
-    shown_name = outside_text(name, 200)
+def default_output(raw: Any, evidence_id: str, env: Mapping[str, str]) -> Path:
+    """Where a picture goes that was given no name: named as its evidence, plus a slug of the prompt."""
+    prompt = raw.get("prompt") if isinstance(raw, dict) else None
+    slug = slug_of(prompt) if isinstance(prompt, str) else ""
+    return Folders.of(env).images / ("-".join(filter(None, (evidence_id, slug))) + ".png")
+
+
+def checked_output(name: str, source: str, hint: str | None = None) -> Path:
+    """The absolute path of the picture; `source` is where its name was given.
+
+    Raises:
+        Failure: invalid_output.
+    """
+
+    def refuse(what: str, hint: str | None = None) -> NoReturn:
+        raise Failure("invalid_output", f"{source}: {what}", hint=hint)
+
     if not name or _CONTROL.search(name):
-        return None, [Problem("invalid_output", f"{source}: must not be empty or hold control characters", hint)]
+        refuse("must not be empty or hold control characters", hint)
     if name.endswith(("/", os.sep)) or os.path.isdir(name):
-        return None, [Problem("invalid_output", f"{source}: {shown_name} is a folder; give a file name in it")]
+        refuse(f"{outside_text(name, 200)} is a folder; give a file name in it")
     path = Path(os.path.abspath(name))
     if path.suffix.lower() not in FORMATS:
-        kinds = ", ".join(FORMATS)
-        return None, [Problem("invalid_output", f"{source}: must end in one of {kinds}, got {shown(path.name)}")]
+        refuse(f"must end in one of {', '.join(FORMATS)}, got {shown(path.name)}")
     if not is_file_name(path.name):
-        return None, [Problem("invalid_output", f"{source}: not a file name here, or longer than 255 bytes")]
-    return path, []
+        refuse("not a file name here, or longer than 255 bytes")
+    return path
 
 
 def slug_of(prompt: str) -> str:
@@ -2913,7 +2922,9 @@ def recover(options: Options, clock: Clock) -> dict[str, Any]:
     if saved and options.output is None:
         return response_of(evidence, evidence.data["image"])
     if not evidence.data.get("response", {}).get("image_url"):
-        raise unrecoverable(evidence)
+        failure = unrecoverable(evidence)
+        explain(evidence, failure, [])
+        raise failure
     check_writable(output.parent, evidence.id)
     import_libraries()
     provider = provider_named(evidence.data["provider"])
@@ -2937,17 +2948,19 @@ def recovery_output(evidence: Evidence, options: Options) -> Path:
         problems = [Problem("invalid_request", "request: is not normalized")]
     if evidence.data["provider"] not in PROVIDERS:
         problems.append(Problem("invalid_evidence", f"provider: {evidence.data['provider']} is not known"))
-    recorded, more = choose_output(evidence.data["output"], None, evidence.id, {}, source="output")
+    recorded = None
+    with noting(problems):
+        recorded = checked_output(evidence.data["output"], "output")
     if problems or recorded is None or not os.path.isabs(evidence.data["output"]):
-        texts = [problem.text for problem in [*problems, *more]] or ["output: is not an absolute path"]
+        texts = [problem.text for problem in problems] or ["output: is not an absolute path"]
         raise Failure("invalid_evidence", f"{evidence.path.name}: {'; '.join(texts)}", problems=texts)
     if options.output is None:
         return recorded
-    output, problems = choose_output(options.output, None, evidence.id, {})
+    with noting(problems):
+        recorded = checked_output(options.output, "--output")
     raise_problems(problems)
-    output = output or recorded
-    check_free_name(output, options.overwrite)
-    return output
+    check_free_name(recorded, options.overwrite)
+    return recorded
 
 
 def is_saved(evidence: Evidence) -> bool:
@@ -2964,22 +2977,15 @@ def is_saved(evidence: Evidence) -> bool:
 def unrecoverable(evidence: Evidence) -> Failure:
     """Why there is nothing to fetch for an evidence file without a link."""
     failed = evidence.data["status"] == "failed"
+    error = evidence.data.get("error", {"message": "it ended before the service made a picture"})
     if failed or (evidence.data["status"] == "submitting" and evidence.nothing_outstanding):
-        error = evidence.data.get("error", {"message": "it ended before the service made a picture"})
         kind = KINDS.get(error.get("code", ""))
-        hint = kind.hint if kind and not kind.retryable else KINDS["nothing_to_recover"].hint
-        return Failure(
-            "nothing_to_recover",
-            f"this request was not billed: {outside_text(error['message'])}",
-            hint=hint.replace("EVIDENCE", shlex.quote(str(evidence.path))),
-            evidence_path=str(evidence.path),
-        )
-    error = evidence.data.get("error", {})
+        hint = kind.hint if kind and not kind.retryable else None
+        message = f"this request was not billed: {outside_text(error['message'])}"
+        return Failure("nothing_to_recover", message, hint=hint)
     return Failure(
         "outcome_unknown",
         "the request left and no link came back: whether a picture was made and billed is not known",
-        hint=ASK_BEFORE_PAYING.replace("EVIDENCE", shlex.quote(str(evidence.path))),
-        evidence_path=str(evidence.path),
         request_id=error.get("request_id"),
     )
 
@@ -3214,10 +3220,10 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
     """
     arguments, unknown = build_parser().parse_known_args(argv)
     given = {
-        name: value for name, value in vars(arguments).items() if value not in (None, False) or name == "prompt_extend"
+        name: value
+        for name, value in vars(arguments).items()
+        if value is not None and (value is not False or name == "prompt_extend")  # which can be switched off
     }
-    if arguments.prompt_extend is None:
-        given.pop("prompt_extend")
     problems = [Problem("usage", text) for text in unknown_sentences(unknown)]
     modes = [name for name in MODES if name in given]
     if len(modes) != 1:
