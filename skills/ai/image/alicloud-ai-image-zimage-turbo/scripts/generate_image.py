@@ -63,8 +63,11 @@ import unicodedata
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, NoReturn, TypeVar
 from urllib.parse import parse_qs, quote, urljoin, urlsplit, urlunsplit
+
+if TYPE_CHECKING:
+    import PIL.Image
 
 if sys.version_info < (3, 10):
     sys.stderr.write("error: Python 3.10 or newer is needed\nnext: run it with `uv run --script`, or a newer python3\n")
@@ -518,7 +521,8 @@ class Interrupted(BaseException):
 class Signals:
     """Turns SIGINT and SIGTERM into Interrupted, but only inside `breakable` sections.
 
-    Everywhere else they wait: an answer that has arrived is on disk before the command gives way.
+    Everywhere else they wait: an answer that has arrived is on disk before the command gives way. Python runs
+    signal handlers in the main thread only: in every other thread a section is never broken off.
     """
 
     def __init__(self) -> None:
@@ -545,6 +549,9 @@ class Signals:
 
     @contextlib.contextmanager
     def breakable(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield
+            return
         self._breakable = True
         try:
             self._check()
@@ -633,16 +640,24 @@ def pick_seed() -> int:
     return secrets.randbelow(MAX_SEED + 1)
 
 
-def request_problems(raw: Any) -> list[Problem]:
-    """Everything wrong with a request as written; an empty list means that `normalize` takes it."""
+_validators: dict[str, Any] = {}  # by the title of their schema: building one costs as much as ten checks
+
+
+def request_problems(raw: Any, schema: Mapping[str, Any] = REQUEST_SCHEMA) -> list[Problem]:
+    """Everything wrong with a request as written; an empty list means that `normalize` takes it.
+
+    `schema` may be one that adds to REQUEST_SCHEMA or takes from it, under a title of its own.
+    """
     if is_plainly_valid(raw):
         return []
     import jsonschema
 
     if not isinstance(raw, dict):
         return [Problem("invalid_request", f"request: must be a JSON object, got {json_kind(raw)}")]
-    validator = jsonschema.Draft202012Validator(REQUEST_SCHEMA)
-    texts = [text for error in validator.iter_errors(raw) for text in schema_sentences(error, raw)]
+    title = schema["title"]
+    if title not in _validators:
+        _validators[title] = jsonschema.Draft202012Validator(schema)
+    texts = [text for error in _validators[title].iter_errors(raw) for text in schema_sentences(error, raw)]
     return [Problem("invalid_request", text) for text in sorted(texts) + rule_sentences(raw)]
 
 
@@ -1212,6 +1227,7 @@ class Provider:
     workspace_variable: ClassVar[str | None] = None
     default_root: ClassVar[str]  # path of the API root
     generate_path: ClassVar[str]  # below the root
+    requests_per_minute: ClassVar[float]  # the account's published limit; 0 where there is none
     https_links_under: ClassVar[str | None] = None  # http links below this domain work over https too
 
     def root_of(self, path: str) -> str | None:
@@ -1283,6 +1299,7 @@ class DashScope(Provider):
     workspace_variable = "DASHSCOPE_WORKSPACE"
     default_root = "/api/v1"
     generate_path = "/services/aigc/multimodal-generation/generation"
+    requests_per_minute = 120.0
     https_links_under = "aliyuncs.com"
 
     model = "z-image-turbo"
@@ -1874,7 +1891,10 @@ def new_evidence_id(now: dt.datetime) -> str:
 
 
 class Evidence:
-    """One evidence file. `data` is its content (EVIDENCE_SCHEMA); `record` changes it and replaces the file."""
+    """One evidence file. `data` is its content (EVIDENCE_SCHEMA).
+
+    `update` changes the content in memory, `record` replaces the file too.
+    """
 
     def __init__(self, path: Path, data: dict[str, Any]) -> None:
         self.path = path
@@ -1924,12 +1944,16 @@ class Evidence:
             raise Failure("invalid_evidence", f"{outside_text(name)} is not an evidence file: {'; '.join(texts[:5])}")
         return cls(path, data)
 
+    def update(self, **changes: Any) -> None:
+        """Merge changes; None removes a field."""
+        self.data = {name: value for name, value in (self.data | changes).items() if value is not None}
+
     def record(self, **changes: Any) -> None:
-        """Merge changes (None removes a field) and replace the file in one step.
+        """Merge changes and replace the file in one step.
 
         A disk that fails now must not lose a paid picture: `unwritten` tells, the command goes on.
         """
-        self.data = {name: value for name, value in (self.data | changes).items() if value is not None}
+        self.update(**changes)
         temporary = temporary_name(self.path.parent, self.id)
         try:
             write_exclusively(temporary, to_json(self.data), mode=OWNER_ONLY)
@@ -1950,6 +1974,16 @@ class Evidence:
         known = {name: value for name, value in facts.items() if value is not None}
         self.data["attempts"] = [*earlier, last | known]
 
+    def end_failed_attempt(self, failure: Failure, wait: float | None) -> None:
+        """Add to the last attempt how it failed, and how many seconds the next one waits, if there is one."""
+        self.end_attempt(
+            http_status=failure.facts.get("http_status"),
+            service_code=failure.facts.get("service_code"),
+            outcome=failure.code,
+            billed=failure.billed,
+            wait_s=wait and round(wait, 3),
+        )
+
     @property
     def nothing_outstanding(self) -> bool:
         """Whether every attempt is known to have ended unbilled."""
@@ -1967,12 +2001,22 @@ def to_json(value: Any) -> bytes:
 
 
 def temporary_name(folder: Path, stem: str) -> Path:
-    """A hidden name for a file in the making. What a killed process has left under the same stem is removed."""
+    """A hidden name for a file in the making."""
+    return folder / f".{stem}.{os.getpid()}.part"
+
+
+def remove_leftovers(folder: Path, stem: str) -> None:
+    """Remove what a killed process has left under temporary names of this stem."""
     with contextlib.suppress(OSError):
         for path in folder.glob(f".{stem}.*.part"):
-            if not is_alive(int(path.suffixes[-2][1:])):
-                path.unlink(missing_ok=True)
-    return folder / f".{stem}.{os.getpid()}.part"
+            remove_if_left_over(path)
+
+
+def remove_if_left_over(path: Path) -> None:
+    """Remove a file with a temporary name, unless the process that writes it is alive."""
+    with contextlib.suppress(OSError, ValueError):
+        if not is_alive(int(path.name.split(".")[-2])):
+            path.unlink(missing_ok=True)
 
 
 def is_alive(pid: int) -> bool:
@@ -2014,12 +2058,13 @@ def write_exclusively(path: Path, content: bytes, mode: int = 0o666) -> None:
 
 
 class Picture(NamedTuple):
-    """A verified image: the bytes, their format (PNG, JPEG or WEBP where it can be kept), width and height."""
+    """A verified image: the bytes, their format (PNG, JPEG or WEBP where it can be kept), width, height, pixels."""
 
     content: bytes
     format: str
     width: int
     height: int
+    image: PIL.Image.Image  # as decoded to verify it: whatever needs the pixels need not decode them again
 
     @property
     def sha256(self) -> str:
@@ -2146,18 +2191,17 @@ def verified(content: bytes) -> Picture:
                 raise unusable(f"claims {image.width}*{image.height} pixels, which no picture of this model has")
             kind = image.format or ""
             image.load()
-            size = image.size
             last_row_is_empty = image.crop((0, image.height - 1, image.width, image.height)).getbbox() is None
         if kind == "PNG":
-            with Image.open(io.BytesIO(content), formats=["PNG"]) as image:
-                image.verify()  # checksums of all chunks, to the last
+            with Image.open(io.BytesIO(content), formats=["PNG"]) as chunks:
+                chunks.verify()  # checksums of all chunks, to the last
     except Failure:
         raise
     except Exception as error:  # Pillow's decoders raise many kinds for bytes they cannot read
         raise unusable(f"is not a whole image ({type(error).__name__})") from None
     if not ends_as_it_should(kind, content) or (kind == "PNG" and last_row_is_empty and png_lacks_rows(content)):
         raise unusable(f"is a {kind} image that breaks off")
-    return Picture(content, kind, *size)
+    return Picture(content, kind, image.width, image.height, image)
 
 
 def ends_as_it_should(kind: str, content: bytes) -> bool:
@@ -2195,26 +2239,35 @@ def converted(picture: Picture, wanted: str) -> Picture:
     """
     if picture.format == wanted:
         return picture
-    from PIL import Image, ImageOps
+    from PIL import ImageOps
 
     target = io.BytesIO()
     try:
-        with Image.open(io.BytesIO(picture.content), formats=READABLE_FORMATS) as turned:
-            image = ImageOps.exif_transpose(turned)
-            has_alpha = "A" in image.getbands() or "transparency" in image.info
-            mode = "RGBA" if has_alpha else "RGB"
-            plain = image.convert(mode)
-            if has_alpha and wanted == "JPEG":
-                white = Image.new("RGB", plain.size, "white")
-                white.paste(plain, mask=plain.getchannel("A"))
-                plain = white
-            plain.save(target, wanted, **SAVE_OPTIONS[wanted])
+        image = ImageOps.exif_transpose(picture.image)
+        plain = flattened(image) if wanted == "JPEG" else image.convert("RGBA" if has_alpha(image) else "RGB")
+        plain.save(target, wanted, **SAVE_OPTIONS[wanted])
     except (OSError, ValueError) as error:
         reason = f"the picture cannot be converted to {wanted} ({type(error).__name__})"
         raise Failure(
             "image_unusable", reason, hint="run next_command with another --output, such as one ending in .png"
         ) from None
-    return Picture(target.getvalue(), wanted, *image.size)
+    return Picture(target.getvalue(), wanted, image.width, image.height, image)
+
+
+def has_alpha(image: PIL.Image.Image) -> bool:
+    return "A" in image.getbands() or "transparency" in image.info
+
+
+def flattened(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The picture without transparency, on white, as JPEG needs it."""
+    from PIL import Image
+
+    if not has_alpha(image):
+        return image.convert("RGB")
+    layer = image.convert("RGBA")
+    white = Image.new("RGB", layer.size, "white")
+    white.paste(layer, mask=layer.getchannel("A"))
+    return white
 
 
 def place(content: bytes, output: Path, evidence_id: str, *, overwrite: bool, again: bool) -> tuple[Path, str | None]:
@@ -2280,8 +2333,12 @@ def backoff(attempt: int) -> float:
 
 
 def pause(seconds: float) -> None:
+    """Wait; not at all once `no_more_waiting` is set."""
     with SIGNALS.breakable():
-        time.sleep(seconds)
+        no_more_waiting.wait(seconds)
+
+
+no_more_waiting = threading.Event()  # for a command with threads that has been told to end
 
 
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
@@ -2525,20 +2582,20 @@ def request_warnings(request: ImageRequest) -> tuple[str, ...]:
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-def missing_packages() -> None:
+def missing_packages(requirements: Mapping[str, str] = REQUIREMENTS, script: str = __file__) -> None:
     """Stop before anything else where a package is missing.
 
     Raises:
         Failure: missing_package, with how to install all of them.
     """
-    missing = [name for name in REQUIREMENTS if importlib.util.find_spec(name) is None]
+    missing = [name for name in requirements if importlib.util.find_spec(name) is None]
     if missing:
-        raise missing_package(", ".join(REQUIREMENTS[name] for name in missing))
+        raise missing_package(", ".join(requirements[name] for name in missing), requirements, script)
 
 
-def missing_package(what: str) -> Failure:
-    packages = " ".join(f"'{requirement}'" for requirement in REQUIREMENTS.values())
-    hint = INSTALL_HINT.format(script=shlex.quote(os.path.abspath(__file__)), packages=packages)
+def missing_package(what: str, requirements: Mapping[str, str] = REQUIREMENTS, script: str = __file__) -> Failure:
+    packages = " ".join(f"'{requirement}'" for requirement in requirements.values())
+    hint = INSTALL_HINT.format(script=shlex.quote(os.path.abspath(script)), packages=packages)
     return Failure("missing_package", f"missing Python package: {what}", hint=hint)
 
 
@@ -2610,26 +2667,31 @@ def generate(plan: Plan, options: Options, clock: Clock, console: Console, env: 
     console.note(f"evidence: {evidence.path}")
     with settling(evidence, flags=["--overwrite"] if plan.overwrite else []):
         generated = obtain(plan, key, evidence, clock, options.max_retries)
-        response = {
-            "request_id": generated.request_id,
-            "usage": generated.usage,
-            "image_url": generated.image_url,
-            "expires_at": timestamp(generated.expires_at),
-            "rewritten_prompt": generated.rewritten_prompt or None,
-            "reasoning": generated.reasoning or None,
-        }
-        evidence.record(
-            status="generated",
-            generated_at=timestamp(utc_now()),
-            response={name: value for name, value in response.items() if value is not None},
-            timings_ms={"generate": elapsed_ms(clock.start)},
-            warnings=[*plan.warnings, *generated.warnings] or None,
-        )
+        evidence.record(**generated_facts(generated, plan.warnings, clock))
         start = time.monotonic()
         source = fetch_source(evidence, plan.provider, clock)
         image = collect(evidence, source, plan.output, overwrite=plan.overwrite, again=False)
         finish(evidence, image, clock, start)
     return response_of(evidence, image)
+
+
+def generated_facts(generated: Generated, warnings: Sequence[str], clock: Clock) -> dict[str, Any]:
+    """What an evidence file says of a picture from the moment when its link is known."""
+    response = {
+        "request_id": generated.request_id,
+        "usage": generated.usage,
+        "image_url": generated.image_url,
+        "expires_at": timestamp(generated.expires_at),
+        "rewritten_prompt": generated.rewritten_prompt or None,
+        "reasoning": generated.reasoning or None,
+    }
+    return {
+        "status": "generated",
+        "generated_at": timestamp(utc_now()),
+        "response": {name: value for name, value in response.items() if value is not None},
+        "timings_ms": {"generate": elapsed_ms(clock.start)},
+        "warnings": [*warnings, *generated.warnings] or None,
+    }
 
 
 def obtain(plan: Plan, key: Key, evidence: Evidence, clock: Clock, max_retries: int) -> Generated:
@@ -2647,13 +2709,7 @@ def obtain(plan: Plan, key: Key, evidence: Evidence, clock: Clock, max_retries: 
             )
         except Failure as failure:
             wait = retry_wait(failure, attempt, max_retries, clock, clock.generate_until)
-            evidence.end_attempt(
-                http_status=failure.facts.get("http_status"),
-                service_code=failure.facts.get("service_code"),
-                outcome=failure.code,
-                billed=failure.billed,
-                wait_s=wait and round(wait, 3),
-            )
+            evidence.end_failed_attempt(failure, wait)
             if wait is None:
                 if attempt:
                     failure.message += f" (tried {attempt + 1} times)"
@@ -2925,6 +2981,8 @@ def recover(options: Options, clock: Clock) -> dict[str, Any]:
         failure = unrecoverable(evidence)
         explain(evidence, failure, [])
         raise failure
+    remove_leftovers(evidence.path.parent, evidence.id)
+    remove_leftovers(output.parent, f"{SKILL}-{evidence.id}")
     check_writable(output.parent, evidence.id)
     import_libraries()
     provider = provider_named(evidence.data["provider"])
