@@ -191,6 +191,9 @@ ERROR_SCHEMA: dict[str, Any] = {
         "retryable": {"type": "boolean", "description": "The same command may be run again without paying twice."},
         "billed": {"enum": ["no", "yes", "unknown"]},
         "problems": {"type": "array", "items": {"type": "string"}},
+        "problem_count": {"type": "integer", "description": "Where problems holds only the first of many (batch)."},
+        "changes": {"type": "object", "description": "What would be made again, and for how many US$ (batch)."},
+        "progress": {"type": "object", "description": "How far the running batch is."},
         "next_command": {"type": "string", "description": "Free of charge, shell-quoted, absolute paths."},
         "retry_after_s": {"type": "number", "minimum": 0},
         "http_status": {"type": "integer"},
@@ -2621,8 +2624,8 @@ def check_free_name(output: Path, overwrite: bool) -> None:
         raise Failure("output_exists", f"--output: {output} exists already")
 
 
-def check_space(folder: Path) -> None:
-    """Raise `disk` where a folder, or the nearest one above it that exists, cannot take a picture."""
+def check_space(folder: Path, needed: int = MIN_FREE_BYTES) -> None:
+    """Raise `disk` where a folder, or the nearest one above it that exists, cannot take `needed` bytes."""
     existing = folder
     while not os.path.lexists(existing) and existing != existing.parent:
         existing = existing.parent
@@ -2634,8 +2637,8 @@ def check_space(folder: Path) -> None:
         free = shutil.disk_usage(existing).free
     except OSError as error:
         raise Failure("disk", f"the folder {existing} cannot be examined: {os_reason(error)}") from None
-    if free < MIN_FREE_BYTES:
-        raise Failure("disk", f"only {free // 1024} KiB are free in {existing}; {MIN_FREE_BYTES // MIB} MiB are needed")
+    if free < needed:
+        raise Failure("disk", f"only {free // 1024} KiB are free in {existing}; {needed // MIB} MiB are needed")
 
 
 def check_writable(folder: Path, evidence_id: str) -> None:
@@ -3173,18 +3176,23 @@ class Console:
 
     def failure(self, failure: Failure) -> None:
         """The error for a person on stderr, its advice on the last line; as JSON on stdout where asked for."""
+        self.tell(failure)
+        if self.json_mode:
+            self.data({"error": failure.object()})
+
+    def tell(self, failure: Failure) -> None:
+        """The error for a person on stderr."""
         error = failure.object()
         lines = [f"error: {error['code']}: {error['message']}"]
         if len(error.get("problems", [])) > 1:
-            lines = [f"error: {error['code']}: {len(error['problems'])} problems"]
+            shown_of = f", the first {len(error['problems'])} are" if "problem_count" in error else ""
+            lines = [f"error: {error['code']}: {error.get('problem_count', len(error['problems']))} problems{shown_of}"]
             lines += [f"  {problem}" for problem in error["problems"]]
         lines += [
             f"{name}: {error[name]}" for name in ("evidence_path", "next_command", "retry_after_s") if name in error
         ]
         lines.append(f"next: {error['hint']}")
         self._write("stderr", ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
-        if self.json_mode:
-            self.data({"error": error})
 
     def flush(self) -> bool:
         return self._write("stdout", b"")
