@@ -1,0 +1,144 @@
+"""Contract: the numbers, names and errors that users and their scripts rely on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from generate_image import EXIT_INVALID, KINDS, MIB, REQUEST_SCHEMA, REQUIREMENTS, SKILL, Kind
+
+BATCH_REQUIREMENTS = REQUIREMENTS | {"tqdm": "tqdm>=4.66,<5"}
+
+DATABASE, LOCK, RESULTS, GALLERY = "batch.sqlite3", "batch.lock", "results.jsonl", "index.html"
+IMAGES, THUMBS, EVIDENCE = "images", "thumbs", "evidence"
+DATABASE_VERSION = 1
+FOLDER_SIZE = 1000  # files a folder: more make listings slow
+PRIVATE_FILES = f"{DATABASE}*\n{LOCK}\n{EVIDENCE}/\n"  # for .gitignore: they hold signed links
+
+MAX_LINE_BYTES = 1 * MIB
+MAX_ID_LENGTH = 200
+PROBLEMS_TOLD = 50
+FAILURES_TOLD = 20  # lines on stderr; the rest stands in the results
+INPUTS = (".jsonl", ".csv", ".txt")
+
+SPACING = 1.035  # of the published limit: services count in sliding windows, and calls arrive a little unevenly
+REFUSED_STEP, QUIET_STEP = 1.02, 0.99  # of the spacing: wider with each 429, closer again with each quiet second
+WIDEST_SPACING = 60.0  # seconds
+HOLD_WITHOUT_WORD = 1.0  # seconds to hold all calls after a 429 without Retry-After; doubles up to the next
+LONGEST_HOLD_WITHOUT_WORD = 20.0
+
+CONCURRENCY_RANGE = (4, 64)  # by default, for rate times latency
+UNPACED_CONCURRENCY = 16  # without a rate limit there is no rate to follow
+ASSUMED_LATENCY = 10.0  # seconds, until one is measured
+DOWNLOADS_AT_ONCE = 8
+MOST_WAITING_DOWNLOADS = 200  # pictures paid and not yet downloaded; with more, nothing new is sent
+UNKNOWN_IN_A_ROW, FAILURES_IN_A_ROW = 5, 10
+
+THUMB_SIDE = 384  # pixels
+TICK = 0.25  # seconds between looks at the clock while nothing happens
+REPORT_EVERY = 5.0  # seconds between progress lines where stderr is no terminal
+
+EXIT_INCOMPLETE = 1
+EXIT_TIME_LIMIT = 11
+
+BATCH_KINDS: dict[str, Kind] = {
+    "invalid_rows": Kind(EXIT_INVALID, False, "no", "correct the rows named above; nothing has been sent"),
+    "changed_rows": Kind(
+        EXIT_INVALID,
+        False,
+        "no",
+        "undo the change, use another --output-dir, or, if the user agrees to the cost, add --accept-changes",
+    ),
+    "already_running": Kind(
+        EXIT_INVALID, True, "no", "wait for it: --status DIR tells how far it is; never start a second one"
+    ),
+    "no_batch": Kind(EXIT_INVALID, False, "no", "give the --output-dir of a batch that has been started"),
+    "batch_unreadable": Kind(
+        EXIT_INVALID, False, "no", "use another --output-dir; pictures and evidence in this one stay as they are"
+    ),
+    "incomplete": Kind(EXIT_INCOMPLETE, True, "no", "run the same command again"),
+    "time_limit": Kind(EXIT_TIME_LIMIT, True, "no", "run the same command again, until it ends with another exit code"),
+}
+KINDS.update(BATCH_KINDS)
+
+_row_fields = {name: rule for name, rule in REQUEST_SCHEMA["properties"].items() if name != "base_url"}
+ROW_SCHEMA: dict[str, Any] = REQUEST_SCHEMA | {
+    "title": "row of a batch",
+    "properties": _row_fields
+    | {
+        "id": {"type": "string", "pattern": r"\S", "description": "Names the row, whatever becomes of its content."},
+        "output": {"type": "string", "pattern": r"\S", "description": "File in the output folder: .png, .jpg, .webp."},
+    },
+}
+
+DATABASE_SCHEMA = f"""
+CREATE TABLE about (topic TEXT PRIMARY KEY, text TEXT NOT NULL);
+INSERT INTO about VALUES
+ ('what', 'The state of a batch of pictures, written by generate_batch.py of {SKILL}.'),
+ ('pictures', 'A row a picture. Prompt, seed and size are what is sent; output is the file in this folder.'),
+ ('states', 'pending: not sent. submitting: the request is out. submitted: the service works on it (task_id in facts). '
+  || 'generated: paid, the link is in facts. saved: the verified image is in output. failed: refused or unusable, '
+  || 'facts say why. unknown: the request left and no answer came; it may have been billed.'),
+ ('go on', 'Run the same command again. --retry-failed and --retry-unknown send those rows once more (costs).'),
+ ('careful', 'Do not edit while a batch runs. facts hold signed links: they open the pictures for a day.');
+
+CREATE TABLE services (  -- where pictures were asked for
+  number   INTEGER PRIMARY KEY,
+  provider TEXT NOT NULL,
+  region   TEXT NOT NULL,
+  endpoint TEXT NOT NULL,
+  UNIQUE (provider, region, endpoint)
+);
+
+CREATE TABLE pictures (
+  number        INTEGER PRIMARY KEY,         -- given once; names image, thumbnail and evidence
+  identity      TEXT NOT NULL,               -- of the row: 'id:...', or 'row:' fingerprint ':' occurrence
+  variant       INTEGER NOT NULL,            -- from 0
+  position      INTEGER,                     -- of the row in the last input, from 0; NULL: not in it any more
+  line          INTEGER,                     -- of the row in the last input, from 1
+  id            TEXT,
+  fingerprint   TEXT NOT NULL,               -- of the row as written
+  service       INTEGER NOT NULL REFERENCES services (number),
+  prompt        TEXT NOT NULL,
+  size          TEXT NOT NULL,               -- width*height in pixels
+  seed          INTEGER NOT NULL,            -- variant k has the row's seed + k, modulo 2^31
+  prompt_extend INTEGER NOT NULL,            -- 0 or 1
+  output        TEXT NOT NULL,               -- file in this folder
+  output_key    TEXT NOT NULL UNIQUE,        -- the same, folded: file systems may ignore case and Unicode form
+  price         REAL NOT NULL,               -- US$ a try
+  paid          INTEGER NOT NULL DEFAULT 0,  -- tries that were, or may have been, billed
+  state         TEXT NOT NULL DEFAULT 'pending' CHECK (state IN
+                ('pending', 'submitting', 'submitted', 'generated', 'saved', 'failed', 'unknown')),
+  facts         TEXT NOT NULL DEFAULT '{{}}',  -- JSON, fields of the evidence file: attempts, response, image, error
+  moved_from    TEXT,                        -- where the file lay before a changed row took its name
+  UNIQUE (identity, variant)
+);
+CREATE INDEX pictures_to_do ON pictures (state, position, variant);
+
+CREATE TABLE runs (
+  number      INTEGER PRIMARY KEY,
+  started_at  TEXT NOT NULL,
+  updated_at  TEXT NOT NULL,
+  finished_at TEXT,
+  exit_code   INTEGER,
+  latency_s   REAL,                          -- seconds from request to answer
+  progress    TEXT NOT NULL DEFAULT '{{}}'     -- JSON
+);
+
+CREATE VIEW progress AS
+  SELECT state, count(*) AS pictures, round(sum(price * paid), 5) AS usd FROM pictures GROUP BY state;
+"""
+
+# Pictures that a summary, the results and the gallery speak of: those of the input, and those that were paid for.
+LISTED = "(position IS NOT NULL OR state IN ('submitting', 'submitted', 'generated', 'saved', 'unknown'))"
+KEPT_FACTS = (
+    "started_at",
+    "generated_at",
+    "finished_at",
+    "timings_ms",
+    "attempts",
+    "task_id",
+    "response",
+    "image",
+    "warnings",
+    "error",
+)

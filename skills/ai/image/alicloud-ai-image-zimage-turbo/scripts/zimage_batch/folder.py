@@ -1,0 +1,133 @@
+"""The folder's database: one process at a time writes it, anyone may read it."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import os
+import sqlite3
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from generate_image import OWNER_ONLY, Failure, os_reason, outside_text, write_exclusively
+from zimage_batch.contract import DATABASE, DATABASE_SCHEMA, DATABASE_VERSION, LOCK, PRIVATE_FILES
+
+
+class FolderLock:
+    """One batch a folder, by a lock that the system drops with the process. A lock file that is left means nothing."""
+
+    PATIENCE = 1.0  # seconds: somebody who only looks holds it for a moment
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / LOCK
+        self._descriptor: int | None = None
+
+    def take(self) -> bool:
+        """Take the lock, until `release` or the end of the process; False where another process has it."""
+        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, OWNER_ONLY)
+        until = time.monotonic() + self.PATIENCE
+        while not self._try():
+            if time.monotonic() > until:
+                self.release()
+                return False
+            time.sleep(0.05)
+        return True
+
+    def is_taken(self) -> bool:
+        """Whether some process has it now."""
+        try:
+            self._descriptor = os.open(self._path, os.O_RDWR)
+        except OSError:
+            return False
+        try:
+            return not self._try()
+        finally:
+            self.release()
+
+    def release(self) -> None:
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _try(self) -> bool:
+        assert self._descriptor is not None
+        try:
+            if os.name == "nt":
+                msvcrt: Any = importlib.import_module("msvcrt")
+                msvcrt.locking(self._descriptor, msvcrt.LK_NBLCK, 1)
+            else:
+                import fcntl
+
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def database_failures(path: Path) -> Iterator[None]:
+    """What the database says of the disk, or of itself, as a Failure."""
+    try:
+        yield
+    except sqlite3.DatabaseError as error:
+        if type(error) is sqlite3.DatabaseError:  # "file is not a database", "disk image is malformed"
+            raise Failure("batch_unreadable", f"{path}: {outside_text(error)}") from None
+        raise Failure("disk", f"{path}: {outside_text(error)}") from None
+
+
+def database_uri(path: Path, *, read_only: bool) -> str:
+    """Opening it to read must write nothing, not even the files beside it that a running batch keeps."""
+    beside = path.with_name(path.name + "-wal").exists()
+    mode = "mode=rw" if not read_only else "mode=ro" if beside else "immutable=1"
+    return f"{path.as_uri()}?{mode}"
+
+
+def open_database(folder: Path, *, read_only: bool = False) -> sqlite3.Connection:
+    """The database of an output folder.
+
+    Raises:
+        Failure: batch_unreadable, disk.
+    """
+    path = folder / DATABASE
+    with database_failures(path):
+        uri = database_uri(path, read_only=read_only)
+        database = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30, check_same_thread=False)
+        check_version(database, path)
+        if not read_only:
+            database.execute("PRAGMA journal_mode = WAL")
+            database.execute("PRAGMA synchronous = FULL")
+    return database
+
+
+def check_version(database: sqlite3.Connection, path: Path, schema: str = "main") -> None:
+    (version,) = database.execute(f"PRAGMA {schema}.user_version").fetchone()
+    if version != DATABASE_VERSION:
+        raise Failure("batch_unreadable", f"{path}: written by another version of this tool ({version})")
+
+
+def create_database(folder: Path) -> None:
+    """Make the database and what lies beside it, all at once or not at all.
+
+    Raises:
+        Failure: disk.
+    """
+    path = folder / DATABASE
+    temporary = folder / f".{DATABASE}.{os.getpid()}.part"
+    with database_failures(path):
+        try:
+            ignore = folder / ".gitignore"
+            if not ignore.exists():
+                ignore.write_text(PRIVATE_FILES, encoding="utf-8")
+            write_exclusively(temporary, b"", mode=OWNER_ONLY)
+            database = sqlite3.connect(temporary)
+            database.executescript(DATABASE_SCHEMA)
+            database.execute(f"PRAGMA user_version = {DATABASE_VERSION}")
+            database.commit()
+            database.close()
+            os.replace(temporary, path)
+        except OSError as error:
+            raise Failure("disk", f"{path} cannot be written: {os_reason(error)}") from None
+        finally:
+            temporary.unlink(missing_ok=True)

@@ -1,0 +1,137 @@
+"""The gallery: a page for people that needs no network, and its thumbnails."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import hashlib
+import json
+import os
+import re
+import sqlite3
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from generate_image import (
+    VERSION,
+    Failure,
+    Picture,
+    flattened,
+    no_more_waiting,
+    os_reason,
+    own_command,
+    timestamp,
+    utc_now,
+    verified,
+)
+from zimage_batch.contract import GALLERY, THUMB_SIDE
+from zimage_batch.names import evidence_name, thumb_name
+from zimage_batch.results import counts, listed_pictures, replace_file, totals
+
+if TYPE_CHECKING:
+    import PIL.Image
+
+TEMPLATE = Path(__file__).resolve().parents[2] / "assets" / "gallery.html"
+SHOWN_FIELDS = (
+    "number",
+    "id",
+    "variant",
+    "state",
+    "prompt",
+    "rewritten_prompt",
+    "size",
+    "width",
+    "height",
+    "bytes",
+    "seed",
+    "finished_at",
+    "warnings",
+    "in_input",
+)
+
+
+def write_gallery(database: sqlite3.Connection, folder: Path, until: float) -> Path:
+    """Write index.html in one step, and thumbnails that are missing while there is time; returns its path.
+
+    Raises:
+        Failure: disk.
+    """
+    try:
+        page = TEMPLATE.read_text(encoding="utf-8")
+    except OSError as error:
+        raise Failure("disk", f"the gallery's page {TEMPLATE} cannot be read: {os_reason(error)}") from None
+    make_missing_thumbs(database, folder, until)
+    script = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)[0]
+    page = page.replace("__SCRIPT_HASH__", base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
+    before, after = page.split("__BATCH_DATA__")
+    path = folder / GALLERY
+    replace_file(path, [before, *gallery_data(database, folder), after])
+    return path
+
+
+def gallery_data(database: sqlite3.Connection, folder: Path) -> Iterator[str]:
+    """The page's data as JSON, in parts; safe inside a script element whatever the prompts are."""
+    states, spent = totals(database)
+    head: dict[str, Any] = {"title": folder.name, "made_at": timestamp(utc_now()), "version": VERSION}
+    head |= counts(states) | {"estimated_cost": spent}
+    yield inline_json(head)[:-1] + ',"pictures":['
+    separator = ""
+    for entry in listed_pictures(database, folder):
+        shown_entry = {name: entry[name] for name in SHOWN_FIELDS if name in entry}
+        shown_entry["cost"] = entry["estimated_cost"]
+        evidence = evidence_name(entry["number"])
+        if entry["state"] == "saved":
+            shown_entry |= {"image": entry["output"], "thumb": thumb_name(entry["number"])}
+        if "evidence_path" in entry:
+            shown_entry["evidence"] = evidence
+            shown_entry["replay"] = own_command("--replay", entry["evidence_path"])
+        if "error" in entry:
+            error = entry["error"]
+            shown_entry["error"] = {name: error[name] for name in ("code", "message", "hint") if name in error}
+        yield separator + inline_json(shown_entry)
+        separator = ",\n"
+    yield "]}"
+
+
+def inline_json(value: Any) -> str:
+    """JSON that no HTML parser can take for markup."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "backslashreplace").decode()
+    return re.sub("[<>&\u2028\u2029\x7f-\x9f]", lambda sign: f"\\u{ord(sign[0]):04x}", text)
+
+
+def make_missing_thumbs(database: sqlite3.Connection, folder: Path, until: float) -> None:
+    """Make the thumbnails that a kill or --no-gallery has left out, from the saved files."""
+    rows = database.execute("SELECT number, output FROM pictures WHERE state = 'saved'")
+    missing = [tuple(row) for row in rows if not os.path.lexists(folder / thumb_name(row[0]))]
+
+    def make(number: int, output: str) -> None:
+        if time.monotonic() < until and not no_more_waiting.is_set():
+            with contextlib.suppress(Failure, OSError):
+                write_thumb(verified((folder / output).read_bytes()), folder, number)
+
+    with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
+        list(pool.map(lambda entry: make(*entry), missing))
+
+
+def write_thumb(picture: Picture, folder: Path, number: int) -> None:
+    """A small JPEG of a picture. The gallery does without one that cannot be written."""
+    target = folder / thumb_name(number)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    with contextlib.suppress(OSError, ValueError):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            thumb(picture.image).save(temporary, "JPEG", quality=80)
+            os.replace(temporary, target)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+def thumb(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The image, at most THUMB_SIDE pixels wide and high."""
+    small = image.reduce(max(1, max(image.size) // THUMB_SIDE)) if image.mode in ("RGB", "L") else image
+    small = flattened(small)
+    small.thumbnail((THUMB_SIDE, THUMB_SIDE))
+    return small

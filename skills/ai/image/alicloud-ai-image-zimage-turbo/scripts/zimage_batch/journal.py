@@ -1,0 +1,173 @@
+"""Journal: every step of every picture on disk before the next one."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import queue
+import sqlite3
+import threading
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+
+from generate_image import (
+    Endpoint,
+    Evidence,
+    Failure,
+    ImageRequest,
+    Key,
+    Plan,
+    Provider,
+    provider_named,
+    request_warnings,
+    utc_now,
+)
+from zimage_batch.contract import DATABASE, KEPT_FACTS
+from zimage_batch.folder import database_failures, open_database
+from zimage_batch.names import evidence_name, output_key
+
+
+class Job:
+    """One picture at work: its plan, its evidence so far (in memory), what was paid, and when it is due."""
+
+    def __init__(self, row: sqlite3.Row, plan: Plan) -> None:
+        facts = json.loads(row["facts"])
+        self.number = int(row["number"])
+        self.line = row["line"]
+        self.id = row["id"]
+        self.state = str(row["state"])
+        self.paid = int(row["paid"])
+        self.plan = plan
+        self.tries = 0  # of this run
+        self.was_unknown = False
+        self.evidence = Evidence(plan.evidence_path, plan.evidence(utc_now()) | {"attempts": []})
+        if self.state == "pending":  # of earlier tries only the attempts are true of the next one
+            facts = {"attempts": facts.get("attempts", [])}
+        self.evidence.update(status=self.state, **facts)
+
+    @property
+    def name(self) -> str:
+        """How messages call it."""
+        return f"line {self.line}" + (f" ({self.id})" if self.id else "") if self.line else f"picture {self.number}"
+
+    @property
+    def facts(self) -> str:
+        data = self.evidence.data
+        return json.dumps({name: data[name] for name in KEPT_FACTS if name in data}, ensure_ascii=False)
+
+
+class Place(NamedTuple):
+    """Where pictures are asked for, and with what key."""
+
+    provider: Provider
+    endpoint: Endpoint
+    workspace: str | None
+    key: Key
+
+
+Services = Mapping[int, tuple[Provider, Endpoint]]
+
+
+def read_services(database: sqlite3.Connection) -> Services:
+    """The places that pictures of this folder come from, by number."""
+    services = {}
+    for number, name, region, url in database.execute("SELECT number, provider, region, endpoint FROM services"):
+        provider = provider_named(name)
+        root = url.removesuffix(provider.generate_path)
+        services[number] = (provider, Endpoint(root, url, host_of(url), region))
+    return services
+
+
+def host_of(url: str) -> str:
+    return urlsplit(url).hostname or ""
+
+
+def job_of(row: sqlite3.Row, folder: Path, services: Services, workspace: str | None) -> Job:
+    """The work that a row of the database means."""
+    provider, endpoint = services[row["service"]]
+    request = ImageRequest(row["prompt"], row["size"], row["seed"], bool(row["prompt_extend"]))
+    plan = Plan(
+        provider=provider,
+        endpoint=endpoint,
+        request=request,
+        payload=provider.payload(request),
+        price=provider.price(request, endpoint.region),
+        workspace=workspace,
+        output=folder / row["output"],
+        overwrite=False,
+        evidence_path=folder / evidence_name(row["number"]),
+        warnings=request_warnings(request),
+    )
+    return Job(row, plan)
+
+
+class Journal:
+    """The one writer of the database: a thread that puts what many workers say into common commits."""
+
+    GROUP = 500  # statements a commit
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / DATABASE
+        self._database = open_database(folder)
+        self._inbox: queue.SimpleQueue[tuple[str, Sequence[Any], Future[None]] | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
+        self._thread.start()
+
+    def write(self, statement: str, values: Sequence[Any]) -> Future[None]:
+        """Have a statement executed and committed; the future ends when it is on disk.
+
+        Its exception is a Failure: disk.
+        """
+        done: Future[None] = Future()
+        self._inbox.put((statement, values, done))
+        return done
+
+    def keep(self, job: Job, state: str) -> Future[None]:
+        """Have the state of a picture committed."""
+        job.state = state
+        output = os.path.relpath(job.plan.output, self._path.parent).replace(os.sep, "/")
+        return self.write(
+            "UPDATE pictures SET state = ?, paid = ?, output = ?, output_key = ?, facts = ? WHERE number = ?",
+            (state, job.paid, output, output_key(output), job.facts, job.number),
+        )
+
+    def close(self) -> None:
+        self._inbox.put(None)
+        self._thread.join()
+        with contextlib.suppress(sqlite3.Error):
+            self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+        self._database.close()
+
+    def _work(self) -> None:
+        closing = False
+        while not closing:
+            group = [self._inbox.get()]
+            with contextlib.suppress(queue.Empty):
+                while len(group) < self.GROUP:
+                    group.append(self._inbox.get_nowait())
+            closing = None in group
+            entries = [entry for entry in group if entry is not None]
+            try:
+                with database_failures(self._path):
+                    self._commit([(statement, values) for statement, values, _ in entries])
+            except Failure as failure:
+                for _, _, done in entries:
+                    done.set_exception(failure)
+            else:
+                for _, _, done in entries:
+                    done.set_result(None)
+
+    def _commit(self, statements: Iterable[tuple[str, Sequence[Any]]]) -> None:
+        try:
+            self._database.execute("BEGIN IMMEDIATE")
+            for statement, values in statements:
+                self._database.execute(statement, values)
+            self._database.execute("COMMIT")
+        except sqlite3.Error:
+            if self._database.in_transaction:
+                self._database.execute("ROLLBACK")
+            raise

@@ -1,0 +1,96 @@
+"""Names in the folder: where images, thumbnails and evidence lie."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import re
+import unicodedata
+from pathlib import Path
+from typing import NoReturn
+
+from generate_image import (
+    Failure,
+    ImageRequest,
+    Problem,
+    checked_output,
+    format_problems,
+    outside_text,
+    raise_problems,
+    slug_of,
+)
+from zimage_batch.contract import EVIDENCE, FOLDER_SIZE, IMAGES, THUMBS
+
+
+def numbered(number: int) -> str:
+    return f"{number:06d}"
+
+
+def spread(number: int) -> str:
+    """The folder of a file with that number, among many."""
+    return f"{number // FOLDER_SIZE:04d}"
+
+
+def default_output_name(number: int, name: str) -> str:
+    """Path in the folder of an image that its row gives none: its number, and a slug of the row's id or prompt."""
+    file = "-".join(filter(None, (numbered(number), slug_of(name)))) + ".png"
+    folder = IMAGES if number < FOLDER_SIZE else f"{IMAGES}/{spread(number)}"
+    return f"{folder}/{file}"
+
+
+def evidence_name(number: int) -> str:
+    return f"{EVIDENCE}/{spread(number)}/{numbered(number)}.json"
+
+
+def thumb_name(number: int) -> str:
+    return f"{THUMBS}/{spread(number)}/{numbered(number)}.jpg"
+
+
+def variant_output(output: str, variant: int) -> str:
+    """The file of a variant: the row's own name for the first, with a number behind it for the others."""
+    stem, suffix = posixpath.splitext(output)
+    return f"{stem}-{variant + 1}{suffix}" if variant else output
+
+
+def output_key(output: str) -> str:
+    """The same for all names that some file system takes for one: case and Unicode form are folded."""
+    return unicodedata.normalize("NFC", unicodedata.normalize("NFD", output).casefold())
+
+
+class Names:
+    """Checks the outputs that rows name. Folders are examined once each."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._real = os.path.realpath(folder)
+        self._inside: dict[str, bool] = {}
+
+    def checked(self, output: str, request: ImageRequest) -> str:
+        """The output as a path in the folder, with `/`.
+
+        Raises:
+            Failure: invalid_output.
+        """
+
+        def refuse(what: str) -> NoReturn:
+            raise Failure("invalid_output", f"output: {what}")
+
+        if "\\" in output or output != output.strip():
+            refuse("must not hold backslashes or begin or end with blanks")
+        if output.startswith("/") or re.match("[A-Za-z]:", output) or ".." in output.split("/"):
+            refuse("must be a path in the output folder, without .. and not absolute")
+        path = checked_output(str(self.folder / output), "output")
+        raise_problems([Problem(p.code, p.text.replace("--output", "output")) for p in format_problems(request, path)])
+        name = posixpath.normpath(output)
+        if name.split("/")[0].casefold() in (THUMBS, EVIDENCE) or re.match(rf"(?i){IMAGES}/(\d{{4,}}/)?\d{{6,}}", name):
+            refuse(f"{outside_text(name, 100)} is a name that the batch gives itself")
+        if not self.stays_inside(posixpath.dirname(name)):
+            refuse(f"{outside_text(name, 100)} leaves the output folder through a symbolic link")
+        return name
+
+    def stays_inside(self, parent: str) -> bool:
+        """Whether a folder below the output folder really lies there."""
+        if parent not in self._inside:
+            real = os.path.realpath(self.folder / parent)
+            self._inside[parent] = os.path.commonpath([real, self._real]) == self._real
+        return self._inside[parent]

@@ -1,0 +1,336 @@
+"""Plan: the input held against the folder, and what that would cost, before anything is changed."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import posixpath
+import re
+import shutil
+import sqlite3
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from generate_image import MAX_SEED, Endpoint, Evidence, Failure, Problem, Provider, outside_text, pick_seed, shown
+from zimage_batch.contract import DATABASE, DATABASE_SCHEMA, PROBLEMS_TOLD
+from zimage_batch.folder import check_version, database_failures, database_uri, open_database
+from zimage_batch.names import Names, default_output_name, evidence_name, numbered, output_key, variant_output
+from zimage_batch.rows import Row, WrongRow
+
+STAGE_SCHEMA = """
+CREATE TABLE rows (
+  position INTEGER PRIMARY KEY, line INTEGER, id TEXT UNIQUE, identity TEXT, fingerprint TEXT,
+  prompt TEXT, size TEXT, seed INTEGER, prompt_extend INTEGER, output TEXT, price REAL
+);
+CREATE TABLE variants (variant INTEGER PRIMARY KEY);
+CREATE TABLE outputs (key TEXT PRIMARY KEY, line INTEGER) WITHOUT ROWID;
+CREATE TABLE parents (key TEXT PRIMARY KEY, line INTEGER) WITHOUT ROWID;
+CREATE TABLE occurrences (position INTEGER PRIMARY KEY, occurrence INTEGER);
+CREATE TABLE plan (position INTEGER, variant INTEGER, number INTEGER, kind TEXT, price REAL);
+"""
+# What becomes of a picture of the input. Displaced ones are not in it, but a row wants their file name.
+TO_MAKE = ("new", "edited", "pending", "retried")
+CHANGED = ("changed", "displaced")
+
+
+class Survey(NamedTuple):
+    """What an input means for a folder: pictures by kind, and the US$ they would cost."""
+
+    rows: int
+    pictures: Counter[str]
+    cost: Counter[str]
+
+    def made(self, *, with_changed: bool) -> tuple[int, float]:
+        """How many pictures would be made, and for how many US$."""
+        kinds = [*TO_MAKE, *(["changed"] if with_changed else [])]
+        return sum(self.pictures[kind] for kind in kinds), round(sum(self.cost[kind] for kind in kinds), 6)
+
+
+class Stage:
+    """All rows of an input in a temporary database: not in memory, and before the folder is touched."""
+
+    def __init__(self, provider: Provider, endpoint: Endpoint, variants: int, folder: Path) -> None:
+        self.provider = provider
+        self.endpoint = endpoint
+        self.variants = variants
+        self.folder = folder
+        self.names = Names(folder)
+        self.count = 0
+        self.wrong = 0
+        self.problems: list[Problem] = []
+        self.db = sqlite3.connect("", uri=True, isolation_level=None)
+        self.db.create_function("pick_seed", 0, pick_seed)
+        self.db.executescript(STAGE_SCHEMA)
+        self.db.executemany("INSERT INTO variants VALUES (?)", [(variant,) for variant in range(variants)])
+
+    def load(self, rows: Iterable[Row | WrongRow]) -> None:
+        """Take all rows.
+
+        Raises:
+            Failure: invalid_rows, with the first problems and their count.
+        """
+        with database_failures(Path("temporary database")):
+            self.db.execute("BEGIN")
+            for row in rows:
+                sentences = row.sentences if isinstance(row, WrongRow) else self._add(row)
+                self.wrong += bool(sentences)
+                room = PROBLEMS_TOLD - len(self.problems)
+                texts = [f"line {row.line}: {text}" for text in sentences[: max(0, room)]]
+                self.problems += [Problem("invalid_rows", text) for text in texts]
+            self._check_folders()
+            self.db.execute("COMMIT")
+            self._identify()
+        if self.problems:
+            texts = [problem.text for problem in self.problems]
+            more = f"; the first {len(texts)} problems:" if self.wrong > len(texts) else ":"
+            count = f"{self.wrong} wrong row{'s' * (self.wrong != 1)}{more}"
+            more_facts = {"problem_count": self.wrong} if self.wrong > len(texts) else {}
+            raise Failure("invalid_rows", f"{count} {'; '.join(texts)}", problems=texts, **more_facts)
+        if not self.count:
+            raise Failure("invalid_rows", "--input: has no rows", hint="give a file with at least one prompt")
+
+    def _add(self, row: Row) -> list[str]:
+        """Stage a row; returns what is wrong with it beside the others."""
+        sentences = []
+        output = None
+        if row.output is not None:
+            try:
+                output = self.names.checked(row.output, row.request)
+            except Failure as failure:
+                return [failure.message]
+            for variant in range(self.variants):
+                sentences += self._claim(variant_output(output, variant), row.line)
+        request = row.request
+        price = self.provider.price(request, self.endpoint.region).estimate
+        fields = (request.prompt, request.size, row.seed, request.prompt_extend, output, price)
+        values = (self.count, row.line, row.id, None, row.fingerprint, *fields)
+        try:
+            self.db.execute(f"INSERT INTO rows VALUES ({', '.join('?' * len(values))})", values)
+            self.count += 1
+        except sqlite3.IntegrityError:
+            (line,) = self.db.execute("SELECT line FROM rows WHERE id = ?", (row.id,)).fetchone()
+            sentences.append(f"id: {shown(row.id)} is that of line {line} too")
+        return sentences
+
+    def _claim(self, output: str, line: int) -> list[str]:
+        key = output_key(output)
+        taken = self.db.execute("SELECT line FROM outputs WHERE key = ?", (key,)).fetchone()
+        if taken:
+            return [f"output: {outside_text(output, 100)} is that of line {taken[0]} too"]
+        self.db.execute("INSERT INTO outputs VALUES (?, ?)", (key, line))
+        while key := posixpath.dirname(key):
+            self.db.execute("INSERT OR IGNORE INTO parents VALUES (?, ?)", (key, line))
+        return []
+
+    def _check_folders(self) -> None:
+        """A name cannot be a file for one row and a folder for another."""
+        both = "SELECT parents.line, outputs.line FROM parents JOIN outputs USING (key) LIMIT ?"
+        for line, other in self.db.execute(both, (PROBLEMS_TOLD,)).fetchall():
+            self.wrong += 1
+            text = f"line {line}: output: its folder is a file of line {other}"
+            self.problems += [Problem("invalid_rows", text)] * (len(self.problems) < PROBLEMS_TOLD)
+
+    def _identify(self) -> None:
+        """A row is its id, else its fingerprint and which one of its like it is: moving rows changes neither."""
+        self.db.executescript("""
+            INSERT INTO occurrences SELECT position, row_number() OVER (PARTITION BY fingerprint ORDER BY position)
+              FROM rows WHERE id IS NULL;
+            UPDATE rows SET identity = CASE WHEN id IS NOT NULL THEN 'id:' || id ELSE 'row:' || fingerprint || ':' ||
+              (SELECT occurrence FROM occurrences WHERE occurrences.position = rows.position) END;
+        """)
+
+    def survey(self, *, retry_failed: bool, retry_unknown: bool, read_only: bool) -> Survey:
+        """Hold the rows against the folder's database; without one, against an empty one."""
+        path = self.folder / DATABASE
+        with database_failures(path):
+            if path.exists():
+                self.db.execute("ATTACH ? AS folder", (database_uri(path, read_only=read_only),))
+                check_version(self.db, path, "folder")
+            else:
+                self.db.execute("ATTACH ':memory:' AS folder")
+                for statement in re.findall(r"CREATE TABLE \w+ \(.*?\);", DATABASE_SCHEMA, re.DOTALL):
+                    self.db.execute(statement.replace("CREATE TABLE ", "CREATE TABLE folder."))
+            place = (self.provider.name, self.endpoint.region, self.endpoint.url)
+            match = "SELECT number FROM folder.services WHERE provider = ? AND region = ? AND endpoint = ?"
+            (service,) = self.db.execute(match, place).fetchone() or (-1,)
+            self.db.execute(
+                """
+                INSERT INTO plan SELECT r.position, v.variant, p.number,
+                  CASE WHEN p.number IS NULL THEN 'new'
+                       WHEN p.fingerprint <> r.fingerprint OR p.service <> ?
+                         THEN CASE WHEN p.state = 'pending' AND p.paid = 0 THEN 'edited' ELSE 'changed' END
+                       WHEN p.state = 'pending' THEN 'pending'
+                       WHEN p.state = 'failed' AND ? THEN 'retried'
+                       WHEN p.state IN ('unknown', 'submitting') AND ? THEN 'retried'
+                       ELSE 'settled' END, r.price
+                FROM rows r CROSS JOIN variants v
+                LEFT JOIN folder.pictures p ON p.identity = r.identity AND p.variant = v.variant
+                """,
+                (service, retry_failed, retry_unknown),
+            )
+            self.db.execute("CREATE INDEX plan_numbers ON plan (number)")
+            self.db.execute("""
+                INSERT INTO plan SELECT NULL, NULL, p.number, 'displaced', 0
+                FROM outputs o JOIN folder.pictures p ON p.output_key = o.key
+                WHERE NOT (p.state = 'pending' AND p.paid = 0)
+                  AND NOT EXISTS (SELECT 1 FROM plan WHERE plan.number = p.number)
+            """)
+            kinds = self.db.execute("SELECT kind, count(*), sum(price) FROM plan GROUP BY kind").fetchall()
+        pictures, cost = {kind: n for kind, n, _ in kinds}, {kind: price for kind, _, price in kinds}
+        return Survey(self.count, Counter(pictures), Counter(cost))
+
+    def changed_rows(self, survey: Survey) -> Failure | None:
+        """The failure that asks before pictures are made again for rows that were changed; None where none were."""
+        changed = sum(survey.pictures[kind] for kind in CHANGED)
+        if not changed:
+            return None
+        lines = self.db.execute(
+            "SELECT DISTINCT line FROM plan JOIN rows USING (position) WHERE kind = 'changed' ORDER BY line LIMIT 6"
+        ).fetchall()
+        where = ", ".join(str(line) for (line,) in lines[:5]) + (", …" if len(lines) > 5 else "")
+        count, cost = survey.made(with_changed=True)
+        again = survey.pictures["changed"]
+        return Failure(
+            "changed_rows",
+            f"{changed} picture{'s' * (changed != 1)} of this folder would be replaced, because rows "
+            f"{f'(line {where}) ' if lines else ''}or provider, region or endpoint are not those of before: "
+            f"{again} would be made again for US${survey.cost['changed']:.5g}, {count} in all for US${cost:.5g}",
+            changes={
+                "replaced": changed,
+                "made_again": again,
+                "made_again_cost": round(survey.cost["changed"], 6),
+                "to_make": count,
+                "to_make_cost": cost,
+            },
+        )
+
+    def merge(self) -> None:
+        """Write the plan into the folder's database, in one step; what was paid for before keeps its file.
+
+        Raises:
+            Failure: output_exists, disk.
+        """
+        with database_failures(self.folder / DATABASE):
+            self.db.execute("PRAGMA folder.synchronous = FULL")
+            self.db.execute("BEGIN IMMEDIATE")
+            try:
+                self._merge()
+                self.db.execute("COMMIT")
+            except sqlite3.IntegrityError:
+                self.db.execute("ROLLBACK")
+                raise Failure(
+                    "output_exists", "output: a row wants a name that another picture of this folder has"
+                ) from None
+            except BaseException:
+                if self.db.in_transaction:
+                    self.db.execute("ROLLBACK")
+                raise
+            self.db.execute("DETACH folder")
+        self.db.close()
+        settle_moves(self.folder)
+
+    def _merge(self) -> None:
+        place = (self.provider.name, self.endpoint.region, self.endpoint.url)
+        self.db.execute("INSERT OR IGNORE INTO folder.services (provider, region, endpoint) VALUES (?, ?, ?)", place)
+        match = "SELECT number FROM folder.services WHERE provider = ? AND region = ? AND endpoint = ?"
+        (service,) = self.db.execute(match, place).fetchone()
+        # The seed of a row that names none: that of its other variants, else one is picked, for all of them.
+        self.db.execute("""
+            UPDATE rows SET seed = coalesce((SELECT (p.seed - p.variant + 2147483648) % 2147483648
+              FROM folder.pictures p WHERE p.identity = rows.identity ORDER BY p.variant LIMIT 1), pick_seed())
+            WHERE seed IS NULL
+        """)
+        kept = "SELECT {} FROM plan JOIN rows USING (position) WHERE plan.number = pictures.number AND kind IN {}"
+        kinds = "('pending', 'retried', 'settled')"
+        position, line = kept.format("rows.position", kinds), kept.format("rows.line", kinds)
+        self.db.execute(
+            f"UPDATE folder.pictures SET position = ({position}), line = ({line}) "
+            f"WHERE position IS NOT ({position}) OR line IS NOT ({line})"
+        )
+        self.db.execute("DELETE FROM folder.pictures WHERE position IS NULL AND state = 'pending' AND paid = 0")
+        numbers = self.db.execute(f"SELECT number FROM plan WHERE kind IN {CHANGED}").fetchall()
+        for (number,) in numbers:
+            self._set_aside(number)
+        self.db.execute(
+            "UPDATE folder.pictures SET state = 'pending' "
+            "WHERE number IN (SELECT number FROM plan WHERE kind = 'retried')"
+        )
+        (first,) = self.db.execute("SELECT coalesce(max(number) + 1, 0) FROM folder.pictures").fetchone()
+        new = self.db.execute("""
+            SELECT variant, rows.* FROM plan JOIN rows USING (position)
+            WHERE kind IN ('new', 'edited', 'changed') ORDER BY rows.position, variant
+        """)
+        self.db.executemany(
+            """
+            INSERT INTO folder.pictures (number, identity, variant, position, line, id, fingerprint, service,
+              prompt, size, seed, prompt_extend, output, output_key, price)
+            VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+            """,
+            (self._picture(number, service, *values) for number, values in enumerate(new, first)),
+        )
+
+    def _picture(
+        self, number: int, service: int, variant: int, position: int, line: int, name: str | None, *rest: Any
+    ) -> tuple[Any, ...]:
+        identity, fingerprint, prompt, size, seed, extend, given, price = rest
+        output = variant_output(given, variant) if given else default_output_name(number, name or prompt)
+        seed = (seed + variant) % (MAX_SEED + 1)
+        row = (number, identity, variant, position, line, name, fingerprint, service)
+        return (*row, prompt, size, seed, extend, output, output_key(output), price)
+
+    def _set_aside(self, number: int) -> None:
+        """Give a picture whose row was changed another identity and file name, so that the new one can have them."""
+        find = "SELECT output, moved_from, state FROM folder.pictures WHERE number = ?"
+        output, moved_from, state = self.db.execute(find, (number,)).fetchone()
+        stem, suffix = posixpath.splitext(output)
+        name = f"{stem}-before-{numbered(number)}{suffix}"
+        if state == "saved" and moved_from is None:
+            with contextlib.suppress(FileNotFoundError, FileExistsError):
+                link_or_copy(self.folder / output, self.folder / name)
+            moved_from = output
+        self.db.execute(
+            "UPDATE folder.pictures SET identity = identity || '@' || number, position = NULL, line = NULL, "
+            "output = ?, output_key = ?, moved_from = ? WHERE number = ?",
+            (name, output_key(name), moved_from, number),
+        )
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file, or where the file system has none, a copy."""
+    try:
+        os.link(source, target)
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError:
+        shutil.copyfile(source, target)
+
+
+def settle_moves(folder: Path) -> None:
+    """Finish what `Stage.merge` began: a picture that got another name loses the old one, also after a kill."""
+    database = open_database(folder)
+    with contextlib.closing(database), database_failures(folder / DATABASE):
+        moved = "SELECT number, output, moved_from, facts FROM pictures WHERE moved_from IS NOT NULL"
+        for number, output, moved_from, said in database.execute(moved).fetchall():
+            facts = json.loads(said)
+            image = facts.get("image", {})
+            old, new = folder / moved_from, folder / output
+            with contextlib.suppress(OSError):
+                if new.exists() and file_hash(old) == image.get("sha256"):
+                    old.unlink()
+            if image:
+                image["path"] = str(new)
+            evidence = folder / evidence_name(number)
+            with contextlib.suppress(OSError, ValueError):
+                content = json.loads(evidence.read_bytes())
+                Evidence(evidence, content).record(output=str(new), image=content["image"] | {"path": str(new)})
+            database.execute(
+                "UPDATE pictures SET moved_from = NULL, facts = ? WHERE number = ?", (json.dumps(facts), number)
+            )
+
+
+def file_hash(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

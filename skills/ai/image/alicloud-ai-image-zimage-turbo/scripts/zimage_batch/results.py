@@ -1,0 +1,97 @@
+"""The results: a line a picture for programs, and the counts of a summary."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from generate_image import Failure, os_reason
+from zimage_batch.contract import LISTED, RESULTS
+from zimage_batch.names import evidence_name
+
+
+def totals(database: sqlite3.Connection) -> tuple[dict[str, int], float]:
+    """Pictures by state, of those that are listed, and the US$ that were, or may have been, billed in all."""
+    states = database.execute(f"SELECT state, count(*) FROM pictures WHERE {LISTED} GROUP BY state")
+    (spent,) = database.execute("SELECT coalesce(sum(price * paid), 0.0) FROM pictures").fetchone()
+    return dict(states.fetchall()), round(spent, 6)
+
+
+def counts(states: Mapping[str, int]) -> dict[str, int]:
+    """The counts of a summary; what is out counts as in_flight, where there is any."""
+    in_flight = states.get("submitting", 0) + states.get("submitted", 0)
+    known = {name: states.get(name, 0) for name in ("saved", "failed", "unknown", "generated", "pending")}
+    return {"total": sum(known.values()) + in_flight, **known, **({"in_flight": in_flight} if in_flight else {})}
+
+
+def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict[str, Any]]:
+    """What results and gallery say of each picture, in the order of the input; earlier inputs' pictures last."""
+    several = {identity for (identity,) in database.execute("SELECT DISTINCT identity FROM pictures WHERE variant > 0")}
+    rows = database.execute(
+        f"SELECT * FROM pictures WHERE {LISTED} ORDER BY position IS NULL, position, variant, number"
+    )
+    for row in rows:
+        facts = json.loads(row["facts"])
+        image = facts.get("image", {}) if row["state"] == "saved" else {}
+        said = facts.get("response", {})
+        evidence = folder / evidence_name(row["number"])
+        failed = row["state"] in ("failed", "unknown", "generated")
+        entry = {
+            "number": row["number"],
+            "id": row["id"],
+            "line": row["line"],
+            "variant": row["variant"] if row["identity"] in several else None,
+            "state": row["state"],
+            "prompt": row["prompt"],
+            "rewritten_prompt": said.get("rewritten_prompt"),
+            "size": row["size"],
+            "seed": row["seed"],
+            "prompt_extend": bool(row["prompt_extend"]),
+            "output": row["output"],
+            "image_path": str(folder / row["output"]) if image else None,
+            "width": image.get("width"),
+            "height": image.get("height"),
+            "bytes": image.get("bytes"),
+            "sha256": image.get("sha256"),
+            "evidence_path": str(evidence) if row["state"] == "saved" or failed else None,
+            "request_id": said.get("request_id"),
+            "estimated_cost": round(row["price"] * row["paid"], 6),
+            "attempts": len(facts.get("attempts", [])),
+            "finished_at": facts.get("finished_at") if row["state"] != "pending" else None,
+            "warnings": [*facts.get("warnings", ()), *image.get("warnings", ())] or None,
+            "error": facts.get("error") if row["state"] != "saved" else None,
+            "in_input": None if row["position"] is not None else False,
+        }
+        yield {name: value for name, value in entry.items() if value is not None}
+
+
+def write_results(database: sqlite3.Connection, folder: Path) -> Path:
+    """Write results.jsonl in one step; returns its path.
+
+    Raises:
+        Failure: disk.
+    """
+    path = folder / RESULTS
+    lines = (json.dumps(entry, ensure_ascii=False) + "\n" for entry in listed_pictures(database, folder))
+    replace_file(path, lines)
+    return path
+
+
+def replace_file(path: Path, parts: Iterable[str]) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as target:
+            target.writelines(parts)
+            target.flush()
+            os.fsync(target.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        raise Failure("disk", f"{path} cannot be written: {os_reason(error)}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)

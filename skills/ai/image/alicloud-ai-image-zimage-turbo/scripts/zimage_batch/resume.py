@@ -1,0 +1,140 @@
+"""Before a run: what a dead one has left, and what has happened to the folder since."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sqlite3
+from pathlib import Path
+
+from generate_image import Console, Failure, check_space, explain, moment_of, remove_if_left_over, settle, utc_now
+from zimage_batch.contract import DATABASE, KEPT_FACTS, PROBLEMS_TOLD
+from zimage_batch.folder import database_failures, open_database
+from zimage_batch.journal import Job, job_of, read_services
+from zimage_batch.plan import file_hash, settle_moves
+
+
+def clean_up(folder: Path, console: Console) -> None:
+    """Bring the folder to a state from which a run can start, and tell what was found.
+
+    Requests that were out when a process died become unknown, its temporary files go, saved pictures whose file has
+    vanished are downloaded again while their link lives.
+    """
+    for parent, _, names in os.walk(folder):
+        for name in names:
+            if name.startswith(".") and name.endswith(".part"):
+                remove_if_left_over(Path(parent, name))
+    settle_moves(folder)
+    database = open_database(folder)
+    database.row_factory = sqlite3.Row
+    with contextlib.closing(database), database_failures(folder / DATABASE):
+        database.execute("BEGIN IMMEDIATE")
+        lost = close_submitting(database, folder)
+        again, gone = find_vanished(database, folder)
+        database.execute("COMMIT")
+    if lost:
+        console.note(
+            f"warning: {lost} request{'s' * (lost != 1)} of a run that was cut off may have been billed: unknown; "
+            "--retry-unknown sends them again (costs)"
+        )
+    if again:
+        console.note(f"warning: {again} saved pictures have vanished from the folder; they are downloaded again, free")
+    if gone:
+        console.note(
+            f"warning: {gone} saved pictures have vanished from the folder and their links have expired; "
+            "--retry-failed makes them again (costs)"
+        )
+
+
+def close_submitting(database: sqlite3.Connection, folder: Path) -> int:
+    """Settle the requests that were out when their process died; returns how many are unknown now."""
+    services = read_services(database)
+    unknown = 0
+    for row in database.execute("SELECT * FROM pictures WHERE state = 'submitting'").fetchall():
+        job = job_of(row, folder, services, None)
+        if not adopt(job):
+            failure = Failure("outcome_unknown", "the run was cut off while the request was out")
+            job.evidence.path.parent.mkdir(parents=True, exist_ok=True)
+            explain(job.evidence, failure, [])
+            settle(job.evidence, failure)
+            unknown += 1
+        database.execute(
+            "UPDATE pictures SET state = ?, facts = ? WHERE number = ?",
+            (job.evidence.data["status"], job.facts, job.number),
+        )
+    return unknown
+
+
+def adopt(job: Job) -> bool:
+    """Take over what the evidence file knows of the same attempt, where it got further than the database.
+
+    That is so only where the disk failed under the database while it still took the picture or its evidence.
+    """
+    try:
+        written = json.loads(job.evidence.path.read_bytes())
+        same = len(written["attempts"]) == len(job.evidence.data["attempts"])
+        link, image = written.get("response", {}).get("image_url"), written.get("image")
+        if not same or written["status"] not in ("generated", "saved") or not link:
+            return False
+        saved = image is not None and file_hash(Path(image["path"])) == image["sha256"]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return False
+    job.evidence.update(**{name: written[name] for name in KEPT_FACTS if name in written})
+    job.evidence.update(status="saved" if saved else "generated")
+    return True
+
+
+def find_vanished(database: sqlite3.Connection, folder: Path) -> tuple[int, int]:
+    """Find saved pictures without a file; returns how many can be downloaded again, and how many cannot."""
+    again = gone = 0
+    rows = database.execute("SELECT number, output, position FROM pictures WHERE state = 'saved'")
+    missing = [row for row in rows if not os.path.lexists(folder / row["output"])]
+    for number, _, position in missing:
+        (said,) = database.execute("SELECT facts FROM pictures WHERE number = ?", (number,)).fetchone()
+        facts = json.loads(said)
+        response = facts.get("response", {})
+        alive = position is not None and moment_of(response.get("expires_at")) > utc_now()
+        if not alive:
+            failure = Failure("link_expired", "the saved file has vanished, and its link is not good any more")
+            facts["error"] = failure.object()
+        facts.pop("image", None)
+        database.execute(
+            "UPDATE pictures SET state = ?, facts = ? WHERE number = ?",
+            ("generated" if alive else "failed", json.dumps(facts, ensure_ascii=False), number),
+        )
+        again += alive
+        gone += not alive
+    return again, gone
+
+
+def check_outputs_are_free(folder: Path) -> None:
+    """No picture may be paid for whose name is taken by a file that is not of this batch.
+
+    Raises:
+        Failure: output_exists, disk.
+    """
+    database = open_database(folder, read_only=True)
+    taken: list[str] = []
+    count = 0
+    folders: set[Path] = set()
+    with contextlib.closing(database), database_failures(folder / DATABASE):
+        rows = database.execute(
+            "SELECT line, output FROM pictures WHERE state = 'pending' AND position IS NOT NULL ORDER BY position"
+        )
+        for line, output in rows:
+            path = folder / output
+            if path.parent not in folders:
+                folders.add(path.parent)
+                check_space(path.parent)
+            if os.path.lexists(path):
+                count += 1
+                taken += [f"line {line}: {path} exists already"] * (len(taken) < PROBLEMS_TOLD)
+    if taken:
+        raise Failure(
+            "output_exists",
+            "; ".join(taken),
+            problems=taken,
+            problem_count=count if count > len(taken) else None,
+            hint="move these files away or give the rows another output; nothing is overwritten",
+        )

@@ -1,0 +1,223 @@
+"""Rows: what the user asks for, a line at a time."""
+
+from __future__ import annotations
+
+import codecs
+import contextlib
+import csv
+import hashlib
+import json
+import os
+import queue
+import re
+import stat
+import sys
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from generate_image import (
+    MIB,
+    Failure,
+    ImageRequest,
+    is_plainly_valid,
+    json_kind,
+    normalize,
+    os_reason,
+    outside_text,
+    parse_json,
+    request_problems,
+    shown,
+)
+from zimage_batch.contract import INPUTS, MAX_ID_LENGTH, MAX_LINE_BYTES, ROW_SCHEMA
+
+
+class Row(NamedTuple):
+    """One valid row. `seed` is None where the row names none: one is picked when the row is first planned."""
+
+    line: int
+    id: str | None
+    output: str | None
+    request: ImageRequest
+    seed: int | None
+    fingerprint: str
+
+
+class WrongRow(NamedTuple):
+    line: int
+    sentences: list[str]
+
+
+class Lines:
+    """The lines of an input as bytes, never waiting longer than `wait` seconds for the next one.
+
+    Raises:
+        Failure: file_unreadable.
+    """
+
+    def __init__(self, name: str, wait: float) -> None:
+        self.label = "--input" if name == "-" else f"--input {outside_text(name, 200)}"
+        self.name = name
+        self.wait = wait
+
+    def __iter__(self) -> Iterator[bytes]:
+        try:
+            if self.name == "-":
+                if sys.stdin is None or sys.stdin.isatty():
+                    raise Failure("file_unreadable", f"{self.label}: nothing is piped into standard input")
+                yield from self._in_time(sys.stdin.buffer)
+            elif stat.S_ISREG(os.stat(self.name).st_mode):
+                with open(self.name, "rb") as source:
+                    yield from self._read(source)
+            elif os.path.isdir(self.name):
+                raise Failure("file_unreadable", f"{self.label}: is a folder")
+            else:
+                yield from self._in_time(self.name)
+        except (OSError, ValueError) as error:
+            hint = f"give the path of a readable {', '.join(INPUTS)} file, or - for JSON lines on standard input"
+            raise Failure("file_unreadable", f"{self.label}: cannot be read: {os_reason(error)}", hint=hint) from None
+
+    def _read(self, source: Any) -> Iterator[bytes]:
+        for number, line in enumerate(iter(lambda: source.readline(MAX_LINE_BYTES + 1), b""), 1):
+            if len(line) > MAX_LINE_BYTES:
+                raise ValueError(f"line {number} is longer than {MAX_LINE_BYTES // MIB} MiB")
+            yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+
+    def _in_time(self, source: Any) -> Iterator[bytes]:
+        """Read a pipe in a thread: one that nobody writes to must not hang the command."""
+        lines: queue.Queue[bytes | Exception | None] = queue.Queue(maxsize=1000)
+
+        def read() -> None:
+            try:
+                with contextlib.nullcontext(source) if hasattr(source, "read") else open(source, "rb") as stream:
+                    for line in self._read(stream):
+                        lines.put(line)
+                lines.put(None)
+            except Exception as error:
+                lines.put(error)
+
+        threading.Thread(target=read, daemon=True).start()
+        while True:
+            try:
+                item = lines.get(timeout=self.wait)
+            except queue.Empty:
+                raise OSError(f"nothing more arrived within {self.wait:g} s") from None
+            if item is None:
+                return
+            if isinstance(item, Exception):
+                raise item
+            yield item
+
+
+def read_rows(name: str, wait: float) -> Iterator[Row | WrongRow]:
+    """The rows of an input file, by its extension; `-` is JSON lines on standard input.
+
+    Raises:
+        Failure: file_unreadable; usage for another extension.
+    """
+    kind = ".jsonl" if name == "-" else os.path.splitext(name)[1].lower()
+    if kind not in INPUTS:
+        raise Failure("usage", f"--input: must end in one of {', '.join(INPUTS)} or be -, got {shown(name)}")
+    lines = Lines(name, wait)
+    reader = {".jsonl": json_rows, ".csv": csv_rows, ".txt": text_rows}[kind]
+    return (checked_row(line, raw) for line, raw in reader(lines))
+
+
+def json_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
+    """A JSON object a line; what is wrong with a line stands in place of its object, as an exception."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, parse_json(line.decode())
+        except UnicodeDecodeError:
+            yield number, ValueError("is not text in UTF-8")
+        except ValueError as error:
+            yield number, ValueError(f"is not valid JSON: {error}")
+
+
+def text_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
+    """A prompt a line."""
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            yield number, {"prompt": line.decode().strip()}
+        except UnicodeDecodeError:
+            yield number, ValueError("is not text in UTF-8")
+
+
+def csv_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
+    """Named columns under a header; an empty cell is a field not given. The separator may also be ; or a tab."""
+    csv.field_size_limit(MAX_LINE_BYTES)
+    texts = (line.decode() for line in lines)
+    blank, start = 0, 1
+    try:
+        header = ""
+        for header in texts:
+            if header.strip():
+                break
+            blank += 1
+        separator = max(",;\t", key=header.count)
+        names = [name.strip().lower() for name in next(csv.reader([header], delimiter=separator, strict=True), [])]
+        if not {"prompt"} <= set(names) <= set(ROW_SCHEMA["properties"]) or len(set(names)) < len(names):
+            known = ", ".join(ROW_SCHEMA["properties"])
+            yield blank + 1, ValueError(f"the header must name columns of {known}, each once, prompt among them")
+            return
+        start = blank + 2
+        reader = csv.reader(texts, delimiter=separator, strict=True)
+        for cells in reader:
+            if any(cell.strip() for cell in cells):
+                yield start, csv_object(names, cells)
+            start = blank + reader.line_num + 2
+    except UnicodeDecodeError:
+        yield start, ValueError("is not text in UTF-8: save the file as CSV in UTF-8")
+    except csv.Error as error:
+        yield start, ValueError(f"is not valid CSV: {error}")
+
+
+def csv_object(names: Sequence[str], cells: Sequence[str]) -> Any:
+    """The row that the cells of a line mean, typed as in JSON."""
+    if len(cells) > len(names):
+        return ValueError(f"has {len(cells)} cells, the header names {len(names)}; a prompt with commas needs quotes")
+    row: dict[str, Any] = {name: cell for name, cell in zip(names, cells, strict=False) if cell.strip()}
+    for name in row.keys() - {"prompt"}:
+        row[name] = row[name].strip()
+    if re.fullmatch(r"-?[0-9]{1,18}", row.get("seed", "")):
+        row["seed"] = int(row["seed"])
+    said = row.get("prompt_extend", "").lower()
+    if said in ("true", "yes", "1"):
+        row["prompt_extend"] = True
+    elif said in ("false", "no", "0"):
+        row["prompt_extend"] = False
+    return row
+
+
+def checked_row(line: int, raw: Any) -> Row | WrongRow:
+    """A row as written, validated and normalized."""
+    if isinstance(raw, Exception):
+        return WrongRow(line, [outside_text(raw)])
+    if not isinstance(raw, dict):
+        return WrongRow(line, [f"must be a JSON object, got {json_kind(raw)}"])
+    if type(raw.get("id")) is int:
+        raw["id"] = str(raw["id"])
+    own = {name: raw[name] for name in ("id", "output") if name in raw}
+    request = {name: value for name, value in raw.items() if name not in own}
+    sentences = []
+    if "base_url" in raw or not is_plainly_valid(request) or not all(is_text(value) for value in own.values()):
+        sentences = [problem.text for problem in request_problems(raw, ROW_SCHEMA)]
+    if not sentences and len(own.get("id", "")) > MAX_ID_LENGTH:
+        sentences.append(f"id: longer than {MAX_ID_LENGTH} characters")
+    if not sentences and "id" in own and own["id"] != outside_text(own["id"], MAX_ID_LENGTH):
+        sentences.append("id: has control characters, blanks around it, or what looks like a key in it")
+    if sentences:
+        return WrongRow(line, sentences)
+    normalized = normalize(request | {"seed": max(0, int(request.get("seed", 0)))})
+    seed = int(request.get("seed", -1))
+    written = json.dumps(raw, sort_keys=True, ensure_ascii=False)
+    fingerprint = hashlib.sha256(written.encode()).hexdigest()[:32]
+    return Row(line, own.get("id"), own.get("output"), normalized, None if seed == -1 else seed, fingerprint)
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str) and value.strip() != ""

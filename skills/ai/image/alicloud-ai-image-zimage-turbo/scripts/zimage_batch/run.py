@@ -1,0 +1,463 @@
+"""Run: which picture goes next, and when to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import math
+import queue
+import signal
+import sqlite3
+import statistics
+import time
+from collections import Counter, deque
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from generate_image import (
+    EXIT_SIGNAL,
+    EXIT_UNAVAILABLE,
+    EXIT_UNKNOWN,
+    MIN_FREE_BYTES,
+    Console,
+    Failure,
+    Provider,
+    backoff,
+    check_space,
+    moment_of,
+    no_more_waiting,
+    timestamp,
+    utc_now,
+)
+from zimage_batch.contract import (
+    ASSUMED_LATENCY,
+    CONCURRENCY_RANGE,
+    DOWNLOADS_AT_ONCE,
+    FAILURES_IN_A_ROW,
+    FAILURES_TOLD,
+    MOST_WAITING_DOWNLOADS,
+    RESULTS,
+    SPACING,
+    TICK,
+    UNKNOWN_IN_A_ROW,
+    UNPACED_CONCURRENCY,
+)
+from zimage_batch.folder import open_database
+from zimage_batch.journal import Job, Journal, Place, job_of, read_services
+from zimage_batch.pacer import Pacer
+from zimage_batch.progress import Progress, Tally
+from zimage_batch.results import totals
+from zimage_batch.work import Outcome, Worker, stops_the_run
+
+
+class BatchOptions(NamedTuple):
+    """The command line after checking: typed, defaults filled in. US$ and seconds; None is no bound."""
+
+    mode: str  # make | status | gallery
+    input: str | None
+    prompt: str | None
+    folder: Path
+    variants: int
+    concurrency: int | None
+    rpm: float
+    max_cost: float | None
+    time_limit: float | None
+    limit: int | None
+    provider: Provider
+    region: str | None
+    base_url: str | None
+    trusted: frozenset[str]
+    timeout: float
+    max_retries: int
+    retry_failed: bool
+    retry_unknown: bool
+    accept_changes: bool
+    dry_run: bool
+    gallery: bool
+
+
+class Run:
+    """One start of a batch: sends what is pending, downloads what is paid, stops when it must.
+
+    All decisions are taken in the main thread, from what workers report; only `interrupt` is called from elsewhere
+    (a signal handler).
+    """
+
+    def __init__(self, options: BatchOptions, place: Place, began: float, console: Console) -> None:
+        self.options = options
+        self.folder = options.folder
+        self.console = console
+        self.began = began
+        self.database = open_database(self.folder)
+        self.database.row_factory = sqlite3.Row
+        self._workspace = place.workspace
+        self._services = read_services(self.database)
+        self._service = next(n for n, (_, there) in self._services.items() if there == place.endpoint)
+        self._journal = Journal(self.folder)
+        states, spent = totals(self.database)
+        self.tally = Tally(states, spent)
+        self.reserve = 0.5 + 4e-5 * sum(states.values())  # seconds to write results and gallery
+        self.deadline = math.inf if options.time_limit is None else began + options.time_limit - self.reserve
+        thumbs = self.folder if options.gallery else None
+        self._worker = Worker(self._journal, place.key, options.timeout, self.deadline, thumbs)
+        self._events: queue.SimpleQueue[Outcome | int] = queue.SimpleQueue()
+        self._generators = ThreadPoolExecutor(options.concurrency or CONCURRENCY_RANGE[1], "generate")
+        self._savers = ThreadPoolExecutor(DOWNLOADS_AT_ONCE, "save")
+        self._pacer = Pacer(options.rpm, start=self._first_start())
+        self._latencies: deque[float] = deque(maxlen=20)
+        self._saving_times: deque[float] = deque(maxlen=20)
+        self._known_latency = self._latency_before()
+        self._out: dict[int, float] = {}  # number -> when its request left
+        self._saving: set[int] = set()
+        self._due: list[tuple[float, int, Job]] = []  # to be sent again
+        self._feed: deque[Job] = deque()
+        self._fed = (-1, -1)  # position and variant of the last pending picture read
+        self._last_fed_save = -1
+        self._saves_are_fed = False
+        self._unknown_in_a_row = 0
+        self._failures_in_a_row = {"generate": 0, "save": 0}
+        self._gave_up: Failure | None = None  # why pictures were left pending after their retries
+        self._stop: Failure | None = None
+        self._bound: str | None = None  # what keeps the rest from being sent: limit | cost
+        self._told = 0
+        self.number = self._begin_run()
+        self.progress = Progress(self.tally, self._journal, self.number, console)
+
+    # What is known from before
+
+    def _first_start(self) -> float:
+        """Now, or a spacing after the last call of an earlier run: its minute counts at the service too."""
+        (last,) = self.database.execute("SELECT max(updated_at) FROM runs").fetchone()
+        if last is None or not self.options.rpm:
+            return time.monotonic()
+        age = (utc_now() - moment_of(last)).total_seconds()
+        return time.monotonic() + min(max(0.0, SPACING * 60 / self.options.rpm - age), 60.0)
+
+    def _latency_before(self) -> float | None:
+        query = "SELECT latency_s FROM runs WHERE latency_s IS NOT NULL ORDER BY number DESC LIMIT 1"
+        row = self.database.execute(query).fetchone()
+        return float(row[0]) if row else None
+
+    def _begin_run(self) -> int:
+        (number,) = self.database.execute("SELECT coalesce(max(number), 0) + 1 FROM runs").fetchone()
+        now = timestamp(utc_now())
+        statement = "INSERT INTO runs (number, started_at, updated_at) VALUES (?, ?, ?)"
+        self._journal.write(statement, (number, now, now)).result()
+        return int(number)
+
+    def job(self, row: sqlite3.Row) -> Job:
+        return job_of(row, self.folder, self._services, self._workspace)
+
+    # The loop
+
+    def __call__(self) -> Failure | None:
+        """Work until everything is done or something stops it; returns why not every picture is saved."""
+        try:
+            while True:
+                now = time.monotonic()
+                self._feed_savers()
+                wait = self._send(now)
+                if not self._out and not self._saving and wait is None:
+                    break
+                self._take_events(min(TICK, wait) if wait is not None else TICK)
+                self.progress.tick()
+        finally:
+            self._generators.shutdown(wait=True, cancel_futures=True)
+            self._savers.shutdown(wait=True, cancel_futures=True)
+            self.progress.close()
+        return self._ending()
+
+    def interrupt(self, signum: int) -> None:
+        """Send nothing new; what is out is waited for."""
+        self._events.put(signum)
+
+    def _take_events(self, wait: float) -> None:
+        """Wait for a report, then take all that are there."""
+        with contextlib.suppress(queue.Empty):
+            event = self._events.get(timeout=max(0.0, wait))
+            while True:
+                if isinstance(event, Outcome):
+                    self._take(event)
+                else:
+                    self._halt(interrupted_run(event))
+                event = self._events.get_nowait()
+
+    def _halt(self, failure: Failure) -> None:
+        """Nothing new from now on; the first reason is the one that is told."""
+        if self._stop is None:
+            self._stop = failure
+        no_more_waiting.set()
+
+    # Sending
+
+    def _send(self, now: float) -> float | None:
+        """Send what may be sent now; returns the seconds until it is worth another look, None where nothing is left.
+
+        The order of the questions matters: whatever ends the run comes before what only delays the next call.
+        """
+        while self._stop is None:
+            job = self._next(now)
+            if job is None or self._is_out_of_bounds(job):
+                return self._later(job, now, self._due[0][0] - now if self._due else None)
+            start = max(now, self._pacer.next_start)
+            if start > self._last_start():
+                self._halt_for_time()
+                return self._later(job, now, None)
+            crowded = len(self._out) >= self._concurrency(now) or len(self._saving) >= MOST_WAITING_DOWNLOADS
+            if crowded or start > now:
+                return self._later(job, now, TICK if crowded else start - now)
+            try:
+                check_space(self.folder, MIN_FREE_BYTES * (1 + len(self._out) + len(self._saving)))
+            except Failure as failure:
+                self._halt(failure)
+                return self._later(job, now, None)
+            self._pacer.take(now)
+            self._start(job, now)
+            now = time.monotonic()
+        return None
+
+    def _is_out_of_bounds(self, job: Job) -> bool:
+        """Whether --limit or --max-cost keeps a picture from being sent in this run."""
+        limit, ceiling = self.options.limit, self.options.max_cost
+        if limit is not None and len(self.tally.sent | {job.number}) > limit:
+            self._bound = "limit"
+        elif ceiling is not None and self.tally.spent + job.plan.price.estimate > ceiling + 1e-9:
+            self._bound = "cost"
+        else:
+            self._bound = None
+        return self._bound is not None
+
+    def _later(self, job: Job | None, now: float, wait: float | None) -> float | None:
+        """Put a picture back to the front, and say when to look again."""
+        if job is not None:
+            self._feed.appendleft(job)
+        return None if wait is None else max(0.0, wait)
+
+    def _start(self, job: Job, now: float) -> None:
+        self._out[job.number] = now
+        self.tally.sent.add(job.number)
+        self.tally.spent += job.plan.price.estimate
+        self.tally.move(job, "pending", "submitting")
+        self._generators.submit(self._work, self._worker.generate, job)
+
+    def _work(self, step: Any, job: Job) -> None:
+        self._events.put(step(job))
+
+    def _next(self, now: float) -> Job | None:
+        """The next picture to send: one whose retry is due, else the next of the input."""
+        if self._due and self._due[0][0] <= now:
+            return heapq.heappop(self._due)[2]
+        if not self._feed:
+            rows = self.database.execute(
+                "SELECT * FROM pictures WHERE state = 'pending' AND (position, variant) > (?, ?) AND service = ? "
+                "ORDER BY position, variant LIMIT 200",
+                (*self._fed, self._service),
+            ).fetchall()
+            self._feed.extend(self.job(row) for row in rows)
+            if rows:
+                self._fed = (rows[-1]["position"], rows[-1]["variant"])
+        return self._feed.popleft() if self._feed else None
+
+    def _concurrency(self, now: float) -> int:
+        """How many requests may be out: as many as the rate needs at the latency that is seen."""
+        if self.options.concurrency:
+            return self.options.concurrency
+        if not self._pacer.base:
+            return UNPACED_CONCURRENCY
+        least, most = CONCURRENCY_RANGE
+        latency = max(self._latencies, default=ASSUMED_LATENCY)
+        latency = max([latency, *(now - sent for sent in self._out.values())])
+        return min(most, max(least, math.ceil(1.25 * latency / self._pacer.base) + 2))
+
+    @property
+    def latency(self) -> float | None:
+        """Seconds from request to answer, the longest of the last ones; None while none is known."""
+        return max(self._latencies) if self._latencies else self._known_latency
+
+    def _last_start(self) -> float:
+        """The last moment at which a request may leave and still end, downloaded, before the time limit."""
+        if self.latency is not None:
+            return self._last_save() - 1.25 * self.latency
+        return self.began + (self.deadline - self.began) / 3  # nothing is known: leave twice the time that has passed
+
+    def _last_save(self) -> float:
+        """The last moment at which a download may begin and still end before the time limit."""
+        return self.deadline - 1.5 * max(self._saving_times, default=0.3)
+
+    def _halt_for_time(self) -> None:
+        limit = self.options.time_limit or 0.0
+        if not self.tally.sent and self._known_latency and self.options.time_limit:
+            least = 1.25 * self._known_latency + self.reserve + 1
+            text = f"--time-limit: {limit:g} s is too short, a picture takes {self._known_latency:.0f} s here"
+            if limit < least:
+                self._halt(Failure("usage", text, hint=f"give at least --time-limit {math.ceil(least)}"))
+        self._halt(Failure("time_limit", f"the time limit of {limit:g} s ends this run; what is left stays as it is"))
+
+    # Reports
+
+    def _take(self, outcome: Outcome) -> None:
+        job, failure = outcome.job, outcome.failure
+        now = time.monotonic()
+        if outcome.step == "generate":
+            sent = self._out.pop(job.number)
+            self.tally.spent -= job.plan.price.estimate * (failure is not None and failure.billed == "no")
+            if outcome.seconds and (failure is None or failure.billed != "no"):
+                self._latencies.append(outcome.seconds)
+            if failure is None or failure.code != "rate_limited":
+                self._pacer.accepted(now, sent)
+            before = "submitting"
+        else:
+            self._saving.discard(job.number)
+            sent, before = outcome.began, "generated"
+            if failure is None:
+                self._saving_times.append(outcome.seconds)
+        self.tally.move(job, before, job.state)
+        if failure is None:
+            self._failures_in_a_row[outcome.step] = 0
+            if outcome.step == "generate":
+                self._unknown_in_a_row = 0
+                self._queue_save(job)
+            return
+        self._tell(job, failure)
+        if failure.code == "rate_limited":
+            self._hold(job, failure, now, sent)
+        elif stops_the_run(failure):
+            self._halt(failure)
+        elif failure.billed == "unknown" or failure.exit_code == EXIT_UNAVAILABLE or job.state == "generated":
+            self._count_failure(outcome.step, failure)
+        else:  # the row's own fault: the service works
+            self._failures_in_a_row[outcome.step] = 0
+            self._unknown_in_a_row = 0
+        if job.state == "pending" and self._stop is None:
+            self._plan_retry(job, failure, now)
+
+    def _hold(self, job: Job, failure: Failure, now: float, sent: float) -> None:
+        wait = failure.facts.get("retry_after_s")
+        if wait is not None and wait > self.options.timeout:
+            self._halt(failure)
+        elif self._pacer.refused(now, sent, wait):
+            self._count_failure("generate", failure)
+
+    def _count_failure(self, step: str, failure: Failure) -> None:
+        """No storms: what fails again and again, or ends unknown again and again, is not tried on and on."""
+        self._failures_in_a_row[step] += 1
+        self._unknown_in_a_row += failure.billed == "unknown"
+        if self._unknown_in_a_row >= UNKNOWN_IN_A_ROW:
+            self._halt(storm(failure, f"{UNKNOWN_IN_A_ROW} outcomes in a row are unknown", EXIT_UNKNOWN))
+        elif self._failures_in_a_row[step] >= FAILURES_IN_A_ROW:
+            what = "calls" if step == "generate" else "downloads"
+            self._halt(storm(failure, f"{FAILURES_IN_A_ROW} {what} in a row failed", EXIT_UNAVAILABLE))
+
+    def _plan_retry(self, job: Job, failure: Failure, now: float) -> None:
+        """Send a picture again after a wait, where its call surely was not billed and it has tries left."""
+        if not failure.fact("retryable") or job.tries > self.options.max_retries:
+            self._gave_up = failure
+            return
+        wait = failure.facts.get("retry_after_s", backoff(job.tries - 1))
+        if wait > self.options.timeout:
+            self._gave_up = failure
+            return
+        heapq.heappush(self._due, (now + wait, job.number, job))
+
+    def _tell(self, job: Job, failure: Failure) -> None:
+        """A line on stderr for a picture that will not come by itself."""
+        if job.state in ("failed", "unknown") and self._told < FAILURES_TOLD:
+            self._told += 1
+            more = f" (further ones: {RESULTS})" if self._told == FAILURES_TOLD else ""
+            self.progress.note(f"{job.state}: {job.name}: {failure.code}: {failure.message}{more}")
+
+    # Saving
+
+    def _queue_save(self, job: Job) -> None:
+        self._saving.add(job.number)
+        self._savers.submit(self._work, self._worker.save, job)
+
+    def _feed_savers(self) -> None:
+        """Hand on what earlier runs have paid for and not downloaded."""
+        while self._stop is None and len(self._saving) < 2 * DOWNLOADS_AT_ONCE and not self._saves_are_fed:
+            if time.monotonic() > self._last_save():
+                return self._halt_for_time()
+            rows = self.database.execute(
+                "SELECT * FROM pictures WHERE state = 'generated' AND number > ? ORDER BY number LIMIT ?",
+                (self._last_fed_save, DOWNLOADS_AT_ONCE),
+            ).fetchall()
+            for row in rows:
+                if row["number"] not in self.tally.sent:
+                    self._queue_save(self.job(row))
+                self._last_fed_save = row["number"]
+            self._saves_are_fed = not rows
+
+    # The end
+
+    def _ending(self) -> Failure | None:
+        """Why the run ends other than with every picture saved; None where they are."""
+        if self._stop is not None:
+            return self._stop
+        if self._gave_up is not None and self._failures_in_a_row["generate"]:
+            return storm(self._gave_up, "pictures are left after their retries", EXIT_UNAVAILABLE)
+        return incomplete(self.database, self._bound)
+
+    def close(self, exit_code: int) -> None:
+        """Note the end of the run and close the database."""
+        now = timestamp(utc_now())
+        latency = statistics.median(self._latencies) if self._latencies else None
+        statement = "UPDATE runs SET updated_at = ?, finished_at = ?, exit_code = ?, latency_s = ? WHERE number = ?"
+        self._journal.write(statement, (now, now, exit_code, latency, self.number))
+        self._journal.close()
+        self.database.close()
+
+
+def incomplete(database: sqlite3.Connection, bound: str | None) -> Failure | None:
+    """The failure of a run that ended by itself and left pictures of the input unsaved; None where all are saved."""
+    rows = database.execute(
+        "SELECT state, count(*) FROM pictures WHERE position IS NOT NULL OR state = 'generated' GROUP BY state"
+    )
+    left = Counter({state: count for state, count in rows if state != "saved"})
+    if not left:
+        return None
+    why = {
+        "failed": f"failed ones: {RESULTS} says why; --retry-failed makes them again (costs)",
+        "unknown": "unknown ones may have been billed: ask the user, then --retry-unknown (costs again)",
+        "generated": "generated ones are paid: run the same command again to download them, free",
+        "pending": {
+            "cost": "the rest waits for a higher --max-cost",
+            "limit": "the rest waits: run the same command again",
+        }.get(bound or "", "the rest waits: run the same command again"),
+    }
+    counts = ", ".join(f"{count} {state}" for state, count in sorted(left.items()))
+    hints = [text for state, text in why.items() if left[state]]
+    retryable = left["generated"] > 0 or (left["pending"] > 0 and bound != "cost")
+    return Failure("incomplete", f"not every picture is saved: {counts}", hint="; ".join(hints), retryable=retryable)
+
+
+def storm(failure: Failure, what: str, exit_code: int) -> Failure:
+    """The failure of a run that stops because the last one came again and again."""
+    unknown = exit_code == EXIT_UNKNOWN
+    known = failure.exit_code == exit_code
+    return Failure(
+        failure.code if known else "outcome_unknown" if unknown else "service_failing",
+        f"{what}; the last: {failure.message}",
+        exit_code=exit_code,
+        billed="unknown" if unknown else "no",
+        retryable=not unknown,
+        http_status=failure.facts.get("http_status"),
+        service_code=failure.facts.get("service_code"),
+        retry_after_s=failure.facts.get("retry_after_s"),
+        hint="the rest stays pending; "
+        + (
+            "find out what is wrong with the service or the network before the same command goes on with it"
+            if unknown
+            else "wait a minute, then run the same command again"
+        ),
+    )
+
+
+def interrupted_run(signum: int) -> Failure:
+    return Failure(
+        "interrupted",
+        f"interrupted by {signal.Signals(signum).name}; requests that were out were waited for",
+        exit_code=EXIT_SIGNAL + signum,
+        retryable=True,
+        hint="run the same command again: it goes on where it stopped",
+    )
