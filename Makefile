@@ -23,7 +23,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.skill: requirements.txt | $(BIN)/python
-	$(PIP) --constraint requirements.txt requests jsonschema Pillow
+	$(PIP) --constraint requirements.txt requests jsonschema Pillow tqdm
 	@touch $@
 
 $(VENV)/.checks: requirements.txt | $(BIN)/python
@@ -39,7 +39,7 @@ check: validate skill lint types test
 validate:
 	@mkdir -p $(RESULTS)
 	@rm -f $(RESULTS)/validate.txt
-	@for f in $(SKILL)/scripts/*.py; do PYTHONPYCACHEPREFIX=$(RESULTS)/pycache $(PYTHON) -m py_compile "$$f" || exit 1; done
+	@for f in $(SKILL)/scripts/*.py $(SKILL)/scripts/*/*.py; do PYTHONPYCACHEPREFIX=$(RESULTS)/pycache $(PYTHON) -m py_compile "$$f" || exit 1; done
 	@echo "py_compile_ok" > $(RESULTS)/validate.txt
 	@echo "py_compile_ok: $(RESULTS)/validate.txt"
 

@@ -25,7 +25,8 @@ from PIL import Image
 
 import generate_image
 import mock_server
-from conftest import GENERATE, SKILL, TEST_KEY, Result, Shell
+import zimage_batch.contract
+from conftest import GENERATE, ROOT, SCRIPTS, SKILL, TEST_KEY, Result, Shell
 from mock_server import MockServer
 
 SMALL = ("--prompt", "a cat", "--size", "512x512")
@@ -985,20 +986,24 @@ def test_old_pythons_can_read_the_script_and_are_told_which_one_they_need(shell:
     assert shell.files() == []
 
 
-def test_the_inline_metadata_names_the_same_requirements() -> None:
+@pytest.mark.parametrize(
+    ("script", "requirements"),
+    [
+        (GENERATE, generate_image.REQUIREMENTS),
+        (SCRIPTS / "generate_batch.py", zimage_batch.contract.BATCH_REQUIREMENTS),
+    ],
+    ids=["image", "batch"],
+)
+def test_the_inline_metadata_names_the_same_requirements(script: Path, requirements: dict[str, str]) -> None:
     """PEP 723, read with the expression of that document."""
     expression = r"(?m)^# /// (?P<type>[a-zA-Z0-9-]+)$\s(?P<content>(^#(| .*)$\s)+)^# ///$"
-    (block_,) = re.finditer(expression, GENERATE.read_text(encoding="utf-8"))
+    (block_,) = re.finditer(expression, script.read_text(encoding="utf-8"))
     assert block_["type"] == "script"
     content = "".join(line[2:] for line in block_["content"].splitlines(keepends=True))
     assert re.findall(r'^requires-python = "(.*)"$', content, re.M) == [">=3.10"]
     (listed,) = re.findall(r"^dependencies = (\[.*\])", content, re.M | re.S)
-    assert tuple(ast.literal_eval(listed)) == REQUIREMENTS
-    assert {re.split("[<>=]", requirement)[0].lower() for requirement in REQUIREMENTS} == {
-        "requests",
-        "jsonschema",
-        "pillow",
-    }
+    assert ast.literal_eval(listed) == list(requirements.values())
+    assert set(requirements.values()) <= set((ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
 
 
 def test_an_import_of_the_script_does_nothing(shell: Shell) -> None:

@@ -16,7 +16,9 @@ from typing import Any
 import jsonschema
 import pytest
 
+import generate_batch
 import generate_image
+import zimage_batch.contract
 from conftest import ROOT, SKILL, Shell
 from mock_server import MockServer
 
@@ -25,6 +27,12 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 CHANGELOG = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
 REFERENCES = {path.name: path.read_text(encoding="utf-8") for path in sorted((SKILL / "references").glob("*.md"))}
 DOCUMENTS = {"SKILL.md": SKILL_MD, "README.md": README} | REFERENCES
+SOURCES = "".join(path.read_text(encoding="utf-8") for path in sorted((SKILL / "scripts").rglob("*.py")))
+# Each command, the reference that describes it, and options that are described in words there.
+COMMANDS = [
+    (generate_image, "command_line.md", {"--version", "--region", "--base-url", "--provider", "--help"}),
+    (generate_batch, "batch.md", {"--version", "--help"}),
+]
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -165,21 +173,48 @@ def test_documented_prices_are_the_ones_that_are_estimated() -> None:
     assert f"US${generate_image.DashScope.prices['singapore'][0]}" in SKILL_MD
 
 
-def test_command_line_md_and_help_name_the_same_options() -> None:
-    in_help = set(re.findall(r"--[a-z][a-z-]+", generate_image.build_parser().format_help()))
-    usage, *_ = blocks(REFERENCES["command_line.md"], "")
+@pytest.mark.parametrize(("command", "reference", "in_words"), COMMANDS, ids=["image", "batch"])
+def test_reference_and_help_name_the_same_options(command: Any, reference: str, in_words: set[str]) -> None:
+    in_help = set(re.findall(r"--[a-z][a-z-]+", command.build_parser().format_help()))
+    usage, *_ = blocks(REFERENCES[reference], "")
     in_usage = set(re.findall(r"--[a-z][a-z-]+", usage)) | {"--help"}
     assert in_usage == in_help
-    table = {code for text in (REFERENCES["command_line.md"],) for code in re.findall(r"`(--[a-z][a-z-]+)", text)}
-    assert in_help - table <= {"--version", "--region", "--base-url", "--provider", "--help"}
+    described = set(re.findall(r"`(--[a-z][a-z-]+)", REFERENCES[reference]))
+    assert in_help - described <= in_words
+
+
+def test_batch_md_describes_every_state_of_a_picture() -> None:
+    described = [code_spans(cells[0])[0] for cells in rows(REFERENCES["batch.md"], 3) if code_spans(cells[0])]
+    schema = zimage_batch.contract.DATABASE_SCHEMA.partition("CHECK (state IN")[2]
+    stated = re.findall(r"'(\w+)'", schema.partition("))")[0])
+    assert described == stated
+
+
+def test_batch_md_has_the_exit_codes_of_help() -> None:
+    documented = [
+        number for cells in rows(REFERENCES["batch.md"], 2) for number in re.findall(r"^\d[\d, ]*$", cells[0])
+    ]
+    told = re.findall(r"\b\d+\b", generate_batch.EPILOG.partition("exit codes:")[2].partition("\n\n")[0])
+    assert sorted({n for cell in documented for n in re.findall(r"\d+", cell)}) == sorted(set(told))
+
+
+def test_the_summary_example_has_the_fields_of_a_summary(shell: Shell, mock: MockServer) -> None:
+    example = json.loads(blocks(REFERENCES["batch.md"], "json")[0])
+    shell.use(mock)
+    shell.script = SKILL / "scripts" / "generate_batch.py"
+    summary = shell.run("--prompt", "a fox", "--variants", "2", "--output-dir", "foxes").json
+    assert list(summary) == list(example)
+    assert list(summary["this_run"]) == list(example["this_run"])
+    assert {name: summary[name] for name in ("total", "saved", "estimated_cost")} == {
+        name: example[name] for name in ("total", "saved", "estimated_cost")
+    }
 
 
 def test_documented_environment_variables_are_the_ones_that_are_read() -> None:
-    source = (SKILL / "scripts" / "generate_image.py").read_text(encoding="utf-8")
     for cells in rows(REFERENCES["command_line.md"], 2):
         for name in code_spans(cells[0]):
             if re.fullmatch("[A-Z_]{6,}", name) and name not in ("HTTPS_PROXY", "NO_PROXY"):  # those requests reads
-                assert f'"{name}"' in source, name
+                assert f'"{name}"' in SOURCES, name
 
 
 def test_readme_has_the_exit_codes_of_help() -> None:
@@ -283,9 +318,8 @@ def test_the_copied_skill_folder_makes_a_picture_on_its_own(clone: Shell, mock: 
 
 def test_agents_md_names_only_things_that_exist() -> None:
     text = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
-    source = (SKILL / "scripts" / "generate_image.py").read_text(encoding="utf-8")
     for cells in rows(text, 2):
         for name in code_spans(cells[1]):
             last = name.split(".")[-1] if not name.endswith((".py", ".md")) else ""
-            found = re.search(rf"\b{re.escape(last)}\b", source) if last else list(ROOT.rglob(name.split("/")[-1]))
+            found = re.search(rf"\b{re.escape(last)}\b", SOURCES) if last else list(ROOT.rglob(name.split("/")[-1]))
             assert found, name

@@ -38,12 +38,16 @@ def _leave_early(number: int, _frame: object) -> None:
 if __name__ == "__main__":
     for _signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_signum, _leave_early)
+    _folder = os.path.dirname(os.path.realpath(__file__))
+    if not all(os.path.exists(os.path.join(_folder, _name)) for _name in ("generate_image.py", "zimage_batch")):
+        os.write(2, b"error: this script needs generate_image.py and zimage_batch/ beside it\n")
+        os.write(2, b"next: copy the whole folder of the skill\n")
+        raise SystemExit(2)
 
 import argparse
 import contextlib
 import json
 import math
-import signal
 import sqlite3
 import sys
 import time
@@ -254,10 +258,9 @@ def dry_run(options: BatchOptions, stage: Stage, env: Mapping[str, str]) -> dict
             problems.append(failure.object())
     if changed and not options.accept_changes:
         problems.append(changed.object())
-    pictures, cost = survey.made(with_changed=options.accept_changes)
-    if options.limit is not None:
-        cost = round(cost * min(1.0, options.limit / pictures), 6) if pictures else 0.0
-        pictures = min(pictures, options.limit)
+    limit = sys.maxsize if options.limit is None else options.limit
+    budget = math.inf if options.max_cost is None else options.max_cost - survey.spent
+    pictures, cost = stage.first(limit, budget, with_changed=options.accept_changes)
     plan = {
         "ok": not problems,
         "rows": survey.rows,
@@ -266,6 +269,8 @@ def dry_run(options: BatchOptions, stage: Stage, env: Mapping[str, str]) -> dict
         "to_make": pictures,
         "estimated_cost": cost,
         "estimated_duration_s": round(duration(options, pictures)),
+        "left_pending": survey.made(with_changed=options.accept_changes)[0] - pictures,
+        "spent_before": survey.spent,
         "max_cost": options.max_cost,
         "rpm": options.rpm,
         "provider": options.provider.name,

@@ -44,10 +44,16 @@ class Survey(NamedTuple):
     pictures: Counter[str]
     cost: Counter[str]
 
+    spent: float  # US$ that were, or may have been, billed for this folder before
+
     def made(self, *, with_changed: bool) -> tuple[int, float]:
         """How many pictures would be made, and for how many US$."""
-        kinds = [*TO_MAKE, *(["changed"] if with_changed else [])]
+        kinds = made_kinds(with_changed=with_changed)
         return sum(self.pictures[kind] for kind in kinds), round(sum(self.cost[kind] for kind in kinds), 6)
+
+
+def made_kinds(*, with_changed: bool) -> tuple[str, ...]:
+    return (*TO_MAKE, "changed") if with_changed else TO_MAKE
 
 
 class Stage:
@@ -180,8 +186,23 @@ class Stage:
                   AND NOT EXISTS (SELECT 1 FROM plan WHERE plan.number = p.number)
             """)
             kinds = self.db.execute("SELECT kind, count(*), sum(price) FROM plan GROUP BY kind").fetchall()
+            (spent,) = self.db.execute("SELECT coalesce(sum(price * paid), 0.0) FROM folder.pictures").fetchone()
         pictures, cost = {kind: n for kind, n, _ in kinds}, {kind: price for kind, _, price in kinds}
-        return Survey(self.count, Counter(pictures), Counter(cost))
+        return Survey(self.count, Counter(pictures), Counter(cost), round(spent, 6))
+
+    def first(self, limit: int, budget: float, *, with_changed: bool) -> tuple[int, float]:
+        """How many of the pictures would be made by a run that sends at most `limit` for at most `budget` US$."""
+        kinds = made_kinds(with_changed=with_changed)
+        count, cost = self.db.execute(
+            f"""
+            SELECT count(*), coalesce(max(running), 0.0) FROM (
+              SELECT sum(price) OVER (ORDER BY position, variant ROWS UNBOUNDED PRECEDING) AS running
+              FROM plan WHERE kind IN {kinds} ORDER BY position, variant LIMIT ?
+            ) WHERE running <= ? + 1e-9
+            """,
+            (limit, budget),
+        ).fetchone()
+        return int(count), round(cost, 6)
 
     def changed_rows(self, survey: Survey) -> Failure | None:
         """The failure that asks before pictures are made again for rows that were changed; None where none were."""
