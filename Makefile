@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 export PYTHONUTF8 := 1
 
-.PHONY: help demo check validate skill lint types test bench clean
+.PHONY: help demo check validate skill lint types test browser bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -55,8 +55,15 @@ lint: $(VENV)/.checks
 types: $(VENV)/.checks
 	$(BIN)/mypy $(SKILL)/scripts tests
 
-test: $(VENV)/.checks
+test: $(VENV)/.checks browser
 	$(BIN)/python -m pytest
+
+# The gallery is tested in a real browser. Where it can be installed without asking it is; else those tests are skipped.
+browser:
+	@command -v chromedriver >/dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		export DEBIAN_FRONTEND=noninteractive; apt-get install -qq -y --no-install-recommends chromium chromium-driver >/dev/null || \
+		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium chromium-driver >/dev/null; }; \
+	fi || echo "no Chromium: the tests of the gallery in a browser will be skipped"
 
 bench: $(VENV)/.checks
 	$(BIN)/python tests/benchmarks/one_picture.py
