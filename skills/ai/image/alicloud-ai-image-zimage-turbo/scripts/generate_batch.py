@@ -178,7 +178,7 @@ def staged(options: BatchOptions, env: Mapping[str, str]) -> tuple[Stage, str | 
     if options.prompt is not None:
         stage.load([checked_row(1, {"prompt": options.prompt})])
     else:
-        stage.load(read_rows(options.input or "", options.timeout))
+        stage.load(read_rows(options.input or "", min(options.timeout, options.time_limit or math.inf)))
     return stage, workspace
 
 

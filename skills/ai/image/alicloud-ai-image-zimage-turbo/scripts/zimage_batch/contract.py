@@ -34,6 +34,7 @@ MOST_WAITING_DOWNLOADS = 200  # pictures paid and not yet downloaded; with more,
 UNKNOWN_IN_A_ROW, FAILURES_IN_A_ROW = 5, 10
 
 THUMB_SIDE = 384  # pixels
+PENDING_SHOWN = 1000  # pictures still to come that the gallery lists; the results list all of them
 TICK = 0.25  # seconds between looks at the clock while nothing happens
 REPORT_EVERY = 5.0  # seconds between progress lines where stderr is no terminal
 

@@ -27,7 +27,7 @@ from generate_image import (
     utc_now,
     verified,
 )
-from zimage_batch.contract import GALLERY, THUMB_SIDE
+from zimage_batch.contract import GALLERY, PENDING_SHOWN, THUMB_SIDE
 from zimage_batch.names import evidence_name, thumb_name
 from zimage_batch.results import counts, listed_pictures, replace_file, totals
 
@@ -79,7 +79,11 @@ def gallery_data(database: sqlite3.Connection, folder: Path) -> Iterator[str]:
     head |= counts(states) | {"estimated_cost": spent}
     yield inline_json(head)[:-1] + ',"pictures":['
     separator = ""
+    pending = 0
     for entry in listed_pictures(database, folder):
+        pending += entry["state"] == "pending"
+        if entry["state"] == "pending" and pending > PENDING_SHOWN:
+            continue
         shown_entry = {name: entry[name] for name in SHOWN_FIELDS if name in entry}
         shown_entry["cost"] = entry["estimated_cost"]
         evidence = evidence_name(entry["number"])

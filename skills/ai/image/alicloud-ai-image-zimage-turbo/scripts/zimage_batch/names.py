@@ -18,6 +18,7 @@ from generate_image import (
     outside_text,
     raise_problems,
     slug_of,
+    without_surrogates,
 )
 from zimage_batch.contract import EVIDENCE, FOLDER_SIZE, IMAGES, THUMBS
 
@@ -75,8 +76,8 @@ class Names:
         def refuse(what: str) -> NoReturn:
             raise Failure("invalid_output", f"output: {what}")
 
-        if "\\" in output or output != output.strip():
-            refuse("must not hold backslashes or begin or end with blanks")
+        if "\\" in output or output != output.strip() or output != without_surrogates(output):
+            refuse("must not hold backslashes or broken text, or begin or end with blanks")
         if output.startswith("/") or re.match("[A-Za-z]:", output) or ".." in output.split("/"):
             refuse("must be a path in the output folder, without .. and not absolute")
         path = checked_output(str(self.folder / output), "output")

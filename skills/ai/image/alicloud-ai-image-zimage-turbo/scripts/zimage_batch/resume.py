@@ -5,11 +5,22 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sqlite3
 from pathlib import Path
 
-from generate_image import Console, Failure, check_space, explain, moment_of, remove_if_left_over, settle, utc_now
-from zimage_batch.contract import DATABASE, KEPT_FACTS, PROBLEMS_TOLD
+from generate_image import (
+    SKILL,
+    Console,
+    Failure,
+    check_space,
+    explain,
+    moment_of,
+    remove_if_left_over,
+    settle,
+    utc_now,
+)
+from zimage_batch.contract import DATABASE, EVIDENCE, GALLERY, IMAGES, KEPT_FACTS, PROBLEMS_TOLD, RESULTS, THUMBS
 from zimage_batch.folder import database_failures, open_database
 from zimage_batch.journal import Job, job_of, read_services
 from zimage_batch.plan import file_hash, settle_moves
@@ -21,14 +32,11 @@ def clean_up(folder: Path, console: Console) -> None:
     Requests that were out when a process died become unknown, its temporary files go, saved pictures whose file has
     vanished are downloaded again while their link lives.
     """
-    for parent, _, names in os.walk(folder):
-        for name in names:
-            if name.startswith(".") and name.endswith(".part"):
-                remove_if_left_over(Path(parent, name))
     settle_moves(folder)
     database = open_database(folder)
     database.row_factory = sqlite3.Row
     with contextlib.closing(database), database_failures(folder / DATABASE):
+        remove_temporary_files(database, folder)
         database.execute("BEGIN IMMEDIATE")
         lost = close_submitting(database, folder)
         again, gone = find_vanished(database, folder)
@@ -45,6 +53,25 @@ def clean_up(folder: Path, console: Console) -> None:
             f"warning: {gone} saved pictures have vanished from the folder and their links have expired; "
             "--retry-failed makes them again (costs)"
         )
+
+
+# Names that this tool gives to files in the making, here and in generate_image.py: nothing else is removed.
+TEMPORARY = re.compile(
+    rf"\.(?:{SKILL}-(?:\d{{6,}}|batch)|\d{{6,}}(?:\.jpg)?|{re.escape(DATABASE)}|{re.escape(RESULTS)}"
+    rf"|{re.escape(GALLERY)})\.\d+\.part"
+)
+
+
+def remove_temporary_files(database: sqlite3.Connection, folder: Path) -> None:
+    """Remove what a dead run was writing: in the folder, below its own subfolders, and where paid pictures go."""
+    outputs = database.execute("SELECT output FROM pictures WHERE state IN ('generated', 'submitting')")
+    parents = {folder} | {(folder / output).parent for (output,) in outputs}
+    for own in (IMAGES, EVIDENCE, THUMBS):
+        parents |= {Path(parent) for parent, _, _ in os.walk(folder / own)}
+    for parent in parents:
+        with contextlib.suppress(OSError):
+            for name in filter(TEMPORARY.fullmatch, os.listdir(parent)):
+                remove_if_left_over(parent / name)
 
 
 def close_submitting(database: sqlite3.Connection, folder: Path) -> int:

@@ -11,9 +11,10 @@ import sqlite3
 import statistics
 import time
 from collections import Counter, deque
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from generate_image import (
     EXIT_SIGNAL,
@@ -25,6 +26,7 @@ from generate_image import (
     Provider,
     backoff,
     check_space,
+    internal_error,
     moment_of,
     no_more_waiting,
     timestamp,
@@ -239,10 +241,18 @@ class Run:
         self.tally.sent.add(job.number)
         self.tally.spent += job.plan.price.estimate
         self.tally.move(job, "pending", "submitting")
-        self._generators.submit(self._work, self._worker.generate, job)
+        self._generators.submit(self._work, self._worker.generate, "generate", job)
 
-    def _work(self, step: Any, job: Job) -> None:
-        self._events.put(step(job))
+    def _work(self, step: Callable[[Job], Outcome], name: str, job: Job) -> None:
+        """In a worker thread: report how the step went, whatever happens."""
+        began = time.monotonic()
+        try:
+            outcome = step(job)
+        except Exception as error:
+            billed = "unknown" if name == "generate" else "yes"
+            failure = internal_error(error, billed=billed, exit_code=EXIT_UNKNOWN)
+            outcome = Outcome(name, job, failure, began, time.monotonic() - began)
+        self._events.put(outcome)
 
     def _next(self, now: float) -> Job | None:
         """The next picture to send: one whose retry is due, else the next of the input."""
@@ -371,7 +381,7 @@ class Run:
 
     def _queue_save(self, job: Job) -> None:
         self._saving.add(job.number)
-        self._savers.submit(self._work, self._worker.save, job)
+        self._savers.submit(self._work, self._worker.save, "save", job)
 
     def _feed_savers(self) -> None:
         """Hand on what earlier runs have paid for and not downloaded."""

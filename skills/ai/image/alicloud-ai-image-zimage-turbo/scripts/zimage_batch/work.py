@@ -79,8 +79,10 @@ class Worker:
         """Send the paid request; on disk before it leaves and as soon as the link arrives."""
         plan, evidence, began = job.plan, job.evidence, time.monotonic()
         job.tries += 1
-        evidence.update(status="submitting", started_at=evidence.data["started_at"])
-        evidence.data["attempts"] = [*evidence.data["attempts"], {"at": timestamp(utc_now())}]
+        now = timestamp(utc_now())
+        started = now if job.tries == 1 else evidence.data["started_at"]
+        attempts = [*evidence.data["attempts"], {"at": now}]
+        evidence.update(status="submitting", started_at=started, attempts=attempts, error=None)
         job.paid += 1
         try:
             self._journal.keep(job, "submitting").result()
