@@ -218,7 +218,7 @@ def test_documented_environment_variables_are_the_ones_that_are_read() -> None:
 
 
 def test_readme_has_the_exit_codes_of_help() -> None:
-    epilog = generate_image.EPILOG
+    epilog = generate_image.EPILOG + generate_batch.EPILOG
     for cells in rows(README, 2):
         if re.fullmatch(r"\d[\d, ]*", cells[0]):
             assert re.search(rf"\b{re.escape(cells[0])}\b", epilog), cells
