@@ -1006,6 +1006,23 @@ def test_the_inline_metadata_names_the_same_requirements(script: Path, requireme
     assert set(requirements.values()) <= set((ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines())
 
 
+def test_a_pipe_that_nobody_feeds_ends_in_time_with_one_error(shell: Shell) -> None:
+    """Python aborts where a thread still reads standard input at the interpreter's end."""
+    process = subprocess.Popen(
+        shell.command("--file", "-", "--timeout", "1", "--print-response"),
+        cwd=shell.folder,
+        env=shell.environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    shell.started.append(process)
+    assert process.wait(timeout=30) == 2
+    assert process.stdout and process.stderr
+    result = Result(process.returncode, process.stdout.read().decode(), process.stderr.read().decode())
+    assert result.error["code"] == "file_unreadable"
+
+
 def test_an_import_of_the_script_does_nothing(shell: Shell) -> None:
     code = "import signal; before = signal.getsignal(signal.SIGINT); import generate_image"
     done = subprocess.run(

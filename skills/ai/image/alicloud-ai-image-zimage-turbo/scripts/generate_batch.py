@@ -132,7 +132,7 @@ def make(options: BatchOptions, console: Console, env: Mapping[str, str], began:
     locked = (folder / LOCK).exists() and not options.dry_run
     if locked:
         take_lock(lock, folder)
-    stage, workspace = staged(options, env)
+    stage, workspace = staged(options, env, began)
     if options.dry_run:
         console.answer(dry_run(options, stage, env))
         return None
@@ -158,7 +158,7 @@ def make(options: BatchOptions, console: Console, env: Mapping[str, str], began:
     return failure
 
 
-def staged(options: BatchOptions, env: Mapping[str, str]) -> tuple[Stage, str | None]:
+def staged(options: BatchOptions, env: Mapping[str, str], began: float) -> tuple[Stage, str | None]:
     """The input, validated as a whole, and the workspace.
 
     Raises:
@@ -178,7 +178,7 @@ def staged(options: BatchOptions, env: Mapping[str, str]) -> tuple[Stage, str | 
     if options.prompt is not None:
         stage.load([checked_row(1, {"prompt": options.prompt})])
     else:
-        stage.load(read_rows(options.input or "", min(options.timeout, options.time_limit or math.inf)))
+        stage.load(read_rows(options.input or "", options.timeout, began + (options.time_limit or math.inf)))
     return stage, workspace
 
 

@@ -651,7 +651,7 @@ def request_problems(raw: Any, schema: Mapping[str, Any] = REQUEST_SCHEMA) -> li
 
     `schema` may be one that adds to REQUEST_SCHEMA or takes from it, under a title of its own.
     """
-    if is_plainly_valid(raw):
+    if schema is REQUEST_SCHEMA and is_plainly_valid(raw):
         return []
     import jsonschema
 
@@ -801,7 +801,8 @@ def read_input(option: str, name: str, limit: int, wait: float) -> bytes:
         if name == "-":
             if sys.stdin is None or sys.stdin.isatty():
                 raise Failure("file_unreadable", f"{label}: nothing is piped into standard input")
-            content = _read_in_time(sys.stdin.buffer, limit, wait)
+            # Not sys.stdin itself: a thread that still reads it would crash the interpreter's end.
+            content = _read_in_time(sys.stdin.fileno(), limit, wait)
         elif stat.S_ISREG(os.stat(name).st_mode):
             with open(name, "rb") as source:
                 content = source.read(limit + 1)
@@ -816,13 +817,13 @@ def read_input(option: str, name: str, limit: int, wait: float) -> bytes:
     return content
 
 
-def _read_in_time(source: Any, limit: int, wait: float) -> bytes:
-    """Read a pipe, or the file of that name, in a thread: one that nobody writes to must not hang the command."""
+def _read_in_time(source: str | int, limit: int, wait: float) -> bytes:
+    """Read a descriptor, or the file of that name, in a thread: one that nobody writes to must not hang the command."""
     result: list[bytes | OSError] = []
 
     def read() -> None:
         try:
-            with contextlib.nullcontext(source) if hasattr(source, "read") else open(source, "rb") as stream:
+            with open(source, "rb", closefd=isinstance(source, str)) as stream:
                 result.append(stream.read(limit + 1))
         except OSError as error:
             result.append(error)

