@@ -1018,9 +1018,7 @@ def test_a_pipe_that_nobody_feeds_ends_in_time_with_one_error(shell: Shell) -> N
     )
     shell.started.append(process)
     assert process.wait(timeout=30) == 2
-    assert process.stdout and process.stderr
-    result = Result(process.returncode, process.stdout.read().decode(), process.stderr.read().decode())
-    assert result.error["code"] == "file_unreadable"
+    assert shell.finish(process).error["code"] == "file_unreadable"
 
 
 def test_an_import_of_the_script_does_nothing(shell: Shell) -> None:
