@@ -151,7 +151,7 @@ class Run:
         self._journal.write(statement, (number, now, now)).result()
         return int(number)
 
-    def job(self, row: sqlite3.Row) -> Job:
+    def _job(self, row: sqlite3.Row) -> Job:
         return job_of(row, self.folder, self._services, self._workspace)
 
     # The loop
@@ -228,7 +228,7 @@ class Run:
     def _is_out_of_bounds(self, job: Job) -> bool:
         """Whether --limit or --max-cost keeps a picture from being sent in this run."""
         limit, ceiling = self.options.limit, self.options.max_cost
-        if limit is not None and len(self.tally.sent | {job.number}) > limit:
+        if limit is not None and job.number not in self.tally.sent and len(self.tally.sent) >= limit:
             self._bound = "limit"
         elif ceiling is not None and self.tally.spent + job.plan.price.estimate > ceiling + 1e-9:
             self._bound = "cost"
@@ -280,7 +280,7 @@ class Run:
                 "ORDER BY position, variant LIMIT 200",
                 (*self._fed, self._service),
             ).fetchall()
-            self._feed.extend(self.job(row) for row in rows)
+            self._feed.extend(self._job(row) for row in rows)
             if rows:
                 self._fed = (rows[-1]["position"], rows[-1]["variant"])
         return self._feed.popleft() if self._feed else None
@@ -292,6 +292,8 @@ class Run:
         if not self._pacer.base:
             return UNPACED_CONCURRENCY
         least, most = CONCURRENCY_RANGE
+        if self.latency is None and self.deadline < math.inf:
+            return least  # a call that the time limit cuts may be paid for and lost: first see how long one takes
         latency = max(self._latencies, default=ASSUMED_LATENCY)
         latency = max([latency, *(now - sent for sent in self._out.values())])
         return min(most, max(least, math.ceil(1.25 * latency / self._pacer.base) + 2))
@@ -339,11 +341,12 @@ class Run:
             if failure is None:
                 self._saving_times.append(outcome.seconds)
         self.tally.move(job, before, job.state)
+        if outcome.step == "generate" and job.state == "generated":  # also where the database could not take it
+            self._queue_save(job)
         if failure is None:
             self._failures_in_a_row[outcome.step] = 0
             if outcome.step == "generate":
                 self._unknown_in_a_row = 0
-                self._queue_save(job)
             return
         self._tell(job, failure)
         if failure.code == "rate_limited":
@@ -410,7 +413,7 @@ class Run:
             ).fetchall()
             for row in rows:
                 if row["number"] not in self.tally.sent:
-                    self._queue_save(self.job(row))
+                    self._queue_save(self._job(row))
                 self._last_fed_save = row["number"]
             self._saves_are_fed = not rows
 
