@@ -41,6 +41,7 @@ import argparse
 import calendar
 import contextlib
 import datetime as dt
+import functools
 import hashlib
 import importlib.util
 import io
@@ -1686,6 +1687,42 @@ class Wire:
                 self._socket = None
 
 
+class Deadlines:
+    """Cuts wires at their deadlines, from one thread for all that are open."""
+
+    def __init__(self) -> None:
+        self._wires: list[Wire] = []
+        self._next = math.inf  # when the thread looks again
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def add(self, wire: Wire) -> None:
+        with self._changed:
+            self._wires.append(wire)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name="deadlines", daemon=True)
+                self._thread.start()
+            elif wire.until < self._next:
+                self._changed.notify()
+
+    def remove(self, wire: Wire) -> None:
+        with self._changed, contextlib.suppress(ValueError):
+            self._wires.remove(wire)
+
+    def _watch(self) -> None:
+        with self._changed:
+            while True:
+                now = time.monotonic()
+                for wire in [wire for wire in self._wires if wire.until <= now]:
+                    self._wires.remove(wire)
+                    wire.cut()
+                self._next = min((wire.until for wire in self._wires), default=math.inf)
+                self._changed.wait(None if self._next == math.inf else max(0.0, self._next - now))
+
+
+DEADLINES = Deadlines()
+
+
 def request_target(url: str) -> str:
     """Path and query of a URL, byte by byte as they stand; only what is beyond ASCII is encoded."""
     target = url.partition("#")[0].partition("://")[2][len(urlsplit(url).netloc) :]
@@ -1701,29 +1738,36 @@ def _is_address(host: str) -> bool:
         return False
 
 
-def open_session(wire: Wire) -> Any:
-    """A requests session whose connections all go through `wire`; environment and .netrc are left aside."""
-    import requests
+@functools.cache
+def wired_adapter() -> Any:
+    """The class of requests' adapter for one exchange, `WiredAdapter(wire)`: all its connections go through the wire.
+
+    An adapter without a session: no cookies, no environment, no .netrc, no redirects whose bodies are read.
+    """
     from requests.adapters import HTTPAdapter
     from urllib3.connection import HTTPConnection, HTTPSConnection
     from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
     class Wired:
+        def __init__(self, *args: Any, wire: Wire, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._wire = wire
+
         def _new_conn(self) -> socket.socket:
             host: Any = self
-            return wire.open(host._dns_host, host.port, by_proxy=getattr(host, "proxy", None) is not None)
+            return self._wire.open(host._dns_host, host.port, by_proxy=getattr(host, "proxy", None) is not None)
 
         def connect(self) -> None:
             super().connect()  # type: ignore[misc]
-            if wire.expired:
+            if self._wire.expired:
                 raise OSError("the deadline passed while connecting")
-            wire.connected = True  # from here on the service may have seen the request
+            self._wire.connected = True  # from here on the service may have seen the request
 
         def putrequest(
             self, method: str, url: str, skip_host: bool = False, skip_accept_encoding: bool = False
         ) -> None:
             # The libraries rewrite a URL on its way here; a signature may hold for its very bytes only.
-            super().putrequest(method, wire.target, skip_host, skip_accept_encoding)  # type: ignore[misc]
+            super().putrequest(method, self._wire.target, skip_host, skip_accept_encoding)  # type: ignore[misc]
 
     class PlainConnection(Wired, HTTPConnection):
         pass
@@ -1731,31 +1775,36 @@ def open_session(wire: Wire) -> Any:
     class TlsConnection(Wired, HTTPSConnection):
         pass
 
-    class PlainPool(HTTPConnectionPool):
-        ConnectionCls = PlainConnection
+    def pools(wire: Wire) -> dict[str, Any]:
+        """What makes connection pools, by scheme."""
 
-    class TlsPool(HTTPSConnectionPool):
-        ConnectionCls = TlsConnection
+        def plain(*args: Any, **kwargs: Any) -> HTTPConnectionPool:
+            pool = HTTPConnectionPool(*args, **kwargs)
+            pool.ConnectionCls = functools.partial(PlainConnection, wire=wire)  # type: ignore[assignment]
+            return pool
+
+        def tls(*args: Any, **kwargs: Any) -> HTTPSConnectionPool:
+            pool = HTTPSConnectionPool(*args, **kwargs)
+            pool.ConnectionCls = functools.partial(TlsConnection, wire=wire)  # type: ignore[assignment]
+            return pool
+
+        return {"http": plain, "https": tls}
 
     class WiredAdapter(HTTPAdapter):
+        def __init__(self, wire: Wire) -> None:
+            self._wire = wire
+            super().__init__()
+
         def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
             super().init_poolmanager(*args, **kwargs)
-            self.poolmanager.pool_classes_by_scheme = {"http": PlainPool, "https": TlsPool}
+            self.poolmanager.pool_classes_by_scheme = pools(self._wire)
 
         def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
             manager = super().proxy_manager_for(*args, **kwargs)
-            manager.pool_classes_by_scheme = {"http": PlainPool, "https": TlsPool}
+            manager.pool_classes_by_scheme = pools(self._wire)
             return manager
 
-    class PlainSession(requests.Session):
-        def get_redirect_target(self, resp: Any) -> None:
-            """None: told not to follow redirects, requests would still read their whole bodies to prepare it."""
-
-    session = PlainSession()
-    session.trust_env = False
-    session.mount("http://", WiredAdapter())
-    session.mount("https://", WiredAdapter())
-    return session
+    return WiredAdapter
 
 
 def exchange(call: HttpCall, *, until: float, limit: int, reach: str) -> HttpAnswer:
@@ -1770,26 +1819,16 @@ def exchange(call: HttpCall, *, until: float, limit: int, reach: str) -> HttpAns
     import urllib3
 
     wire = Wire(call, until, reach)
-    watchdog = threading.Timer(wire.remaining, wire.cut)
-    watchdog.daemon = True
-    watchdog.start()
+    DEADLINES.add(wire)
     host = urlsplit(call.url).hostname or ""
     proxies = {} if is_loopback_host(host) else requests.utils.get_environ_proxies(call.url)
     headers = {"User-Agent": f"{SKILL}/{VERSION}", "Accept-Encoding": "identity", "Connection": "close"} | call.headers
     answer: HttpAnswer | None = None
     try:
-        with open_session(wire) as session, SIGNALS.breakable():
-            response = session.request(
-                call.method,
-                call.url,
-                headers=headers,
-                data=call.body,
-                stream=True,
-                allow_redirects=False,
-                timeout=wire.remaining,
-                proxies=proxies,
-                verify=ca_bundle(),
-            )
+        request = requests.Request(call.method, call.url, headers=headers, data=call.body).prepare()
+        adapter = wired_adapter()(wire)
+        with contextlib.closing(adapter), SIGNALS.breakable():
+            response = adapter.send(request, stream=True, timeout=wire.remaining, proxies=proxies, verify=ca_bundle())
             answer = _read_answer(response, limit)
     except Interrupted as interruption:
         if answer is None:
@@ -1799,7 +1838,7 @@ def exchange(call: HttpCall, *, until: float, limit: int, reach: str) -> HttpAns
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
         raise _transport_failure(wire, error) from None
     finally:
-        watchdog.cancel()
+        DEADLINES.remove(wire)
         wire.close()
     return answer._replace(whole=answer.whole and not wire.expired)  # cut by us looks like an end
 
@@ -1819,7 +1858,8 @@ def _read_answer(response: Any, limit: int) -> HttpAnswer:
     headers = {name.lower(): value for name, value in response.headers.items()}
     if 300 <= response.status_code < 400 and "location" in headers:
         return HttpAnswer(response.status_code, headers, b"")  # all that a redirect says is said
-    body, whole = bytearray(), True
+    chunks: list[bytes] = []
+    size, whole = 0, True
     # Left to itself, urllib3 throws away the beginning of a body that breaks off: it may hold the link.
     response.raw.enforce_content_length = False
     announced = headers.get("content-length", "")
@@ -1827,17 +1867,18 @@ def _read_answer(response: Any, limit: int) -> HttpAnswer:
         raise AnswerTooLarge
     try:
         for chunk in response.iter_content(64 * 1024):
-            body += chunk
-            if len(body) > limit and response.status_code < 300:
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > limit and response.status_code < 300:
                 raise AnswerTooLarge
-            if len(body) > limit:
+            if size > limit:
                 break  # the status alone says enough
         whole = not response.raw.length_remaining
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError):
         whole = False
-    if not body and not {"content-length", "transfer-encoding"} & headers.keys():
+    if not size and not {"content-length", "transfer-encoding"} & headers.keys():
         whole = False  # nothing announced and nothing sent: the headers broke off
-    return HttpAnswer(response.status_code, headers, bytes(body), whole)
+    return HttpAnswer(response.status_code, headers, b"".join(chunks), whole)
 
 
 def _transport_failure(wire: Wire, error: Exception) -> Exception:
@@ -2174,6 +2215,10 @@ def picture_bytes(answer: HttpAnswer, expires_at: dt.datetime) -> bytes:
     raise Failure("link_refused", f"the link to the picture is answered with HTTP {status}", http_status=status)
 
 
+# Where many pictures arrive at once: decoders beyond the number of cores only push each other out of the caches.
+_decoders = threading.BoundedSemaphore(os.cpu_count() or 1)
+
+
 def verified(content: bytes) -> Picture:
     """Decode the whole image, so that nothing broken, cut or hostile is called a picture.
 
@@ -2190,7 +2235,7 @@ def verified(content: bytes) -> Picture:
     if not content:
         raise unusable("is empty")
     try:
-        with Image.open(io.BytesIO(content), formats=READABLE_FORMATS) as image:
+        with _decoders, Image.open(io.BytesIO(content), formats=READABLE_FORMATS) as image:
             if image.width * image.height > MAX_DECODED_PIXELS:
                 raise unusable(f"claims {image.width}*{image.height} pixels, which no picture of this model has")
             kind = image.format or ""
