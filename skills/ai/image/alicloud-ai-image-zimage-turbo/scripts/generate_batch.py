@@ -27,11 +27,17 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 
 def _leave_early(number: int, _frame: object) -> None:
     """Until main() installs its handlers nothing has been done: a signal ends the process at once."""
     os.write(2, b"error: interrupted: before anything was sent\nnext: nothing was billed; run it again when you like\n")
+    error = (
+        '{"error": {"code": "interrupted", "message": "interrupted before anything was sent", "hint": "run it again", '
+        f'"exit_code": {128 + number}, "retryable": true, "billed": "no"}}}}\n'
+    )
+    os.write(1, error.encode())
     os._exit(128 + number)
 
 
@@ -43,13 +49,15 @@ if __name__ == "__main__":
         os.write(2, b"error: this script needs generate_image.py and zimage_batch/ beside it\n")
         os.write(2, b"next: copy the whole folder of the skill\n")
         raise SystemExit(2)
+    if _folder not in sys.path:  # PYTHONSAFEPATH leaves it out
+        sys.path.insert(0, _folder)
 
 import argparse
 import contextlib
 import json
 import math
 import sqlite3
-import sys
+import stat
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -91,9 +99,11 @@ from generate_image import (
     raise_problems,
     region_option,
     remember_secret,
+    to_json,
     trusted_hosts,
     unknown_sentences,
     utc_now,
+    without_surrogates,
     workspace_of,
 )
 from zimage_batch.contract import (
@@ -118,7 +128,7 @@ from zimage_batch.plan import Stage
 from zimage_batch.results import counts, totals, write_results
 from zimage_batch.resume import check_outputs_are_free, clean_up
 from zimage_batch.rows import checked_row, read_rows
-from zimage_batch.run import BatchOptions, Run
+from zimage_batch.run import BatchOptions, Run, interrupted_run
 
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
 # Commands: make, dry run, status, gallery
@@ -141,6 +151,12 @@ def make(options: BatchOptions, console: Console, env: Mapping[str, str], began:
     if not locked:
         take_lock(lock, folder)
     if not (folder / DATABASE).exists():
+        if any((folder / EVIDENCE).glob("*/*.json")):
+            raise Failure(
+                "batch_unreadable",
+                f"{folder} holds pictures that were paid for, but no {DATABASE}: they would be paid for again",
+                hint=f"put {DATABASE} back, or use another --output-dir",
+            )
         create_database(folder)
     clean_up(folder, console)
     survey = stage.survey(retry_failed=options.retry_failed, retry_unknown=options.retry_unknown, read_only=False)
@@ -148,7 +164,7 @@ def make(options: BatchOptions, console: Console, env: Mapping[str, str], began:
     if changed and not options.accept_changes:
         raise changed
     stage.merge()
-    check_outputs_are_free(folder)
+    check_outputs_are_free(folder, options.sends)
     import_libraries()
     run = Run(options, Place(options.provider, stage.endpoint, workspace, key), began, console)
     INTERRUPTIONS.pass_to(run)
@@ -203,8 +219,9 @@ def prepare_folder(folder: Path) -> None:
     """
     names = Names(folder)
     for name in ("", IMAGES, EVIDENCE, THUMBS):
-        if not names.stays_inside(name):
-            raise Failure("invalid_output", f"{folder / name} is a symbolic link that leaves the output folder")
+        links = [] if names.stays_inside(name) else [folder / name]
+        for link in [*links, *(names.linked_folders(name) if name else [])]:
+            raise Failure("invalid_output", f"{link} is a symbolic link; the batch writes only into its own folder")
     for name in ("", IMAGES, EVIDENCE):
         check_writable(folder / name, "batch")
 
@@ -451,10 +468,9 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> BatchOptions:
     max_retries = number("max_retries", DEFAULT_MAX_RETRIES, MAX_RETRIES_RANGE)
     name = getattr(arguments, mode) if looking else arguments.output_dir
     folder = Path(os.path.abspath(name or "."))
-    if name is not None and (not name or "\0" in name):
-        problems.append(Problem("usage", "--output-dir: must be the path of a folder"))
-    elif folder.exists() and not folder.is_dir():
-        problems.append(Problem("usage", f"{flag(mode) if looking else '--output-dir'}: {folder} is not a folder"))
+    with noting(problems):
+        if name is not None:
+            check_folder_name(flag(mode) if looking else "--output-dir", name, folder)
     raise_problems(problems)
     return BatchOptions(
         mode={"status": "status", "gallery_only": "gallery"}.get(mode, "make"),
@@ -481,6 +497,21 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> BatchOptions:
     )
 
 
+def check_folder_name(option: str, name: str, folder: Path) -> None:
+    """Raise `usage` for what cannot be a folder here, or would make paths that no JSON and no database can hold."""
+    if not name or name != outside_text(name, len(name) + 1) or str(folder) != without_surrogates(str(folder)):
+        hint = "use a name in UTF-8 without control characters, or set PYTHONUTF8=1"
+        raise Failure("usage", f"{option}: must be the path of a folder, in plain text", hint=hint)
+    try:
+        if stat.S_ISDIR(os.stat(folder).st_mode):
+            return
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise Failure("usage", f"{option}: {outside_text(name, 200)}: {os_reason(error)}") from None
+    raise Failure("usage", f"{option}: {folder} is not a folder")
+
+
 class Interruptions:
     """SIGINT and SIGTERM. Before a run they end the command; a run ends in order at the first, then at once."""
 
@@ -503,10 +534,11 @@ class Interruptions:
             self._run.interrupt(signum)
             os.write(2, b"interrupted: nothing new is sent; waiting for requests that are out (again: stop at once)\n")
         else:
-            os.write(
-                2, b"error: interrupted: stopped at once\nnext: run the same command again: it goes on from here\n"
-            )
-            os._exit(EXIT_SIGNAL + signum)
+            failure = interrupted_run(signum, "stopped at once")
+            os.write(2, f"error: interrupted: {failure.message}\nnext: {failure.fact('hint')}\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(1, to_json({"error": failure.object()}))
+            os._exit(failure.exit_code)
 
 
 INTERRUPTIONS = Interruptions()

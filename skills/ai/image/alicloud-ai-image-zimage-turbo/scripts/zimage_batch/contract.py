@@ -31,6 +31,7 @@ UNPACED_CONCURRENCY = 16  # without a rate limit there is no rate to follow
 ASSUMED_LATENCY = 10.0  # seconds, until one is measured
 DOWNLOADS_AT_ONCE = 8
 MOST_WAITING_DOWNLOADS = 200  # pictures paid and not yet downloaded; with more, nothing new is sent
+ROOM_FOR_ONE = 4 * MIB  # bytes on the disk, for a picture that is out
 UNKNOWN_IN_A_ROW, FAILURES_IN_A_ROW = 5, 10
 
 THUMB_SIDE = 384  # pixels

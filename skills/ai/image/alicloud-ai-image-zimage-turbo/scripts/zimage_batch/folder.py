@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import os
 import sqlite3
 import time
@@ -66,13 +67,18 @@ class FolderLock:
         return True
 
 
+PATIENCE = 5.0  # seconds for another program that has locked the database
+
+
 @contextlib.contextmanager
 def database_failures(path: Path) -> Iterator[None]:
     """What the database says of the disk, or of itself, as a Failure."""
     try:
         yield
     except sqlite3.DatabaseError as error:
-        if type(error) is sqlite3.DatabaseError:  # "file is not a database", "disk image is malformed"
+        # "file is not a database", "disk image is malformed"; "no such table"; rows that contradict each other
+        damaged = type(error) in (sqlite3.DatabaseError, sqlite3.IntegrityError) or "no such" in str(error)
+        if damaged:
             raise Failure("batch_unreadable", f"{path}: {outside_text(error)}") from None
         raise Failure("disk", f"{path}: {outside_text(error)}") from None
 
@@ -93,7 +99,7 @@ def open_database(folder: Path, *, read_only: bool = False) -> sqlite3.Connectio
     path = folder / DATABASE
     with database_failures(path):
         uri = database_uri(path, read_only=read_only)
-        database = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=30, check_same_thread=False)
+        database = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=PATIENCE, check_same_thread=False)
         check_version(database, path)
         if not read_only:
             database.execute("PRAGMA journal_mode = WAL")
@@ -105,6 +111,21 @@ def check_version(database: sqlite3.Connection, path: Path, schema: str = "main"
     (version,) = database.execute(f"PRAGMA {schema}.user_version").fetchone()
     if version != DATABASE_VERSION:
         raise Failure("batch_unreadable", f"{path}: written by another version of this tool ({version})")
+
+
+def facts_of(text: str) -> dict[str, Any]:
+    """The facts of a picture, as the database holds them.
+
+    Raises:
+        Failure: batch_unreadable.
+    """
+    try:
+        facts = json.loads(text)
+        if isinstance(facts, dict):
+            return facts
+    except ValueError:
+        pass
+    raise Failure("batch_unreadable", f"{DATABASE}: the facts of a picture are not the JSON that was written")
 
 
 def create_database(folder: Path) -> None:
@@ -122,6 +143,7 @@ def create_database(folder: Path) -> None:
                 ignore.write_text(PRIVATE_FILES, encoding="utf-8")
             write_exclusively(temporary, b"", mode=OWNER_ONLY)
             database = sqlite3.connect(temporary)
+            database.execute("PRAGMA journal_mode = MEMORY")  # no second file beside it
             database.executescript(DATABASE_SCHEMA)
             database.execute(f"PRAGMA user_version = {DATABASE_VERSION}")
             database.commit()

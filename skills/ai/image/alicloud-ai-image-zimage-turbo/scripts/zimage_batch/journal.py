@@ -22,30 +22,34 @@ from generate_image import (
     Key,
     Plan,
     Provider,
+    internal_error,
     provider_named,
     request_warnings,
     utc_now,
 )
 from zimage_batch.contract import DATABASE, KEPT_FACTS
-from zimage_batch.folder import database_failures, open_database
+from zimage_batch.folder import database_failures, facts_of, open_database
 from zimage_batch.names import evidence_name, output_key
+
+TO_SEND = ("pending", "failed", "unknown")  # states from which a picture may be sent, the latter two where asked for
 
 
 class Job:
     """One picture at work: its plan, its evidence so far (in memory), what was paid, and when it is due."""
 
     def __init__(self, row: sqlite3.Row, plan: Plan) -> None:
-        facts = json.loads(row["facts"])
+        facts = facts_of(row["facts"])
         self.number = int(row["number"])
         self.line = row["line"]
         self.id = row["id"]
         self.state = str(row["state"])
+        self.state_before = self.state  # pending; failed or unknown where it is to be made again
         self.paid = int(row["paid"])
         self.plan = plan
         self.tries = 0  # of this run
-        self.was_unknown = False
+        self._facts_before = facts
         self.evidence = Evidence(plan.evidence_path, plan.evidence(utc_now()) | {"attempts": []})
-        if self.state == "pending":  # of earlier tries only the attempts are true of the next one
+        if self.state in TO_SEND:  # of earlier tries only the attempts are true of the next one
             facts = {"attempts": facts.get("attempts", [])}
         self.evidence.update(status=self.state, **facts)
 
@@ -53,6 +57,14 @@ class Job:
     def name(self) -> str:
         """How messages call it."""
         return f"line {self.line}" + (f" ({self.id})" if self.id else "") if self.line else f"picture {self.number}"
+
+    def take_back(self, failure: Failure) -> str:
+        """Forget a try that surely was not billed; returns the state from before it, which stays true."""
+        if self.state_before == "pending":
+            self.evidence.update(error=failure.object())
+        else:
+            self.evidence.update(**self._facts_before | {"attempts": self.evidence.data["attempts"]})
+        return self.state_before
 
     @property
     def facts(self) -> str:
@@ -154,7 +166,8 @@ class Journal:
             try:
                 with database_failures(self._path):
                     self._commit([(statement, values) for statement, values, _ in entries])
-            except Failure as failure:
+            except Exception as error:  # nobody who waits may wait for ever
+                failure = error if isinstance(error, Failure) else internal_error(error)
                 for _, _, done in entries:
                     done.set_exception(failure)
             else:
@@ -167,7 +180,7 @@ class Journal:
             for statement, values in statements:
                 self._database.execute(statement, values)
             self._database.execute("COMMIT")
-        except sqlite3.Error:
+        except Exception:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             raise

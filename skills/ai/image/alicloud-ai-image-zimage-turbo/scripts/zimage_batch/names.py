@@ -94,6 +94,14 @@ class Names:
             refuse(f"{outside_text(name, 100)} leaves the output folder through a symbolic link")
         return name
 
+    def linked_folders(self, own: str) -> list[Path]:
+        """Folders below one of the batch's own that are symbolic links."""
+        try:
+            with os.scandir(self.folder / own) as entries:
+                return [Path(entry.path) for entry in entries if entry.is_symlink() and entry.is_dir()]
+        except OSError:
+            return []
+
     def stays_inside(self, parent: str) -> bool:
         """Whether a folder below the output folder really lies there."""
         if parent not in self._inside:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from zimage_batch.contract import (
     HOLD_WITHOUT_WORD,
     LONGEST_HOLD_WITHOUT_WORD,
@@ -23,18 +25,20 @@ class Pacer:
 
     STREAK = 5.0  # seconds; a 429 so soon after the last one is a sign that the limit is far off
     WIDEST_STEP = 1.25
+    CHANCE = 30.0  # seconds of calls without a 429 after which the next one is taken for chance
     FIRST_TRIAL, LAST_TRIAL = 60.0, 1.0  # quiet seconds before the first step beyond a known limit, and at the fastest
 
     def __init__(self, per_minute: float, *, start: float) -> None:
         self.base = SPACING * 60 / per_minute if per_minute else 0.0
         self.spacing = self.base
-        self.held_until = start
+        self.held_until = -math.inf
         self.refusals = 0
         self._next = start
         self._quiet_since = start
         self._closest = 0.0  # the spacing that is known to hold
         self._trial = self.FIRST_TRIAL
         self._step = REFUSED_STEP
+        self._last_news = -math.inf
         self._holds_in_a_row = 0
 
     @property
@@ -48,16 +52,18 @@ class Pacer:
 
     def refused(self, now: float, sent: float, wait: float | None) -> bool:
         """Take note of a 429 to a call sent at `sent`; true unless that call left before calls were last held."""
-        news = sent >= self.held_until
+        news = sent >= self._last_news
         self.refusals += 1
         if news:
+            quiet = now - self.held_until
             self._holds_in_a_row += 1
-            soon = self._closest > 0 and now - self.held_until < self.STREAK
-            self._step = min(self._step**2, self.WIDEST_STEP) if soon else REFUSED_STEP
-            self._closest = self.spacing * REFUSED_STEP
+            self._step = min(self._step**2, self.WIDEST_STEP) if quiet < self.STREAK else REFUSED_STEP
+            # One 429 may be chance; one that comes soon after another says that the limit is here.
+            self._closest = self.spacing * REFUSED_STEP if quiet < self.CHANCE else 0.0
             self._trial = self.FIRST_TRIAL
+            self._last_news = now
         self.spacing = min(self.spacing * (self._step if news else REFUSED_STEP), WIDEST_SPACING)
-        if wait is None:
+        if not wait:  # not even "0" is a reason to send the same again at once
             wait = min(HOLD_WITHOUT_WORD * 2.0 ** (self._holds_in_a_row - 1), LONGEST_HOLD_WITHOUT_WORD)
         self.held_until = max(self.held_until, now + wait)
         self._quiet_since = self.held_until

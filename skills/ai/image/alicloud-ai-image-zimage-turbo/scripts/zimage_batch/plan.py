@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 from generate_image import MAX_SEED, Endpoint, Evidence, Failure, Problem, Provider, outside_text, pick_seed, shown
 from zimage_batch.contract import DATABASE, DATABASE_SCHEMA, PROBLEMS_TOLD
-from zimage_batch.folder import check_version, database_failures, database_uri, open_database
+from zimage_batch.folder import check_version, database_failures, database_uri, facts_of, open_database
 from zimage_batch.names import Names, default_output_name, evidence_name, numbered, output_key, variant_output
 from zimage_batch.rows import Row, WrongRow
 
@@ -276,10 +276,6 @@ class Stage:
         numbers = self.db.execute(f"SELECT number FROM plan WHERE kind IN {CHANGED}").fetchall()
         for (number,) in numbers:
             self._set_aside(number)
-        self.db.execute(
-            "UPDATE folder.pictures SET state = 'pending' "
-            "WHERE number IN (SELECT number FROM plan WHERE kind = 'retried')"
-        )
         (first,) = self.db.execute("SELECT coalesce(max(number) + 1, 0) FROM folder.pictures").fetchone()
         new = self.db.execute("""
             SELECT variant, rows.* FROM plan JOIN rows USING (position)
@@ -336,7 +332,7 @@ def settle_moves(folder: Path) -> None:
     with contextlib.closing(database), database_failures(folder / DATABASE):
         moved = "SELECT number, output, moved_from, facts FROM pictures WHERE moved_from IS NOT NULL"
         for number, output, moved_from, said in database.execute(moved).fetchall():
-            facts = json.loads(said)
+            facts = facts_of(said)
             image = facts.get("image", {})
             old, new = folder / moved_from, folder / output
             with contextlib.suppress(OSError):

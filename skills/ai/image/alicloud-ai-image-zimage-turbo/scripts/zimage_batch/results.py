@@ -12,6 +12,7 @@ from typing import Any
 
 from generate_image import Failure, os_reason
 from zimage_batch.contract import LISTED, RESULTS
+from zimage_batch.folder import facts_of
 from zimage_batch.names import evidence_name
 
 
@@ -36,7 +37,7 @@ def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict
         f"SELECT * FROM pictures WHERE {LISTED} ORDER BY position IS NULL, position, variant, number"
     )
     for row in rows:
-        facts = json.loads(row["facts"])
+        facts = facts_of(row["facts"])
         image = facts.get("image", {}) if row["state"] == "saved" else {}
         said = facts.get("response", {})
         evidence = folder / evidence_name(row["number"])
@@ -64,10 +65,15 @@ def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict
             "attempts": len(facts.get("attempts", [])),
             "finished_at": facts.get("finished_at") if row["state"] != "pending" else None,
             "warnings": [*facts.get("warnings", ()), *image.get("warnings", ())] or None,
-            "error": facts.get("error") if row["state"] != "saved" else None,
+            "error": without_link(facts.get("error")) if row["state"] != "saved" else None,
             "in_input": None if row["position"] is not None else False,
         }
         yield {name: value for name, value in entry.items() if value is not None}
+
+
+def without_link(error: dict[str, Any] | None) -> dict[str, Any] | None:
+    """An error without the signed link, which opens the picture to whoever reads it."""
+    return {name: value for name, value in error.items() if name != "image_url"} if error else None
 
 
 def write_results(database: sqlite3.Connection, folder: Path) -> Path:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import sqlite3
+from collections.abc import Sequence
 from pathlib import Path
 
 from generate_image import (
@@ -21,7 +22,7 @@ from generate_image import (
     utc_now,
 )
 from zimage_batch.contract import DATABASE, EVIDENCE, GALLERY, IMAGES, KEPT_FACTS, PROBLEMS_TOLD, RESULTS, THUMBS
-from zimage_batch.folder import database_failures, open_database
+from zimage_batch.folder import database_failures, facts_of, open_database
 from zimage_batch.journal import Job, job_of, read_services
 from zimage_batch.plan import file_hash, settle_moves
 
@@ -58,7 +59,7 @@ def clean_up(folder: Path, console: Console) -> None:
 # Names that this tool gives to files in the making, here and in generate_image.py: nothing else is removed.
 TEMPORARY = re.compile(
     rf"\.(?:{SKILL}-(?:\d{{6,}}|batch)|\d{{6,}}(?:\.jpg)?|{re.escape(DATABASE)}|{re.escape(RESULTS)}"
-    rf"|{re.escape(GALLERY)})\.\d+\.part"
+    rf"|{re.escape(GALLERY)})\.\d+\.part(?:-journal|-wal|-shm)?"
 )
 
 
@@ -119,7 +120,7 @@ def find_vanished(database: sqlite3.Connection, folder: Path) -> tuple[int, int]
     missing = [row for row in rows if not os.path.lexists(folder / row["output"])]
     for number, _, position in missing:
         (said,) = database.execute("SELECT facts FROM pictures WHERE number = ?", (number,)).fetchone()
-        facts = json.loads(said)
+        facts = facts_of(said)
         response = facts.get("response", {})
         alive = position is not None and moment_of(response.get("expires_at")) > utc_now()
         if not alive:
@@ -135,8 +136,8 @@ def find_vanished(database: sqlite3.Connection, folder: Path) -> tuple[int, int]
     return again, gone
 
 
-def check_outputs_are_free(folder: Path) -> None:
-    """No picture may be paid for whose name is taken by a file that is not of this batch.
+def check_outputs_are_free(folder: Path, states: Sequence[str]) -> None:
+    """No picture in one of these states may be paid for whose name is taken by a file that is not of this batch.
 
     Raises:
         Failure: output_exists, disk.
@@ -147,7 +148,9 @@ def check_outputs_are_free(folder: Path) -> None:
     folders: set[Path] = set()
     with contextlib.closing(database), database_failures(folder / DATABASE):
         rows = database.execute(
-            "SELECT line, output FROM pictures WHERE state = 'pending' AND position IS NOT NULL ORDER BY position"
+            f"SELECT line, output FROM pictures WHERE state IN ({', '.join('?' * len(states))}) "
+            "AND position IS NOT NULL ORDER BY position",
+            states,
         )
         for line, output in rows:
             path = folder / output

@@ -138,7 +138,7 @@ def json_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
         if not line.strip():
             continue
         try:
-            yield number, parse_json(line.decode())
+            yield number, parse_json(line.decode().strip())
         except UnicodeDecodeError:
             yield number, ValueError("is not text in UTF-8")
         except ValueError as error:

@@ -42,6 +42,7 @@ from zimage_batch.contract import (
     FAILURES_TOLD,
     MOST_WAITING_DOWNLOADS,
     RESULTS,
+    ROOM_FOR_ONE,
     SPACING,
     TICK,
     UNKNOWN_IN_A_ROW,
@@ -52,7 +53,7 @@ from zimage_batch.journal import Job, Journal, Place, job_of, read_services
 from zimage_batch.pacer import Pacer
 from zimage_batch.progress import Progress, Tally
 from zimage_batch.results import totals
-from zimage_batch.work import Outcome, Worker, stops_the_run
+from zimage_batch.work import Outcome, Worker, state_after, stops_the_run
 
 
 class BatchOptions(NamedTuple):
@@ -79,6 +80,11 @@ class BatchOptions(NamedTuple):
     accept_changes: bool
     dry_run: bool
     gallery: bool
+
+    @property
+    def sends(self) -> tuple[str, ...]:
+        """The states from which pictures are sent."""
+        return ("pending", *["failed"] * self.retry_failed, *["unknown"] * self.retry_unknown)
 
 
 class Run:
@@ -244,7 +250,7 @@ class Run:
 
     def _check_folder(self) -> None:
         """Raise `disk` where the folder has no room for what is out, or its database is not where it was opened."""
-        check_space(self.folder, MIN_FREE_BYTES * (1 + len(self._out) + len(self._saving)))
+        check_space(self.folder, MIN_FREE_BYTES + ROOM_FOR_ONE * (len(self._out) + len(self._saving)))
         try:
             there = os.stat(self.folder / DATABASE).st_ino == self._database_file
         except OSError:
@@ -256,7 +262,7 @@ class Run:
         self._out[job.number] = now
         self.tally.sent.add(job.number)
         self.tally.spent += job.plan.price.estimate
-        self.tally.move(job, "pending", "submitting")
+        self.tally.move(job, job.state, "submitting")
         self._generators.submit(self._work, self._worker.generate, "generate", job)
 
     def _work(self, step: Callable[[Job], Outcome], name: str, job: Job) -> None:
@@ -276,9 +282,9 @@ class Run:
             return heapq.heappop(self._due)[2]
         if not self._feed:
             rows = self.database.execute(
-                "SELECT * FROM pictures WHERE state = 'pending' AND (position, variant) > (?, ?) AND service = ? "
-                "ORDER BY position, variant LIMIT 200",
-                (*self._fed, self._service),
+                f"SELECT * FROM pictures WHERE state IN ({', '.join('?' * len(self.options.sends))}) "
+                "AND (position, variant) > (?, ?) AND service = ? ORDER BY position, variant LIMIT 200",
+                (*self.options.sends, *self._fed, self._service),
             ).fetchall()
             self._feed.extend(self._job(row) for row in rows)
             if rows:
@@ -320,7 +326,9 @@ class Run:
             text = f"--time-limit: {limit:g} s is too short, a picture takes {self._known_latency:.0f} s here"
             if limit < least:
                 self._halt(Failure("usage", text, hint=f"give at least --time-limit {math.ceil(least)}"))
-        self._halt(Failure("time_limit", f"the time limit of {limit:g} s ends this run; what is left stays as it is"))
+        text = f"the time limit of {limit:g} s ends this run; what is left stays as it is"
+        hint = None if self.tally.ends else "give a longer --time-limit: nothing could be done in this one"
+        self._halt(Failure("time_limit", text, hint=hint))
 
     # Reports
 
@@ -349,7 +357,9 @@ class Run:
                 self._unknown_in_a_row = 0
             return
         self._tell(job, failure)
-        if failure.code == "rate_limited":
+        if now >= self.deadline:  # it was cut, which says nothing of service or network
+            self._halt_for_time()
+        elif failure.code == "rate_limited":
             self._hold(job, failure, now, sent)
         elif stops_the_run(failure):
             self._halt(failure)
@@ -358,7 +368,7 @@ class Run:
         else:  # the row's own fault: the service works
             self._failures_in_a_row[outcome.step] = 0
             self._unknown_in_a_row = 0
-        if job.state == "pending" and self._stop is None:
+        if outcome.step == "generate" and state_after(failure) == "pending" and self._stop is None:
             self._plan_retry(job, failure, now)
 
     def _hold(self, job: Job, failure: Failure, now: float, sent: float) -> None:
@@ -385,7 +395,7 @@ class Run:
             return
         wait = failure.facts.get("retry_after_s", backoff(job.tries - 1))
         if wait > self.options.timeout:
-            self._gave_up = failure
+            self._halt(failure)
             return
         heapq.heappush(self._due, (now + wait, job.number, job))
 
@@ -486,10 +496,10 @@ def storm(failure: Failure, what: str, exit_code: int) -> Failure:
     )
 
 
-def interrupted_run(signum: int) -> Failure:
+def interrupted_run(signum: int, how: str = "requests that were out were waited for") -> Failure:
     return Failure(
         "interrupted",
-        f"interrupted by {signal.Signals(signum).name}; requests that were out were waited for",
+        f"interrupted by {signal.Signals(signum).name}; {how}",
         exit_code=EXIT_SIGNAL + signum,
         retryable=True,
         hint="run the same command again: it goes on where it stopped",

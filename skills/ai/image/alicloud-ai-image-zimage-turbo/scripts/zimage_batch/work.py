@@ -143,7 +143,7 @@ class Worker:
         """Keep what became of a picture; where it is not simply sent again, its evidence file says so too."""
         state = state_after(failure)
         if state == "pending":
-            job.evidence.update(error=failure.object())
+            state = job.take_back(failure)
         else:
             with contextlib.suppress(OSError):
                 job.evidence.path.parent.mkdir(parents=True, exist_ok=True)
