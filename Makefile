@@ -1,6 +1,6 @@
 # make demo   one mock picture, no key, no network beyond installing
 # make check  validation, skill format, lint, types, all tests
-# make bench  our script beside the official client and curl (a measurement, not a test)
+# make bench  one picture and batches: speed beside the official client, rate, kills, scale (20 minutes; not a test)
 
 PYTHON ?= python3
 VENV := .venv
@@ -67,6 +67,10 @@ browser:
 
 bench: $(VENV)/.checks
 	$(BIN)/python tests/benchmarks/one_picture.py
+	$(BIN)/python tests/benchmarks/batch_speed.py
+	$(BIN)/python tests/benchmarks/batch_rate.py
+	$(BIN)/python tests/benchmarks/batch_kills.py
+	$(BIN)/python tests/benchmarks/batch_scale.py
 
 # Leaves output/ alone: pictures in it were paid for.
 clean:

@@ -166,10 +166,11 @@ def make(options: BatchOptions, console: Console, env: Mapping[str, str], began:
     stage.merge()
     check_outputs_are_free(folder, options.sends)
     import_libraries()
-    run = Run(options, Place(options.provider, stage.endpoint, workspace, key), began, console)
-    INTERRUPTIONS.pass_to(run)
-    failure = run()
-    conclude(run, failure, console)
+    with database_failures(folder / DATABASE):
+        run = Run(options, Place(options.provider, stage.endpoint, workspace, key), began, console)
+        INTERRUPTIONS.pass_to(run)
+        failure = run()
+        conclude(run, failure, console)
     lock.release()
     return failure
 
