@@ -932,5 +932,5 @@ def test_a_signal_in_the_middle_of_the_start_leaves_a_folder_that_works(batch: B
     result = batch.run()
     assert result.code in (0, 1), result.stdout
     assert result.json["saved"] + result.json["unknown"] == 3
-    assert max(Counter(batch.sent).values()) == 1
+    assert max(Counter(batch.sent).values(), default=0) <= 1  # none may have got as far as the service
     assert TEST_KEY not in result.stdout

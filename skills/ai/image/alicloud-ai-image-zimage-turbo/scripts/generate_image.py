@@ -2651,9 +2651,9 @@ def missing_package(what: str, requirements: Mapping[str, str] = REQUIREMENTS, s
 def import_libraries() -> None:
     """Load what the paid call and its picture need, so that a broken package shows before money is spent."""
     import PIL.Image
-    import requests
 
-    del PIL, requests
+    wired_adapter()
+    del PIL
 
 
 def check_working_folder() -> None:
