@@ -72,7 +72,6 @@ from generate_image import (
     EXIT_OK,
     EXIT_SIGNAL,
     MAX_RETRIES_RANGE,
-    PROVIDERS,
     TIMEOUT_RANGE,
     VERSION,
     Console,
@@ -80,10 +79,12 @@ from generate_image import (
     Interrupted,
     Parser,
     Problem,
+    add_service_options,
     check_space,
     check_working_folder,
     check_writable,
     choose_endpoint,
+    chosen_mode,
     find_key,
     flag,
     import_libraries,
@@ -95,10 +96,10 @@ from generate_image import (
     number_option,
     os_reason,
     outside_text,
+    prepare_output,
     provider_named,
     raise_problems,
     region_option,
-    remember_secret,
     to_json,
     trusted_hosts,
     unknown_sentences,
@@ -402,13 +403,7 @@ def build_parser() -> Parser:
 
     service = parser.add_argument_group("service")
     service.add_argument("--base-url", metavar="URL", help="endpoint, …/api/v1 root or bare host")
-    service.add_argument("--region", metavar="REGION", help="beijing (default) or singapore; the key belongs to one")
-    service.add_argument(
-        "--provider", metavar="NAME", help=f"one of {', '.join(PROVIDERS)} (default {DEFAULT_PROVIDER})"
-    )
-    service.add_argument(
-        "--trust-host", metavar="HOST", action="append", help="send the key to this host too; repeatable"
-    )
+    add_service_options(service)
 
     result = parser.add_argument_group("result")
     result.add_argument("--dry-run", action="store_true", help="count, cost and duration; send and write nothing")
@@ -430,12 +425,7 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> BatchOptions:
     arguments, unknown = build_parser().parse_known_args(argv)
     given = {name: value for name, value in vars(arguments).items() if value is not None and value is not False}
     problems = [Problem("usage", text) for text in unknown_sentences(unknown)]
-    modes = [name for name in MODES if name in given]
-    if len(modes) != 1:
-        names = " ".join(flag(name) for name in modes or MODES)
-        text = f"give only one of {names}" if modes else f"give one of {names}"
-        raise_problems([*problems, Problem("usage", text)])
-    mode = modes[0]
+    mode = chosen_mode(given, MODES, problems)
     looking = mode in ("status", "gallery_only")
     if looking:
         strange = [name for name in given if name not in (mode, "quiet")]
@@ -564,11 +554,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     env = os.environ
     INTERRUPTIONS.install()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(AttributeError, ValueError):
-            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
-    for provider in PROVIDERS.values():
-        remember_secret(env.get(provider.key_places.variable, "").strip())
+    prepare_output(env)
     console = Console(json_mode=True, quiet="--quiet" in arguments)
     try:
         ending = run_command(read_options(arguments, env), console, env, began)

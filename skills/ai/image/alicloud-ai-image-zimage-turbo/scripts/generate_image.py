@@ -3076,9 +3076,14 @@ def is_saved(evidence: Evidence) -> bool:
     if not image or evidence.data["status"] != "saved":
         return False
     try:
-        return hashlib.sha256(Path(image["path"]).read_bytes()).hexdigest() == str(image["sha256"])
+        return file_hash(Path(image["path"])) == str(image["sha256"])
     except (OSError, ValueError):
         return False
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file, in hex."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def unrecoverable(evidence: Evidence) -> Failure:
@@ -3300,13 +3305,7 @@ def build_parser() -> Parser:
     request.add_argument("--base-url", metavar="URL", help="endpoint, …/api/v1 root or bare host")
 
     service = parser.add_argument_group("service")
-    service.add_argument("--region", metavar="REGION", help="beijing (default) or singapore; the key belongs to one")
-    service.add_argument(
-        "--provider", metavar="NAME", help=f"one of {', '.join(PROVIDERS)} (default {DEFAULT_PROVIDER})"
-    )
-    service.add_argument(
-        "--trust-host", metavar="HOST", action="append", help="send the key to this host too; repeatable"
-    )
+    add_service_options(service)
     service.add_argument("--timeout", metavar="S", help=f"seconds for the whole command (default {DEFAULT_TIMEOUT:g})")
     service.add_argument(
         "--max-retries", metavar="N", help=f"of calls surely not billed (default {DEFAULT_MAX_RETRIES})"
@@ -3324,6 +3323,29 @@ def build_parser() -> Parser:
     return parser
 
 
+def add_service_options(group: Any) -> None:
+    """The options that say which service is asked, the same for one picture and for many."""
+    group.add_argument("--region", metavar="REGION", help="beijing (default) or singapore; the key belongs to one")
+    group.add_argument("--provider", metavar="NAME", help=f"one of {', '.join(PROVIDERS)} (default {DEFAULT_PROVIDER})")
+    group.add_argument(
+        "--trust-host", metavar="HOST", action="append", help="send the key to this host too; repeatable"
+    )
+
+
+def chosen_mode(given: Mapping[str, Any], modes: Sequence[str], problems: Sequence[Problem]) -> str:
+    """The one mode that is given.
+
+    Raises:
+        Failure: usage where it is none or several, with the problems found before.
+    """
+    named = [name for name in modes if name in given]
+    if len(named) != 1:
+        names = " ".join(flag(name) for name in named or modes)
+        text = f"give only one of {names}" if named else f"give one of {names}"
+        raise_problems([*problems, Problem("usage", text)])
+    return named[0]
+
+
 def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
     """Check the command line as a whole; what is wrong with it is raised now, or with what is wrong with the request.
 
@@ -3337,12 +3359,7 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
         if value is not None and (value is not False or name == "prompt_extend")  # which can be switched off
     }
     problems = [Problem("usage", text) for text in unknown_sentences(unknown)]
-    modes = [name for name in MODES if name in given]
-    if len(modes) != 1:
-        names = " ".join(flag(name) for name in modes or MODES)
-        text = f"give only one of {names}" if modes else f"give one of {names}"
-        raise_problems([*problems, Problem("usage", text)])
-    mode = modes[0]
+    mode = chosen_mode(given, MODES, problems)
     allowed = ALLOWED.get(mode)
     if allowed is not None:
         strange = [name for name in given if name not in allowed and name not in MODES]
@@ -3463,16 +3480,21 @@ def run(options: Options, console: Console, env: Mapping[str, str]) -> None:
         console.note(f"warning: standard output cannot be written; the image is {response['image_path']}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code of the contract."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    env = os.environ
-    SIGNALS.install()
+def prepare_output(env: Mapping[str, str]) -> None:
+    """Before anything is printed: both streams take every text, and no key of the environment gets into one."""
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
     for provider in PROVIDERS.values():
         remember_secret(env.get(provider.key_places.variable, "").strip())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code of the contract."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    env = os.environ
+    SIGNALS.install()
+    prepare_output(env)
     json_flags = ("--print-response", "--check", "--dry-run", "--schema")
     console = Console(
         json_mode=any(text.partition("=")[0] in json_flags for text in arguments), quiet="--quiet" in arguments

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from generate_image import OWNER_ONLY, Failure, os_reason, outside_text, write_exclusively
+from generate_image import OWNER_ONLY, Failure, os_reason, outside_text, temporary_name, write_exclusively
 from zimage_batch.contract import DATABASE, DATABASE_SCHEMA, DATABASE_VERSION, LOCK, PRIVATE_FILES
 
 
@@ -135,7 +135,7 @@ def create_database(folder: Path) -> None:
         Failure: disk.
     """
     path = folder / DATABASE
-    temporary = folder / f".{DATABASE}.{os.getpid()}.part"
+    temporary = temporary_name(folder, DATABASE)
     with database_failures(path):
         try:
             ignore = folder / ".gitignore"

@@ -24,6 +24,7 @@ from generate_image import (
     no_more_waiting,
     os_reason,
     own_command,
+    temporary_name,
     timestamp,
     utc_now,
     verified,
@@ -124,7 +125,7 @@ def make_missing_thumbs(database: sqlite3.Connection, folder: Path, until: float
 def write_thumb(picture: Picture, folder: Path, number: int) -> None:
     """A small JPEG of a picture. The gallery does without one that cannot be written."""
     target = folder / thumb_name(number)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
+    temporary = temporary_name(target.parent, target.name)
     with contextlib.suppress(OSError, ValueError):
         target.parent.mkdir(parents=True, exist_ok=True)
         try:

@@ -32,7 +32,6 @@ class Pacer:
         self.base = SPACING * 60 / per_minute if per_minute else 0.0
         self.spacing = self.base
         self.held_until = -math.inf
-        self.refusals = 0
         self._next = start
         self._quiet_since = start
         self._closest = 0.0  # the spacing that is known to hold
@@ -53,7 +52,6 @@ class Pacer:
     def refused(self, now: float, sent: float, wait: float | None) -> bool:
         """Take note of a 429 to a call sent at `sent`; true unless that call left before calls were last held."""
         news = sent >= self._last_news
-        self.refusals += 1
         if news:
             quiet = now - self.held_until
             self._holds_in_a_row += 1

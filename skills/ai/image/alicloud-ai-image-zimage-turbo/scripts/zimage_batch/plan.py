@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import posixpath
@@ -15,7 +14,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from generate_image import MAX_SEED, Endpoint, Evidence, Failure, Problem, Provider, outside_text, pick_seed, shown
+from generate_image import (
+    MAX_SEED,
+    Endpoint,
+    Evidence,
+    Failure,
+    Problem,
+    Provider,
+    file_hash,
+    outside_text,
+    pick_seed,
+    shown,
+)
 from zimage_batch.contract import DATABASE, DATABASE_SCHEMA, PROBLEMS_TOLD
 from zimage_batch.folder import check_version, database_failures, database_uri, facts_of, open_database
 from zimage_batch.names import Names, default_output_name, evidence_name, numbered, output_key, variant_output
@@ -43,7 +53,6 @@ class Survey(NamedTuple):
     rows: int
     pictures: Counter[str]
     cost: Counter[str]
-
     spent: float  # US$ that were, or may have been, billed for this folder before
 
     def made(self, *, with_changed: bool) -> tuple[int, float]:
@@ -160,9 +169,7 @@ class Stage:
                 self.db.execute("ATTACH ':memory:' AS folder")
                 for statement in re.findall(r"CREATE TABLE \w+ \(.*?\);", DATABASE_SCHEMA, re.DOTALL):
                     self.db.execute(statement.replace("CREATE TABLE ", "CREATE TABLE folder."))
-            place = (self.provider.name, self.endpoint.region, self.endpoint.url)
-            match = "SELECT number FROM folder.services WHERE provider = ? AND region = ? AND endpoint = ?"
-            (service,) = self.db.execute(match, place).fetchone() or (-1,)
+            service = self._service()
             self.db.execute(
                 """
                 INSERT INTO plan SELECT r.position, v.variant, p.number,
@@ -189,6 +196,16 @@ class Stage:
             (spent,) = self.db.execute("SELECT coalesce(sum(price * paid), 0.0) FROM folder.pictures").fetchone()
         pictures, cost = {kind: n for kind, n, _ in kinds}, {kind: price for kind, _, price in kinds}
         return Survey(self.count, Counter(pictures), Counter(cost), round(spent, 6))
+
+    @property
+    def _place(self) -> tuple[str, str, str]:
+        return self.provider.name, self.endpoint.region, self.endpoint.url
+
+    def _service(self) -> int:
+        """The folder's number for where pictures are asked for now; -1 where none have been."""
+        match = "SELECT number FROM folder.services WHERE provider = ? AND region = ? AND endpoint = ?"
+        (number,) = self.db.execute(match, self._place).fetchone() or (-1,)
+        return int(number)
 
     def first(self, limit: int, budget: float, *, with_changed: bool) -> tuple[int, float]:
         """How many of the pictures would be made by a run that sends at most `limit` for at most `budget` US$."""
@@ -255,10 +272,10 @@ class Stage:
         settle_moves(self.folder)
 
     def _merge(self) -> None:
-        place = (self.provider.name, self.endpoint.region, self.endpoint.url)
-        self.db.execute("INSERT OR IGNORE INTO folder.services (provider, region, endpoint) VALUES (?, ?, ?)", place)
-        match = "SELECT number FROM folder.services WHERE provider = ? AND region = ? AND endpoint = ?"
-        (service,) = self.db.execute(match, place).fetchone()
+        self.db.execute(
+            "INSERT OR IGNORE INTO folder.services (provider, region, endpoint) VALUES (?, ?, ?)", self._place
+        )
+        service = self._service()
         # The seed of a row that names none: that of its other variants, else one is picked, for all of them.
         self.db.execute("""
             UPDATE rows SET seed = coalesce((SELECT (p.seed - p.variant + 2147483648) % 2147483648
@@ -347,7 +364,3 @@ def settle_moves(folder: Path) -> None:
             database.execute(
                 "UPDATE pictures SET moved_from = NULL, facts = ? WHERE number = ?", (json.dumps(facts), number)
             )
-
-
-def file_hash(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from generate_image import Failure, os_reason
+from generate_image import Failure, os_reason, temporary_name
 from zimage_batch.contract import LISTED, RESULTS
 from zimage_batch.folder import facts_of
 from zimage_batch.names import evidence_name
@@ -89,7 +89,7 @@ def write_results(database: sqlite3.Connection, folder: Path) -> Path:
 
 
 def replace_file(path: Path, parts: Iterable[str]) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
+    temporary = temporary_name(path.parent, path.name)
     try:
         with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as target:
             target.writelines(parts)

@@ -16,6 +16,7 @@ from generate_image import (
     Failure,
     check_space,
     explain,
+    file_hash,
     moment_of,
     remove_if_left_over,
     settle,
@@ -24,7 +25,7 @@ from generate_image import (
 from zimage_batch.contract import DATABASE, EVIDENCE, GALLERY, IMAGES, KEPT_FACTS, PROBLEMS_TOLD, RESULTS, THUMBS
 from zimage_batch.folder import database_failures, facts_of, open_database
 from zimage_batch.journal import Job, job_of, read_services
-from zimage_batch.plan import file_hash, settle_moves
+from zimage_batch.plan import settle_moves
 
 
 def clean_up(folder: Path, console: Console) -> None:

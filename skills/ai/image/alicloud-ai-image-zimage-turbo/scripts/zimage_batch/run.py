@@ -97,7 +97,6 @@ class Run:
     def __init__(self, options: BatchOptions, place: Place, began: float, console: Console) -> None:
         self.options = options
         self.folder = options.folder
-        self.console = console
         self.began = began
         self.database = open_database(self.folder)
         self._database_file = os.stat(self.folder / DATABASE).st_ino

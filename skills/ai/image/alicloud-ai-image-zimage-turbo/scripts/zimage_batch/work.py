@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 from generate_image import (
     EXIT_BALANCE,
@@ -30,9 +30,6 @@ from generate_image import (
 )
 from zimage_batch.gallery import write_thumb
 from zimage_batch.journal import Job, Journal
-
-if TYPE_CHECKING:
-    pass
 
 
 class Outcome(NamedTuple):
