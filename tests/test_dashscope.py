@@ -113,13 +113,17 @@ def test_reasoning_is_found_on_the_message_and_among_the_content() -> None:
 )
 def test_a_link_tells_when_it_dies_and_else_24_hours_count(query: str, expires: str) -> None:
     generated = read(200, body({"image": f"https://x.aliyuncs.com/a.png?{query}"}))
+    assert generated.expires_at is not None
     assert tool.timestamp(generated.expires_at) == expires
 
 
 def test_of_several_pictures_the_first_is_taken_with_a_warning() -> None:
     generated = read(200, body({"image": LINK}, {"image": "https://x.aliyuncs.com/2.png"}))
     assert generated.image_url == LINK
-    assert "2 pictures" in generated.warnings[0]
+    assert generated.other_urls == ("https://x.aliyuncs.com/2.png",)
+    facts = tool.generated_facts(generated, (), tool.Clock(1))
+    assert "2 pictures" in facts["warnings"][0]
+    assert facts["response"]["other_image_urls"] == ["https://x.aliyuncs.com/2.png"]
 
 
 # What a bad answer means ---------------------------------------------------------------------------------------------

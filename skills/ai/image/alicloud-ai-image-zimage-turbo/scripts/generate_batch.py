@@ -72,23 +72,28 @@ from generate_image import (
     EXIT_OK,
     EXIT_SIGNAL,
     MAX_RETRIES_RANGE,
+    PROVIDERS,
     TIMEOUT_RANGE,
     VERSION,
+    Clock,
     Console,
     Failure,
     Interrupted,
     Parser,
     Problem,
+    Provider,
     add_service_options,
     check_space,
     check_working_folder,
     check_writable,
     choose_endpoint,
     chosen_mode,
-    find_key,
     flag,
+    get_ready,
     import_libraries,
     internal_error,
+    key_for,
+    leave,
     missing_package,
     missing_packages,
     moment_of,
@@ -97,8 +102,10 @@ from generate_image import (
     os_reason,
     outside_text,
     prepare_output,
-    provider_named,
+    provider_class,
+    provider_in,
     raise_problems,
+    read_settings,
     region_option,
     to_json,
     trusted_hosts,
@@ -116,6 +123,7 @@ from zimage_batch.contract import (
     GALLERY,
     IMAGES,
     LOCK,
+    LONGEST_LOADING,
     RESULTS,
     SPACING,
     THUMBS,
@@ -147,7 +155,9 @@ def make(options: BatchOptions, console: Console, env: Mapping[str, str], began:
     if options.dry_run:
         console.answer(dry_run(options, stage, env))
         return None
-    key = find_key(options.provider.key_places, env)
+    key = key_for(options.provider, stage.endpoint, options.trusted, env)
+    if key.warning:
+        console.note(f"warning: {key.warning}")
     prepare_folder(folder)
     if not locked:
         take_lock(lock, folder)
@@ -167,6 +177,7 @@ def make(options: BatchOptions, console: Console, env: Mapping[str, str], began:
     stage.merge()
     check_outputs_are_free(folder, options.sends)
     import_libraries()
+    get_ready(options.provider, Clock(options.time_limit or LONGEST_LOADING))
     with database_failures(folder / DATABASE):
         run = Run(options, Place(options.provider, stage.endpoint, workspace, key), began, console)
         INTERRUPTIONS.pass_to(run)
@@ -268,7 +279,8 @@ def dry_run(options: BatchOptions, stage: Stage, env: Mapping[str, str]) -> dict
     changed = stage.changed_rows(survey)
     problems = []
     for check in (
-        lambda: find_key(options.provider.key_places, env).source,
+        lambda: key_for(options.provider, stage.endpoint, options.trusted, env),
+        options.provider.preflight,
         lambda: check_space(options.folder),
     ):
         try:
@@ -295,8 +307,9 @@ def dry_run(options: BatchOptions, stage: Stage, env: Mapping[str, str]) -> dict
         "provider": options.provider.name,
         "region": stage.endpoint.region,
         "endpoint": stage.endpoint.url,
+        "settings": options.provider.known_settings or None,
         "output_dir": str(options.folder),
-        "billable": pictures > 0,
+        "billable": options.provider.billable and pictures > 0,
         "problems": problems,
     }
     return {name: value for name, value in plan.items() if value is not None}
@@ -370,7 +383,7 @@ last line says what to do next.
 """
 
 
-def build_parser() -> Parser:
+def build_parser(provider: type[Provider] | None = None) -> Parser:
     """The command line of the contract. Values stay text here: `read_options` checks them all at once."""
     parser = Parser(
         prog="generate_batch.py",
@@ -402,8 +415,8 @@ def build_parser() -> Parser:
     pace.add_argument("--max-retries", metavar="N", help=f"of a call surely not billed (default {DEFAULT_MAX_RETRIES})")
 
     service = parser.add_argument_group("service")
-    service.add_argument("--base-url", metavar="URL", help="endpoint, …/api/v1 root or bare host")
-    add_service_options(service)
+    service.add_argument("--base-url", metavar="URL", help="whole endpoint, API root or bare host")
+    add_service_options(service, provider)
 
     result = parser.add_argument_group("result")
     result.add_argument("--dry-run", action="store_true", help="count, cost and duration; send and write nothing")
@@ -422,7 +435,8 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> BatchOptions:
     Raises:
         Failure: usage, naming every problem.
     """
-    arguments, unknown = build_parser().parse_known_args(argv)
+    chosen = provider_in(argv)
+    arguments, unknown = build_parser(chosen).parse_known_args(argv)
     given = {name: value for name, value in vars(arguments).items() if value is not None and value is not False}
     problems = [Problem("usage", text) for text in unknown_sentences(unknown)]
     mode = chosen_mode(given, MODES, problems)
@@ -442,11 +456,12 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> BatchOptions:
             return number_option(flag(name), text, default, bounds)
         return None
 
-    provider, region = provider_named(DEFAULT_PROVIDER), None
+    kind, region = PROVIDERS[DEFAULT_PROVIDER], None
     with noting(problems):
-        provider = provider_named(arguments.provider or DEFAULT_PROVIDER)
+        kind = provider_class(arguments.provider or DEFAULT_PROVIDER)
     with noting(problems):
-        region = region_option(arguments.region, provider)
+        region = region_option(arguments.region, kind)
+    provider = kind(read_settings(kind, given, problems))
     trusted, more = trusted_hosts(arguments.trust_host or [], env)
     problems += more
     variants = number("variants", 1, (1, 10_000))
@@ -469,7 +484,7 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> BatchOptions:
         prompt=arguments.prompt,
         folder=folder,
         variants=int(variants or 1),
-        concurrency=None if concurrency is None else int(concurrency),
+        concurrency=provider.calls_at_once if concurrency is None else int(concurrency),
         rpm=provider.requests_per_minute if rpm is None else rpm,
         max_cost=max_cost,
         time_limit=time_limit,
@@ -579,7 +594,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    exit_code = main()
-    for _signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(_signum, signal.SIG_IGN)
-    sys.exit(exit_code)
+    leave(main())

@@ -7,6 +7,7 @@ Only one call in this file costs money (`obtain`); everything that can be checke
 and everything that is known after it is on disk before the next step.
 
 This file stands alone: it needs requests, jsonschema and Pillow, and nothing else of the repository.
+Other ways to the same model lie in providers/ beside it, a file each, loaded when they are named.
 Chapters: contract, errors, request, credentials, endpoint and trust, provider, transport, evidence,
 picture, plan, local checks, making a picture, settling, free commands, command line.
 """
@@ -122,6 +123,11 @@ UNREACHABLE_RETRIES = 2  # a refused connection or a missing name fails in secon
 BACKOFF_BASE, BACKOFF_CAP = 0.5, 20.0  # seconds
 DOWNLOAD_RETRIES = 4  # free, so --max-retries does not count them
 CORRUPT_DOWNLOAD_RETRIES = 1  # the same bytes twice will not get better
+POLL_FIRST, POLL_GROWTH, POLL_LONGEST = 1.0, 1.5, 5.0  # seconds between questions after a task
+LAST_POLL = 0.5  # seconds before the end, in which no further question is worth it
+POLL_TIMEOUT = 15.0  # seconds for one question: the next one may be answered
+LOST_AFTER = 3  # questions in a row to which the service does not know the task: it may learn of it a moment late
+RATIO_TOLERANCE = 0.02  # where only the ratio of a size can be asked for
 
 FORMATS = {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP"}
 MAX_SIDE = {"PNG": 2**31 - 1, "JPEG": 65_500, "WEBP": 16_383}  # pixels; limits of the file formats
@@ -175,7 +181,7 @@ REQUEST_SCHEMA: dict[str, Any] = {
         "base_url": {
             "type": "string",
             "minLength": 1,
-            "description": "Endpoint, …/api/v1 root or bare host; the host must be a trusted one.",
+            "description": "Whole endpoint, API root or bare host; the key goes to trusted hosts only.",
         },
     },
     "not": {"required": ["size", "aspect_ratio"]},
@@ -215,7 +221,6 @@ RESPONSE_SCHEMA: dict[str, Any] = {
         "height",
         "prompt",
         "request_id",
-        "seed",
         "size",
         "provider",
         "region",
@@ -224,14 +229,14 @@ RESPONSE_SCHEMA: dict[str, Any] = {
         "estimated_cost",
     ],
     "properties": {
-        "image_url": {"type": "string", "description": "Signed link; dies 24 hours after the call."},
+        "image_url": {"type": "string", "description": "Signed link, dies soon. None where bytes are handed over."},
         "width": {"type": "integer", "description": "Pixels of the saved file."},
         "height": {"type": "integer", "description": "Pixels of the saved file."},
         "prompt": {"type": "string"},
         "rewritten_prompt": {"type": "string"},
         "reasoning": {"type": "string"},
         "request_id": {"type": "string"},
-        "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED},
+        "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED, "description": "None where none can be sent."},
         "size": {"type": "string", "description": "As asked, width*height."},
         "provider": {"type": "string"},
         "region": {"type": "string"},
@@ -274,6 +279,7 @@ EVIDENCE_SCHEMA: dict[str, Any] = {
         "billable": {"type": "boolean"},
         "request": {"type": "object", "description": "Normalized: itself a valid request."},
         "payload": {"type": "object", "description": "The body that was sent."},
+        "settings": {"type": "object", "description": "The provider's own options."},
         "output": {"type": "string", "description": "Absolute path that was asked for."},
         "started_at": {"type": "string", "format": "date-time"},
         "generated_at": {"type": "string", "format": "date-time"},
@@ -288,7 +294,7 @@ EVIDENCE_SCHEMA: dict[str, Any] = {
                     "at": {"type": "string", "format": "date-time"},
                     "http_status": {"type": "integer"},
                     "service_code": {"type": "string"},
-                    "outcome": {"type": "string", "description": "generated, or the code of the error."},
+                    "outcome": {"type": "string", "description": "generated, submitted, or the code of the error."},
                     "billed": {"enum": ["no", "yes", "unknown"]},
                     "wait_s": {"type": "number", "description": "Pause before the next attempt, in seconds."},
                 },
@@ -301,6 +307,7 @@ EVIDENCE_SCHEMA: dict[str, Any] = {
                 "request_id": {"type": "string"},
                 "usage": {"type": "object"},
                 "image_url": {"type": "string"},
+                "other_image_urls": {"type": "array", "items": {"type": "string"}},
                 "expires_at": {"type": "string", "format": "date-time"},
                 "rewritten_prompt": {"type": "string"},
                 "reasoning": {"type": "string"},
@@ -360,6 +367,7 @@ ASK_BEFORE_PAYING = (
     "ask the user before paying again: --replay EVIDENCE makes the same request once more and costs again"
 )
 RECOVER_FREE = "run next_command: it fetches the picture without paying again"
+GO_ON_FREE = "run next_command: it goes on waiting for the picture without paying again"
 
 KINDS: dict[str, Kind] = {
     # Refused here, before anything is sent.
@@ -385,6 +393,8 @@ KINDS: dict[str, Kind] = {
     "nothing_to_recover": Kind(
         EXIT_INVALID, False, "no", "nothing was billed; make the request again (--replay EVIDENCE), which costs"
     ),
+    "missing_weights": Kind(EXIT_INVALID, False, "no", "fetch the model first, or name the folder that holds it"),
+    "too_little_memory": Kind(EXIT_INVALID, False, "no", "free memory, take a smaller size, or use another provider"),
     "internal_error": Kind(EXIT_INVALID, False, "no", "this is a fault of the tool: report it with this message"),
     "key_missing": Kind(EXIT_KEY, False, "no", "tell the user; a key never belongs in the chat or on a command line"),
     "key_malformed": Kind(EXIT_KEY, False, "no", "tell the user to store the key again, alone and without spaces"),
@@ -408,6 +418,8 @@ KINDS: dict[str, Kind] = {
     "unreachable": Kind(
         EXIT_UNAVAILABLE, True, "no", "check network, proxy, certificates and base URL, then run it once more"
     ),
+    "task_failed": Kind(EXIT_UNAVAILABLE, True, "no", "nothing was billed; run it once more, then tell the user"),
+    "too_slow": Kind(EXIT_UNAVAILABLE, False, "no", "give a longer --timeout or a smaller size; nothing was billed"),
     "refused_by_service": Kind(EXIT_UNUSABLE, False, "no", "report the status and message; do not rerun unasked"),
     # After the request has left.
     "outcome_unknown": Kind(EXIT_UNKNOWN, False, "unknown", ASK_BEFORE_PAYING),
@@ -537,11 +549,6 @@ class Signals:
         for signum in (signal.SIGINT, signal.SIGTERM):
             signal.signal(signum, self._handle)
 
-    def ignore(self) -> None:
-        """From now on the work is done: a late signal must not make a success look like an interruption."""
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, signal.SIG_IGN)
-
     def _handle(self, signum: int, _frame: object) -> None:
         self._pending = signum
         self._check()
@@ -568,6 +575,7 @@ SIGNALS = Signals()
 
 # What must never be printed or written. Filled where keys are read, consulted where text leaves or enters.
 _secrets: set[str] = set()
+SHORTEST_SECRET = 6  # characters; shorter values of other programs' variables, such as "none", are words
 _KEY_LIKE = re.compile(r"\bsk-[A-Za-z0-9_\-]{6,}")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
 
@@ -617,11 +625,11 @@ def outside_json(value: Any, depth: int = 4) -> Any:
 
 
 class ImageRequest(NamedTuple):
-    """A normalized request: size `width*height` in pixels and seed are always filled in."""
+    """A normalized request: size `width*height` in pixels is filled in, and the seed where one can be sent."""
 
     prompt: str
     size: str
-    seed: int
+    seed: int | None
     prompt_extend: bool = False
     base_url: str | None = None
 
@@ -735,8 +743,8 @@ def size_sentences(size: str) -> list[str]:
     ]
 
 
-def normalize(raw: dict[str, Any]) -> ImageRequest:
-    """The normalized form of a request that has no problems."""
+def normalize(raw: dict[str, Any], *, with_seed: bool = True) -> ImageRequest:
+    """The normalized form of a request that has no problems; `with_seed`: one is picked where none is given."""
     if "aspect_ratio" in raw:
         size = RATIO_SIZES[raw["aspect_ratio"]]
     else:
@@ -745,7 +753,7 @@ def normalize(raw: dict[str, Any]) -> ImageRequest:
     return ImageRequest(
         prompt=raw["prompt"],
         size=size,
-        seed=pick_seed() if seed == -1 else seed,
+        seed=seed if seed != -1 else pick_seed() if with_seed else None,
         prompt_extend=raw.get("prompt_extend", False),
         base_url=raw.get("base_url"),
     )
@@ -819,25 +827,49 @@ def read_input(option: str, name: str, limit: int, wait: float) -> bytes:
 
 
 def _read_in_time(source: str | int, limit: int, wait: float) -> bytes:
-    """Read a descriptor, or the file of that name, in a thread: one that nobody writes to must not hang the command."""
-    result: list[bytes | OSError] = []
+    """Read a descriptor, or the file of that name: one that nobody writes to must not hang the command."""
 
-    def read() -> None:
+    def read() -> bytes:
+        with open(source, "rb", closefd=isinstance(source, str)) as stream:
+            return stream.read(limit + 1)
+
+    try:
+        with SIGNALS.breakable():
+            return in_thread(read, wait)
+    except Late:
+        raise OSError(f"nothing complete arrived within {wait:g} s") from None
+
+
+Result = TypeVar("Result")
+
+
+class Late(Exception):
+    """What was waited for is not at its end."""
+
+
+def in_thread(work: Callable[[], Result], seconds: float) -> Result:
+    """What work returns or raises; after so many seconds it is left to itself.
+
+    Raises:
+        Late.
+    """
+    results: list[Result] = []
+    errors: list[BaseException] = []
+
+    def run() -> None:
         try:
-            with open(source, "rb", closefd=isinstance(source, str)) as stream:
-                result.append(stream.read(limit + 1))
-        except OSError as error:
-            result.append(error)
+            results.append(work())
+        except BaseException as error:
+            errors.append(error)
 
-    reader = threading.Thread(target=read, daemon=True)
-    reader.start()
-    with SIGNALS.breakable():
-        reader.join(wait)
-    if not result:
-        raise OSError(f"nothing complete arrived within {wait:g} s")
-    if isinstance(result[0], OSError):
-        raise result[0]
-    return result[0]
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(max(0.001, seconds))
+    if errors:
+        raise errors[0]
+    if not results:
+        raise Late
+    return results[0]
 
 
 def os_reason(error: Exception) -> str:
@@ -868,6 +900,7 @@ class KeyPlaces(NamedTuple):
     """The places of one provider's key, in the order in which they are looked at."""
 
     variable: str  # environment, and `.env` in the working folder
+    optional: bool = False  # calls may go without, and do so wherever the key must not go
     ini_file: str | None = None  # below the home folder, INI
     ini_option: str | None = None
     ini_profile_variables: tuple[str, ...] = ()
@@ -876,13 +909,17 @@ class KeyPlaces(NamedTuple):
 
 
 class Key(NamedTuple):
-    """A key and the place it came from; only `source` is ever shown."""
+    """A key and the place it came from; only `source` is ever shown. An empty one is not sent."""
 
     value: str
     source: str
+    warning: str = ""
 
     def __repr__(self) -> str:
         return f"Key(source={self.source!r})"
+
+
+NO_KEY = Key("", "")
 
 
 def find_key(places: KeyPlaces, env: Mapping[str, str]) -> Key:
@@ -1004,6 +1041,7 @@ _HOST_NAME = re.compile(rf"{_LABEL}(?:\.{_LABEL})*")
 _NETLOC = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(?::(?P<port>[0-9]{1,5}))?")
 _BASE_URL = re.compile(r"(?P<scheme>https?)://(?P<netloc>[^/]*)(?P<path>(?:/[A-Za-z0-9._~-]+)*)/?")
 LOOPBACK_NAME = "localhost"
+IN_PROCESS = "in-process"  # the endpoint of a provider that makes no calls
 
 
 class Endpoint(NamedTuple):
@@ -1127,10 +1165,12 @@ def _is_loopback_netloc(netloc: str) -> bool:
 def check_trust(endpoint: Endpoint, source: str, provider: Provider, trusted: frozenset[str]) -> None:
     """Let the key go only to its owner, to loopback, or to a host that the user trusts by name.
 
+    Where calls may go without a key any host may be asked: `key_for` decides whether the key goes along.
+
     Raises:
         Failure: host_not_trusted.
     """
-    if endpoint.is_loopback:
+    if endpoint.is_loopback or provider.key_places is None or provider.key_places.optional:
         return
     if endpoint.root.startswith("http://"):
         raise Failure("invalid_base_url", f"{source}: http would send the key in the clear; only loopback may use it")
@@ -1139,6 +1179,44 @@ def check_trust(endpoint: Endpoint, source: str, provider: Provider, trusted: fr
             "host_not_trusted",
             f"{source}: {endpoint.host} is not a host of {provider.name}, so the key is not sent there",
         )
+
+
+def key_for(provider: Provider, endpoint: Endpoint, trusted: frozenset[str], env: Mapping[str, str]) -> Key:
+    """The key that calls to an endpoint carry; an empty one where they carry none.
+
+    Raises:
+        Failure: key_missing, key_malformed.
+    """
+    places = provider.key_places
+    if places is None:
+        return NO_KEY
+    if not places.optional:
+        return find_key(places, env)
+    entitled = may_have_optional_key(endpoint, provider, trusted, env)
+    try:
+        key = find_key(places, env)
+    except Failure as failure:
+        if entitled and failure.code != "key_missing":
+            raise
+        return NO_KEY
+    if entitled:
+        return key
+    how = f"--trust-host {endpoint.host}" if endpoint.root.startswith("https://") else "https, or a tunnel to loopback"
+    return NO_KEY._replace(warning=f"{places.variable} is not sent to {endpoint.host}; if that host needs it: {how}")
+
+
+def may_have_optional_key(
+    endpoint: Endpoint, provider: Provider, trusted: frozenset[str], env: Mapping[str, str]
+) -> bool:
+    """Whether a host is loopback, or over https the one that the user's environment names, or trusted by name."""
+    if endpoint.is_loopback:
+        return True
+    hosts = set(trusted)
+    for text in filter(None, (env.get(name) for name in provider.base_url_variables)):
+        with contextlib.suppress(Failure):
+            hosts.add(parse_base_url(text, "environment", provider).host)
+            break
+    return endpoint.root.startswith("https://") and endpoint.host in hosts
 
 
 def choose_endpoint(
@@ -1156,10 +1234,20 @@ def choose_endpoint(
         Failure: invalid_base_url, host_not_trusted, region_mismatch.
     """
     candidates = [("--base-url", flag), ("base_url", request_url)]
+    if provider.in_process:
+        for source, text in candidates:
+            if text not in (None, IN_PROCESS):
+                what = f"{provider.name} works in this process and is called at no URL"
+                raise Failure("invalid_base_url", f"{source}: {what}", hint="leave it out")
+        return Endpoint("", IN_PROCESS, "", provider.default_region)
     if region is None:
         candidates += [(name, env.get(name) or None) for name in provider.base_url_variables]
     candidates.append(("--region", provider.roots[region or provider.default_region]))
     source, text = next((source, text) for source, text in candidates if text is not None)
+    if not text and source == "--region":
+        variables = " or ".join(provider.base_url_variables)
+        hint = f"set {variables}, or give --base-url http://127.0.0.1:PORT{provider.default_root}"
+        raise Failure("invalid_base_url", f"no server is named for {provider.name}: {hint}", hint=hint)
     endpoint = parse_base_url(text, source, provider)
     check_trust(endpoint, source, provider, trusted)
     if region and endpoint.region and endpoint.region != region:
@@ -1197,16 +1285,31 @@ class HttpAnswer(NamedTuple):
     whole: bool = True
 
 
-class Generated(NamedTuple):
-    """A picture that was made, and billed: its link and what the service said of it."""
+class LocalCall(NamedTuple):
+    """Work in this process, in place of an HTTP request; `work` gets the moment of time.monotonic() to end by."""
 
-    image_url: str
-    expires_at: dt.datetime
-    request_id: str
-    rewritten_prompt: str
-    reasoning: str
-    usage: dict[str, Any]
+    work: Callable[[float], Any]
+
+
+class Generated(NamedTuple):
+    """A picture that was made, and billed: its link or its bytes, and what the service said of it."""
+
+    image_url: str = ""
+    content: bytes = b""  # where the provider hands the picture over
+    expires_at: dt.datetime | None = None  # of the link
+    request_id: str = ""
+    rewritten_prompt: str = ""
+    reasoning: str = ""
+    usage: Mapping[str, Any] = {}
+    other_urls: tuple[str, ...] = ()  # of further pictures in the same answer
     warnings: tuple[str, ...] = ()
+
+
+class Submitted(NamedTuple):
+    """A task that the service works on; it is billed once it succeeds."""
+
+    task_id: str
+    request_id: str = ""
 
 
 class Price(NamedTuple):
@@ -1217,48 +1320,145 @@ class Price(NamedTuple):
     price_list_date: str
 
 
-class Provider:
-    """One service that makes pictures: its key places, hosts, prices, one call and one answer.
+OWN_HARDWARE = Price(0.0, "own hardware", "none")
 
-    A provider never sleeps, retries, opens files or reads the environment: it only builds and reads.
+
+class Setting(NamedTuple):
+    """A command line option of one provider alone: `model_path` is --model-path."""
+
+    name: str
+    metavar: str
+    help: str
+    default: Any
+    read: Callable[[str], Any]  # the value that a text means; raises ValueError with what it must be
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """A reader of settings: a whole number within bounds."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+            raise ValueError(f"a whole number from {least} to {most}")
+        return int(text)
+
+    return read
+
+
+def real_number(least: float, most: float) -> Callable[[str], float]:
+    """A reader of settings: a decimal number within bounds."""
+
+    def read(text: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not least <= float(text) <= most:
+            raise ValueError(f"a number from {least:g} to {most:g}")
+        return float(text)
+
+    return read
+
+
+SIDE_STEP = 16  # pixels; the open model's card and pipeline: both sides are multiples of it
+
+
+def what_the_model_cannot(request: ImageRequest, name: str) -> list[str]:
+    """What a valid request asks for that the open model, without a service around it, cannot do."""
+    sentences = []
+    if any(side % SIDE_STEP for side in request.width_height):
+        sentences.append(f"size: {request.size}; {name} draws only sides that are multiples of {SIDE_STEP}")
+    if request.prompt_extend:
+        sentences.append(f"prompt_extend: {name} does not rewrite prompts; leave it out")
+    return sentences
+
+
+class Provider:
+    """One way to the model: its key places, hosts, prices, limits, one call and what its answer means.
+
+    A provider never sleeps, retries, opens files or reads the environment: it only builds and reads. What it cannot
+    do is said by the class attributes. references/providers.md tells how to add one.
     """
 
     name: ClassVar[str]
-    key_places: ClassVar[KeyPlaces]
-    roots: ClassVar[dict[str, str]]  # region -> API root
-    region_aliases: ClassVar[dict[str, str]]
+    key_places: ClassVar[KeyPlaces | None] = None  # None: there is no key
+    roots: ClassVar[dict[str, str]]  # region -> API root; empty text where only the user can name one
+    region_aliases: ClassVar[dict[str, str]] = {}
     default_region: ClassVar[str]
-    base_url_variables: ClassVar[tuple[str, ...]]
+    base_url_variables: ClassVar[tuple[str, ...]] = ()
     workspace_variable: ClassVar[str | None] = None
-    default_root: ClassVar[str]  # path of the API root
-    generate_path: ClassVar[str]  # below the root
-    requests_per_minute: ClassVar[float]  # the account's published limit; 0 where there is none
+    default_root: ClassVar[str] = ""  # path of the API root
+    generate_path: ClassVar[str] = ""  # below the root
+    in_process: ClassVar[bool] = False  # there is no endpoint: calls are LocalCalls
+    requests_per_minute: ClassVar[float] = 0.0  # the account's published limit; 0 where there is none
+    calls_at_once: ClassVar[int | None] = None  # more than that wait for each other
+    max_answer_bytes: ClassVar[int] = MAX_ANSWER_BYTES
     https_links_under: ClassVar[str | None] = None  # http links below this domain work over https too
+    links_to_itself: ClassVar[bool] = False  # pictures may lie on the server that is asked, wherever that is
+    billable: ClassVar[bool] = True
+    takes_seed: ClassVar[bool] = True
+    sizes_are_ratios: ClassVar[bool] = False  # of a size only the ratio can be asked for
+    own_settings: ClassVar[tuple[Setting, ...]] = ()
+
+    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
+        self.settings = {setting.name: setting.default for setting in self.own_settings} | dict(settings or {})
+
+    @property
+    def known_settings(self) -> dict[str, Any]:
+        """The settings that have a value, as JSON."""
+        return {name: value for name, value in self.settings.items() if value is not None}
+
+    @classmethod
+    def key_hint(cls) -> str:
+        """Where users keep the key, in words."""
+        places = cls.key_places
+        if places is None:
+            return "none"
+        return places.variable + (f", or {places.ini_option} in ~/{places.ini_file}" if places.ini_file else "")
 
     def root_of(self, path: str) -> str | None:
         """The path of the API root that a base URL's path means; None where it means none."""
-        raise NotImplementedError
+        if path in ("", self.default_root):
+            return self.default_root
+        root = path.removesuffix(self.generate_path)
+        return root if root.endswith(self.default_root) else None
 
     def region_of(self, host: str) -> str | None:
         """The region that a host belongs to; None where the host does not tell."""
-        raise NotImplementedError
+        return None
 
     def owns(self, host: str) -> bool:
         """Whether the host belongs to the owner of the key."""
-        raise NotImplementedError
+        return False
+
+    def cannot(self, request: ImageRequest) -> list[str]:
+        """What a valid request asks for that this provider cannot do: sentences that begin with the field."""
+        return []
+
+    def preflight(self) -> None:
+        """What must be there on this machine, found out without loading it.
+
+        Raises:
+            Failure: missing_package, missing_weights, too_little_memory.
+        """
+
+    def prepare(self) -> None:
+        """Load what the call needs, so that nothing breaks after it began.
+
+        Raises:
+            Failure: as `preflight`.
+        """
 
     def price(self, request: ImageRequest, region: str) -> Price:
+        """What one picture costs."""
         raise NotImplementedError
 
     def payload(self, request: ImageRequest) -> dict[str, Any]:
         """The JSON body that asks for the picture."""
         raise NotImplementedError
 
-    def submit(self, payload: dict[str, Any], endpoint: Endpoint, key: str, workspace: str | None) -> HttpCall:
-        """The one call that costs money."""
+    def submit(
+        self, payload: dict[str, Any], endpoint: Endpoint, key: str, workspace: str | None
+    ) -> HttpCall | LocalCall:
+        """The one call that costs money. An empty key is not sent. A LocalCall's work returns a Generated."""
         raise NotImplementedError
 
-    def read(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated:
+    def read(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated | Submitted:
         """What the answer to `submit` means.
 
         Raises:
@@ -1266,8 +1466,21 @@ class Provider:
         """
         raise NotImplementedError
 
-    def query(self, endpoint: Endpoint, key: str, workspace: str | None) -> HttpCall:
-        """A read-only call that costs nothing, to check connection and permission."""
+    def poll(self, task_id: str, endpoint: Endpoint, key: str) -> HttpCall:
+        """A free question after a submitted task."""
+        raise NotImplementedError
+
+    def read_poll(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated | None:
+        """What the answer to `poll` means; None where the service still works on the task.
+
+        Raises:
+            Failure: task_failed, blocked or no_image where the task has ended so; not_found where it is not known;
+                else by the provider's error table.
+        """
+        raise NotImplementedError
+
+    def query(self, endpoint: Endpoint, key: str, workspace: str | None) -> HttpCall | LocalCall:
+        """A read-only call that costs nothing, to check connection and permission. Local work returns a bool."""
         raise NotImplementedError
 
     def read_query(self, answer: HttpAnswer) -> bool:
@@ -1336,26 +1549,6 @@ class DashScope(Provider):
         "modelservingerror": "service_failing",
         "requesttimeout": "outcome_unknown",
     }
-    status_kinds: ClassVar = {
-        400: "rejected_by_service",
-        401: "key_rejected",
-        403: "access_denied",
-        404: "not_found",
-        429: "rate_limited",
-    }
-    gateway_statuses = (502, 504)  # whatever their body says, the call is not sent again on its own
-    unsaid: ClassVar = {  # what an answer without a message lacks
-        "no_image": "no picture is in the answer",
-        "answer_unusable": "what came back is not the service's JSON",
-        "outcome_unknown": "no answer from which the outcome can be told",
-    }
-    own_fault_statuses = (500, 503)  # not billed, but only where the service itself says so in its JSON
-
-    def root_of(self, path: str) -> str | None:
-        if path in ("", self.default_root):
-            return self.default_root
-        root = path.removesuffix(self.generate_path)
-        return root if root.endswith(self.default_root) else None
 
     def region_of(self, host: str) -> str | None:
         for region, root in self.roots.items():
@@ -1382,17 +1575,14 @@ class DashScope(Provider):
         }
 
     def submit(self, payload: dict[str, Any], endpoint: Endpoint, key: str, workspace: str | None) -> HttpCall:
-        body = json.dumps(payload, ensure_ascii=False).encode()
-        headers = self._headers(key, workspace) | {"Content-Type": "application/json"}
-        return HttpCall("POST", endpoint.url, headers, body)
+        return json_post(endpoint.url, payload, self._headers(key, workspace))
 
     def query(self, endpoint: Endpoint, key: str, workspace: str | None) -> HttpCall:
         url = f"{endpoint.root}/models?model={self.model}&page_no=1&page_size=1"
         return HttpCall("GET", url, self._headers(key, workspace))
 
     def _headers(self, key: str, workspace: str | None) -> dict[str, str]:
-        headers = {"Authorization": f"Bearer {key}", "Accept": "application/json"}
-        return headers | ({"X-DashScope-WorkSpace": workspace} if workspace else {})
+        return bearer(key) | ({"X-DashScope-WorkSpace": workspace} if workspace else {})
 
     def read(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated:
         body = read_json(answer)
@@ -1414,7 +1604,7 @@ class DashScope(Provider):
             rewritten_prompt=kept_text(text) if request.prompt_extend or text != request.prompt else "",
             reasoning=kept_text(reasoning),
             usage=usage if isinstance(usage, dict) else {},
-            warnings=(f"the service sent {len(links)} pictures; the first is saved",) if len(links) > 1 else (),
+            other_urls=tuple(links[1:]),
         )
 
     def read_query(self, answer: HttpAnswer) -> bool:
@@ -1427,40 +1617,96 @@ class DashScope(Provider):
     def _failure(self, answer: HttpAnswer, body: dict[str, Any] | None) -> Failure:
         """What an answer without a picture means, by the service's code and else by the HTTP status."""
         said = {name: value for name, value in (body or {}).items() if isinstance(value, str)}
-        kind = self._kind(answer, body, said.get("code", ""))
-        code = outside_text(said.get("code"), 100)
-        redirect = "a redirect, which is not followed with the key" if 300 <= answer.status < 400 else ""
-        what = outside_text(said.get("message")) or redirect or self.unsaid.get(kind, "")
-        doubtful = answer.status in self.gateway_statuses and KINDS[kind].retryable
-        return Failure(
-            kind,
-            " ".join(filter(None, ("the service answered", str(answer.status), code))) + (f": {what}" if what else ""),
-            http_status=answer.status,
-            service_code=code or None,
-            request_id=request_id(answer, body or {}) or None,
-            retry_after_s=retry_after(answer),
-            retryable=False if doubtful else None,
-        )
-
-    def _kind(self, answer: HttpAnswer, body: dict[str, Any] | None, code: str) -> str:
-        if not answer.whole and not 400 <= answer.status < 500:
-            return "outcome_unknown"
+        code = said.get("code", "")
         folded = re.sub("[_-]", "", code.lower())
         prefixes = [prefix for prefix in self.code_kinds if folded.startswith(prefix)]
-        if prefixes:
-            return str(self.code_kinds[max(prefixes, key=len)])
-        if answer.status in self.status_kinds:
-            return str(self.status_kinds[answer.status])
-        if answer.status in self.own_fault_statuses and code:
-            return "service_failing"
-        if 400 <= answer.status < 500:
-            return "refused_by_service"
-        if 200 <= answer.status < 300:
-            if body is not None:
-                return "no_image"
-            # What breaks off may have been the answer with the picture; what is of another kind is no answer at all.
-            return "outcome_unknown" if looks_cut(answer.body) else "answer_unusable"
+        return service_failure(
+            answer,
+            message=said.get("message"),
+            code=code,
+            kind=self.code_kinds[max(prefixes, key=len)] if prefixes else None,
+            is_own_json=bool(code),
+            request_id=request_id(answer, body or {}),
+        )
+
+
+# What HTTP statuses mean where the service's own code does not say more.
+STATUS_KINDS = {
+    400: "rejected_by_service",
+    401: "key_rejected",
+    403: "access_denied",
+    404: "not_found",
+    429: "rate_limited",
+}
+GATEWAY_STATUSES = (502, 504)  # whatever their body says, the call is not sent again on its own
+OWN_FAULT_STATUSES = (500, 503)  # not billed, but only where the service itself says so in its JSON
+UNSAID = {  # what an answer without a message lacks
+    "no_image": "no picture is in the answer",
+    "answer_unusable": "what came back is not the service's JSON",
+    "outcome_unknown": "no answer from which the outcome can be told",
+}
+
+
+def service_failure(
+    answer: HttpAnswer,
+    *,
+    message: object,
+    code: str = "",
+    kind: str | None = None,
+    is_own_json: bool,
+    status: int | None = None,
+    request_id: str = "",
+) -> Failure:
+    """What an answer without a picture means: one error table for all services.
+
+    `kind` is what the service's own code means, and outranks the status; `is_own_json`: the body is what this service
+    says, not a gateway. `status`: where the service names another one than HTTP did.
+    """
+    status = status or answer.status
+    kind = _kind_of(answer, status, kind, is_own_json)
+    code = outside_text(code, 100)
+    redirect = "a redirect, which is not followed with the key" if 300 <= status < 400 else ""
+    what = outside_text(message) or redirect or UNSAID.get(kind, "")
+    doubtful = answer.status in GATEWAY_STATUSES and KINDS[kind].retryable
+    return Failure(
+        kind,
+        " ".join(filter(None, ("the service answered", str(status), code))) + (f": {what}" if what else ""),
+        http_status=answer.status,
+        service_code=code or None,
+        request_id=request_id or None,
+        retry_after_s=retry_after(answer),
+        retryable=False if doubtful else None,
+    )
+
+
+def _kind_of(answer: HttpAnswer, status: int, kind: str | None, is_own_json: bool) -> str:
+    if not answer.whole and not 400 <= status < 500:
         return "outcome_unknown"
+    if kind:
+        return kind
+    if status in STATUS_KINDS:
+        return STATUS_KINDS[status]
+    if status in OWN_FAULT_STATUSES and is_own_json:
+        return "service_failing"
+    if 400 <= status < 500:
+        return "refused_by_service"
+    if 200 <= status < 300:
+        if read_json(answer) is not None:
+            return "no_image"
+        # What breaks off may have been the answer with the picture; what is of another kind is no answer at all.
+        return "outcome_unknown" if looks_cut(answer.body) else "answer_unusable"
+    return "outcome_unknown"
+
+
+def bearer(key: str) -> dict[str, str]:
+    """The headers of a call whose answer is JSON; without a key, none of it."""
+    return {"Accept": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+
+
+def json_post(url: str, payload: Mapping[str, Any], headers: dict[str, str]) -> HttpCall:
+    """A POST of a JSON body in UTF-8."""
+    body = json.dumps(payload, ensure_ascii=False).encode()
+    return HttpCall("POST", url, headers | {"Content-Type": "application/json"}, body)
 
 
 def read_json(answer: HttpAnswer) -> dict[str, Any] | None:
@@ -1533,8 +1779,58 @@ def link_expiry(link: str, default: dt.datetime) -> dt.datetime:
         return default
 
 
-PROVIDERS: dict[str, type[Provider]] = {DashScope.name: DashScope}
+PROVIDERS: dict[str, type[Provider]] = {DashScope.name: DashScope}  # those that are loaded
 DEFAULT_PROVIDER = DashScope.name
+PROVIDER_NAME = "[a-z][a-z0-9_]*"
+
+
+def provider_names() -> list[str]:
+    """Every provider that there is: those of this file, and a file each in providers/ beside it."""
+    files = _providers_folder().glob("*.py")
+    return [
+        *PROVIDERS,
+        *sorted({path.stem for path in files if re.fullmatch(PROVIDER_NAME, path.stem)} - set(PROVIDERS)),
+    ]
+
+
+def _providers_folder() -> Path:
+    return Path(os.path.realpath(__file__)).parent / "providers"
+
+
+def provider_class(name: str) -> type[Provider]:
+    """The provider of that name, its file loaded where that has not been done.
+
+    Raises:
+        Failure: usage, naming those that exist.
+    """
+    if name in PROVIDERS:
+        return PROVIDERS[name]
+    if name not in provider_names():
+        raise Failure("usage", f"--provider: must be one of {', '.join(provider_names())}, got {shown(name)}")
+    import importlib.util
+
+    # Run as a program this file is __main__: what a provider imports from it must be these very classes.
+    sys.modules.setdefault(Path(__file__).stem, sys.modules[__name__])
+    spec = importlib.util.spec_from_file_location(f"providers.{name}", _providers_folder() / f"{name}.py")
+    try:
+        if spec is None or spec.loader is None:
+            raise ImportError(name)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        loaded = module.PROVIDER
+        if loaded.name != name:
+            raise AttributeError(f"its PROVIDER is named {loaded.name}")
+    except Exception as error:
+        reason = f"{type(error).__name__}: {outside_text(error, 200)}"
+        raise Failure("usage", f"--provider: providers/{name}.py cannot be loaded: {reason}") from None
+    PROVIDERS[name] = loaded
+    return PROVIDERS[name]
+
+
+def provider_named(name: str, settings: Mapping[str, Any] | None = None) -> Provider:
+    """The provider of that name, set up. Raises as `provider_class`."""
+    return provider_class(name)(settings)
+
 
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
 # 7. Transport: one HTTP exchange, with a deadline that holds and a sure word on whether it left
@@ -1635,25 +1931,16 @@ class Wire:
 
     def _resolve(self, host: str, port: int) -> list[tuple[Any, ...]]:
         """Addresses of a host; a name server that does not answer must not hold the command."""
-        found: list[list[tuple[Any, ...]] | OSError] = []
 
-        def look_up() -> None:
-            try:
-                found.append(list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)))
-            except (OSError, UnicodeError) as error:
-                found.append(error if isinstance(error, OSError) else OSError(str(error)))
+        def look_up() -> list[tuple[Any, ...]]:
+            return list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
 
-        if _is_address(host):
-            look_up()
-        else:
-            thread = threading.Thread(target=look_up, daemon=True)
-            thread.start()
-            thread.join(self.remaining)
-        if not found:
-            raise NotSent("its name was not resolved in time")
-        if isinstance(found[0], OSError):
-            raise NotSent("its name cannot be resolved")
-        return found[0]
+        try:
+            return look_up() if _is_address(host) else in_thread(look_up, self.remaining)
+        except Late:
+            raise NotSent("its name was not resolved in time") from None
+        except (OSError, UnicodeError):
+            raise NotSent("its name cannot be resolved") from None
 
     def _connect(self, addresses: list[tuple[Any, ...]], by_proxy: bool) -> socket.socket:
         reason = "no address"
@@ -2116,8 +2403,10 @@ class Picture(NamedTuple):
         return hashlib.sha256(self.content).hexdigest()
 
 
-def checked_link(link: str, *, loopback: bool, provider: Provider) -> tuple[str, str]:
+def checked_link(link: str, *, loopback: bool, provider: Provider, origin: str = "") -> tuple[str, str]:
     """A link that a picture may be fetched from, and the reach (key of REACH) that holds for it.
+
+    `origin` is the `scheme://host:port` of a server that may link to itself, even where it is not public.
 
     Raises:
         Failure: hop_refused.
@@ -2137,6 +2426,8 @@ def checked_link(link: str, *, loopback: bool, provider: Provider) -> tuple[str,
         if not loopback or parts.scheme not in ("http", "https"):
             refuse("leads to this machine")
         return link, "loopback"
+    if origin and origin_of(link) == origin:
+        return link, "service"
     if _is_address(host) and not is_public_address(ipaddress.ip_address(host)):
         refuse("leads to a private address")
     domain = provider.https_links_under
@@ -2148,15 +2439,22 @@ def checked_link(link: str, *, loopback: bool, provider: Provider) -> tuple[str,
     return urlunsplit(parts), "public"
 
 
-def fetch(link: str, *, until: float, loopback: bool, provider: Provider) -> HttpAnswer:
+def origin_of(url: str) -> str:
+    """Scheme and network location of a URL, in lower case."""
+    parts = urlsplit(url)
+    return f"{parts.scheme}://{parts.netloc}".lower()
+
+
+def fetch(link: str, *, until: float, loopback: bool, provider: Provider, origin: str = "") -> HttpAnswer:
     """Follow a link, over checked hops, to an answer that is not a redirect. The key is never sent.
 
     Raises:
         Failure: hop_refused. NotSent, AnswerLost, AnswerTooLarge, Interrupted.
     """
     for _ in range(MAX_HOPS + 1):
-        link, reach = checked_link(link, loopback=loopback, provider=provider)
+        link, reach = checked_link(link, loopback=loopback, provider=provider, origin=origin)
         loopback = reach == "loopback"  # once on the open internet, there is no way back
+        origin = origin if reach == "service" else ""
         answer = exchange(HttpCall("GET", link, {"Accept": "image/*"}), until=until, limit=MAX_IMAGE_BYTES, reach=reach)
         target = answer.headers.get("location", "").strip()
         if not (300 <= answer.status < 400 and target):
@@ -2168,15 +2466,19 @@ def fetch(link: str, *, until: float, loopback: bool, provider: Provider) -> Htt
     raise Failure("hop_refused", f"the link to the picture was redirected more than {MAX_HOPS} times")
 
 
-def download(link: str, *, clock: Clock, loopback: bool, provider: Provider, expires_at: dt.datetime) -> Picture:
+def download(link: str, *, clock: Clock, endpoint: str, provider: Provider, expires_at: dt.datetime) -> Picture:
     """The verified picture behind a link, tried again (it is free) while time is left.
+
+    `endpoint` is the URL that was asked for the picture.
 
     Raises:
         Failure: paid_not_downloaded, link_expired, link_refused, hop_refused, image_unusable, image_too_large.
     """
+    loopback = is_loopback_url(endpoint)
+    origin = origin_of(endpoint) if provider.links_to_itself else ""
     for attempt in range(DOWNLOAD_RETRIES + 1):
         try:
-            answer = fetch(link, until=clock.end, loopback=loopback, provider=provider)
+            answer = fetch(link, until=clock.end, loopback=loopback, provider=provider, origin=origin)
             return verified(picture_bytes(answer, expires_at))
         except AnswerTooLarge:
             raise Failure("image_too_large", f"the picture is larger than {MAX_IMAGE_BYTES // MIB} MiB") from None
@@ -2403,7 +2705,8 @@ class Options(NamedTuple):
     overrides: dict[str, Any]  # request fields that flags set
     base_url: str | None
     region: str | None
-    provider: Provider | None
+    provider: type[Provider] | None
+    settings: dict[str, Any]  # the provider's own options that are given
     output: str | None
     overwrite: bool
     dry_run: bool
@@ -2429,7 +2732,7 @@ class Plan(NamedTuple):
 
     def evidence(self, now: dt.datetime) -> dict[str, Any]:
         """The content of the evidence file at the moment when the request leaves."""
-        return {
+        content = {
             "schema_version": 1,
             "tool": {"name": SKILL, "version": VERSION},
             "status": "submitting",
@@ -2437,9 +2740,10 @@ class Plan(NamedTuple):
             "region": self.endpoint.region,
             "endpoint": self.endpoint.url,
             "operation": "image.generate",
-            "billable": True,
+            "billable": self.provider.billable,
             "request": self.request.as_dict(),
             "payload": self.payload,
+            "settings": self.provider.known_settings,
             "output": str(self.output),
             "started_at": timestamp(now),
             "attempts": [{"at": timestamp(now)}],
@@ -2450,6 +2754,7 @@ class Plan(NamedTuple):
                 "price_list_date": self.price.price_list_date,
             },
         }
+        return {name: value for name, value in content.items() if value != {}}
 
 
 def make_plan(options: Options, clock: Clock, env: Mapping[str, str]) -> Plan:
@@ -2464,7 +2769,7 @@ def make_plan(options: Options, clock: Clock, env: Mapping[str, str]) -> Plan:
         raw, recorded = read_request(options, clock)
     if raw is None:
         raise_problems(problems)
-    provider = options.provider or provider_named(recorded["provider"] if recorded else DEFAULT_PROVIDER)
+    provider = planned_provider(options, recorded)
     problems += request_problems(raw)
     workspace, more = workspace_of(provider, env)
     problems += more
@@ -2484,8 +2789,9 @@ def make_plan(options: Options, clock: Clock, env: Mapping[str, str]) -> Plan:
     raise_problems(problems)
     if endpoint is None or output is None:  # each of them has left a problem
         raise AssertionError
-    request = normalize(raw)
-    raise_problems(format_problems(request, output))
+    request = normalize(raw, with_seed=provider.takes_seed)
+    problems = [Problem("invalid_request", text) for text in provider.cannot(request)]
+    raise_problems([*problems, *format_problems(request, output)])
     return Plan(
         provider=provider,
         endpoint=endpoint,
@@ -2527,6 +2833,30 @@ def read_request(options: Options, clock: Clock) -> tuple[Any, dict[str, Any] | 
     return raw | options.overrides, recorded
 
 
+def planned_provider(options: Options, recorded: dict[str, Any] | None) -> Provider:
+    """The provider that a flag names, else that of the evidence that is replayed, set up as it was then."""
+    name = options.provider.name if options.provider else recorded["provider"] if recorded else DEFAULT_PROVIDER
+    earlier = recorded.get("settings", {}) if recorded and recorded["provider"] == name else {}
+    return provider_named(name, checked_settings(provider_class(name), earlier) | options.settings)
+
+
+def checked_settings(provider: type[Provider], recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that an evidence file holds, each read as the command line would.
+
+    Raises:
+        Failure: invalid_evidence.
+    """
+    known = {setting.name: setting for setting in provider.own_settings}
+    settings = {}
+    for name, value in recorded.items():
+        try:
+            settings[name] = known[name].read(str(value))
+        except (KeyError, ValueError) as error:
+            what = "is not known" if isinstance(error, KeyError) else f"must be {error}"
+            raise Failure("invalid_evidence", f"settings.{outside_text(name, 60)}: {what}") from None
+    return settings
+
+
 def planned_endpoint(
     options: Options, raw: Any, recorded: dict[str, Any] | None, provider: Provider, env: Mapping[str, str]
 ) -> Endpoint:
@@ -2555,17 +2885,6 @@ def workspace_of(provider: Provider, env: Mapping[str, str]) -> tuple[str | None
     if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", name):
         return name, []
     return None, [Problem("usage", f"{provider.workspace_variable}: must be a workspace id, letters, digits, . _ -")]
-
-
-def provider_named(name: str) -> Provider:
-    """The provider of that name.
-
-    Raises:
-        Failure: usage, naming those that exist.
-    """
-    if name not in PROVIDERS:
-        raise Failure("usage", f"--provider: must be one of {', '.join(PROVIDERS)}, got {shown(name)}")
-    return PROVIDERS[name]()
 
 
 def default_output(raw: Any, evidence_id: str, env: Mapping[str, str]) -> Path:
@@ -2707,30 +3026,70 @@ def check_writable(folder: Path, evidence_id: str) -> None:
 def generate(plan: Plan, options: Options, clock: Clock, console: Console, env: Mapping[str, str]) -> dict[str, Any]:
     """Make, verify and save one picture; returns the response. All local checks come before the paid call."""
     check_free_name(plan.output, plan.overwrite)
-    key = find_key(plan.provider.key_places, env)
+    key = key_for(plan.provider, plan.endpoint, options.trusted, env)
     check_space(plan.evidence_path.parent)
     check_writable(plan.output.parent, plan.evidence_path.stem)
     import_libraries()
-    console.warn(plan.warnings)
+    get_ready(plan.provider, clock)
+    console.warn([*plan.warnings, *filter(None, [key.warning])])
     evidence = Evidence.create(plan.evidence_path, plan.evidence(utc_now()))
     console.note(f"evidence: {evidence.path}")
-    with settling(evidence, flags=["--overwrite"] if plan.overwrite else []):
+    with settling(evidence, flags=recovery_flags(plan, options)):
         generated = obtain(plan, key, evidence, clock, options.max_retries)
-        evidence.record(**generated_facts(generated, plan.warnings, clock))
+        keep_generated(evidence, generated, plan.warnings, clock)
         start = time.monotonic()
-        source = fetch_source(evidence, plan.provider, clock)
-        image = collect(evidence, source, plan.output, overwrite=plan.overwrite, again=False)
+        source = fetch_source(evidence, plan.provider, clock, generated.content)
+        image = collect(evidence, source, plan.output, plan.provider, overwrite=plan.overwrite, again=False)
         finish(evidence, image, clock, start)
     return response_of(evidence, image)
 
 
+def get_ready(provider: Provider, clock: Clock) -> None:
+    """Have a provider load what its calls need. Raises as `Provider.prepare` and `in_time`."""
+    provider.preflight()
+    if provider.in_process:
+        in_time(lambda until: provider.prepare(), clock.generate_until)
+
+
+def recovery_flags(plan: Plan, options: Options) -> list[str]:
+    """The flags without which a recovery would not do what this command was asked to."""
+    asks_again = plan.endpoint.host in options.trusted  # a task is asked after where it was submitted
+    trust = ["--trust-host", plan.endpoint.host] if asks_again else []
+    return [*trust, *["--overwrite"] * plan.overwrite]
+
+
+def keep_generated(evidence: Evidence, generated: Generated, warnings: Sequence[str], clock: Clock) -> None:
+    """Put what has been paid for on disk: bytes that were handed over, then the evidence."""
+    if generated.content:
+        with contextlib.suppress(OSError):  # then they are in memory still, and the picture may yet be saved
+            hold(evidence.path, generated.content)
+    evidence.record(**generated_facts(generated, warnings, clock))
+
+
+def held_path(evidence_path: Path) -> Path:
+    """Where bytes that a provider handed over lie until the picture is saved: there is no link to get them again."""
+    return evidence_path.with_suffix(".picture")
+
+
+def hold(evidence_path: Path, content: bytes) -> None:
+    """Raises OSError."""
+    evidence_path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = temporary_name(evidence_path.parent, evidence_path.stem)
+    temporary.unlink(missing_ok=True)
+    write_exclusively(temporary, content, mode=OWNER_ONLY)
+    os.replace(temporary, held_path(evidence_path))
+
+
 def generated_facts(generated: Generated, warnings: Sequence[str], clock: Clock) -> dict[str, Any]:
-    """What an evidence file says of a picture from the moment when its link is known."""
+    """What an evidence file says of a picture from the moment when it is known to be made."""
+    more = len(generated.other_urls)
+    several = [f"the service sent {more + 1} pictures; the first is saved, the evidence has the links"] if more else []
     response = {
         "request_id": generated.request_id,
-        "usage": generated.usage,
-        "image_url": generated.image_url,
-        "expires_at": timestamp(generated.expires_at),
+        "usage": dict(generated.usage),
+        "image_url": generated.image_url or None,
+        "other_image_urls": list(generated.other_urls) or None,
+        "expires_at": timestamp(generated.expires_at) if generated.expires_at else None,
         "rewritten_prompt": generated.rewritten_prompt or None,
         "reasoning": generated.reasoning or None,
     }
@@ -2739,7 +3098,7 @@ def generated_facts(generated: Generated, warnings: Sequence[str], clock: Clock)
         "generated_at": timestamp(utc_now()),
         "response": {name: value for name, value in response.items() if value is not None},
         "timings_ms": {"generate": elapsed_ms(clock.start)},
-        "warnings": [*warnings, *generated.warnings] or None,
+        "warnings": [*warnings, *several, *generated.warnings] or None,
     }
 
 
@@ -2749,13 +3108,11 @@ def obtain(plan: Plan, key: Key, evidence: Evidence, clock: Clock, max_retries: 
     Raises:
         Failure: with `billed` as far as it is known. Interrupted.
     """
-    call = plan.provider.submit(plan.payload, plan.endpoint, key.value, plan.workspace)
+    provider = plan.provider
     attempt = 0
     while True:
         try:
-            generated = ask(
-                call, lambda a: plan.provider.read(a, plan.request, utc_now()), clock.generate_until, plan.endpoint
-            )
+            made = send(plan, key, clock.generate_until)
         except Failure as failure:
             wait = retry_wait(failure, attempt, max_retries, clock, clock.generate_until)
             evidence.end_failed_attempt(failure, wait)
@@ -2768,33 +3125,165 @@ def obtain(plan: Plan, key: Key, evidence: Evidence, clock: Clock, max_retries: 
                 evidence.end_attempt(outcome="interrupted", billed="no")
             raise
         else:
-            evidence.end_attempt(http_status=200, outcome="generated", billed="yes")
-            return generated
+            break
         evidence.record()
         pause(wait)
         attempt += 1
         evidence.begin_attempt()
+    if isinstance(made, Submitted):
+        evidence.record(**submitted_facts(made, evidence))
+        task = Task(provider, plan.endpoint, key, plan.request, made.task_id)
+        try:
+            made = task.wait_for(clock.generate_until)
+        except Failure as failure:
+            if failure.code in TASK_ENDS:
+                evidence.end_failed_attempt(failure, None)
+            raise
+    end_generated_attempt(evidence, provider)
+    return made
 
+
+def end_generated_attempt(evidence: Evidence, provider: Provider) -> None:
+    """Note that the last attempt has made a picture."""
+    evidence.end_attempt(http_status=None if provider.in_process else 200, outcome="generated", billed="yes")
+
+
+def send(plan: Plan, key: Key, until: float) -> Generated | Submitted:
+    """The paid call, sent once. Raises as `ask`."""
+    call = plan.provider.submit(plan.payload, plan.endpoint, key.value, plan.workspace)
+    provider = plan.provider
+    limit = provider.max_answer_bytes
+    return ask(call, lambda answer: provider.read(answer, plan.request, utc_now()), until, plan.endpoint, limit)
+
+
+def submitted_facts(submitted: Submitted, evidence: Evidence) -> dict[str, Any]:
+    """What an evidence file says of a task from the moment when its id is known."""
+    evidence.end_attempt(http_status=200, outcome="submitted")
+    response = {"request_id": submitted.request_id} if submitted.request_id else None
+    return {"status": "submitted", "task_id": submitted.task_id, "response": response}
+
+
+# Failures that say how a task has ended. All others say something of the question, and the task goes on.
+TASK_ENDS = ("task_failed", "blocked", "no_image", "outcome_unknown")
+
+
+class Task:
+    """A submitted task, asked after at growing intervals. `pause_s` is the time to the next question, in seconds."""
+
+    def __init__(self, provider: Provider, endpoint: Endpoint, key: Key, request: ImageRequest, task_id: str) -> None:
+        self.id = task_id
+        self.pause_s = POLL_FIRST
+        self._provider = provider
+        self._endpoint = endpoint
+        self._key = key
+        self._request = request
+        self._interval = POLL_FIRST
+        self._strange_in_a_row = 0
+        self._trouble = ""
+
+    def ask(self, until: float) -> Generated | None:
+        """One free question, answered before `until`; None where the task is still worked on, as far as is known.
+
+        Raises:
+            Failure: one of TASK_ENDS, or that the key is not good any more.
+        """
+        provider, now = self._provider, time.monotonic()
+        self._interval = min(self._interval * POLL_GROWTH, POLL_LONGEST)
+        self.pause_s = self._interval
+        call = provider.poll(self.id, self._endpoint, self._key.value)
+        try:
+            found = ask(
+                call,
+                lambda answer: provider.read_poll(answer, self._request, utc_now()),
+                min(until, now + POLL_TIMEOUT),
+                self._endpoint,
+                provider.max_answer_bytes,
+            )
+        except Failure as failure:
+            if failure.code in ("task_failed", "blocked", "no_image"):
+                raise
+            if failure.exit_code == EXIT_KEY:
+                failure.facts |= {"billed": "unknown", "hint": f"{failure.fact('hint')}; then run next_command, free"}
+                raise
+            self._strange_in_a_row = self._strange_in_a_row + 1 if failure.code in TASK_IS_STRANGE else 0
+            if self._strange_in_a_row >= LOST_AFTER:
+                message = f"the service does not know task {outside_text(self.id, 100)} any more: {failure.message}"
+                raise Failure("outcome_unknown", message, http_status=failure.facts.get("http_status")) from None
+            self.pause_s = max(self._interval, failure.facts.get("retry_after_s", 0.0))
+            self._trouble = f"; the last question failed: {failure.message}"
+            return None
+        self._strange_in_a_row, self._trouble = 0, ""
+        return found
+
+    def wait_for(self, until: float) -> Generated:
+        """The picture, once the task has succeeded.
+
+        Raises:
+            Failure: as `ask`; paid_not_downloaded where it is not at its end in time. Interrupted.
+        """
+        while (left := until - time.monotonic()) > self.pause_s or (left > LAST_POLL and not self._trouble):
+            pause(min(self.pause_s, left - LAST_POLL / 2))
+            found = self.ask(until)
+            if found is not None:
+                return found
+        raise self.unfinished()
+
+    def unfinished(self) -> Failure:
+        what = f"the service still works on task {outside_text(self.id, 100)}{self._trouble}"
+        return Failure("paid_not_downloaded", what, billed="unknown", hint=GO_ON_FREE)
+
+
+TASK_IS_STRANGE = ("not_found", "rejected_by_service", "refused_by_service")
 
 Read = TypeVar("Read")
 
 
-def ask(call: HttpCall, read: Callable[[HttpAnswer], Read], until: float, endpoint: Endpoint) -> Read:
+def ask(
+    call: HttpCall | LocalCall,
+    read: Callable[[HttpAnswer], Read],
+    until: float,
+    endpoint: Endpoint,
+    limit: int = MAX_ANSWER_BYTES,
+) -> Read:
     """Send one call to the service and read its answer; what the network does becomes a Failure."""
+    if isinstance(call, LocalCall):
+        result: Read = in_time(call.work, until)
+        return result
     reach = "loopback" if endpoint.is_loopback else "service"
     try:
-        return read(exchange(call, until=until, limit=MAX_ANSWER_BYTES, reach=reach))
+        return read(exchange(call, until=until, limit=limit, reach=reach))
     except NotSent as error:
         raise Failure("unreachable", f"{endpoint.host}: {error.reason}", retryable=not error.lasting) from None
     except AnswerLost as error:
         raise Failure("outcome_unknown", f"{endpoint.host}: {error.reason}") from None
     except AnswerTooLarge:
-        raise Failure("answer_unusable", f"the answer is larger than {MAX_ANSWER_BYTES // MIB} MiB") from None
+        raise Failure("answer_unusable", f"the answer is larger than {limit // MIB} MiB") from None
+
+
+def in_time(work: Callable[[float], Result], until: float) -> Result:
+    """Do work that cannot be broken off in a thread of its own, so that a deadline and a signal hold all the same.
+
+    Raises:
+        Failure: too_slow, and what the work raises. Interrupted.
+    """
+    try:
+        with SIGNALS.breakable():
+            return in_thread(lambda: work(until), until - time.monotonic())
+    except Late:
+        abandoned_work.set()
+        raise Failure("too_slow", "the picture was not made in time on this machine") from None
+    except Interrupted as interruption:
+        abandoned_work.set()
+        interruption.request_left = False
+        raise
+
+
+abandoned_work = threading.Event()  # the process must end without waiting for its threads
 
 
 def retry_wait(failure: Failure, attempt: int, max_retries: int, clock: Clock, until: float) -> float | None:
     """Seconds to wait before the call is sent again; None where it must not be."""
-    if not failure.fact("retryable"):
+    if not failure.fact("retryable") or failure.code in TASK_ENDS:
         return None  # it may have been billed, or would fail again
     if attempt >= (min(max_retries, UNREACHABLE_RETRIES) if failure.code == "unreachable" else max_retries):
         return None
@@ -2804,7 +3293,9 @@ def retry_wait(failure: Failure, attempt: int, max_retries: int, clock: Clock, u
     return float(wait)
 
 
-def collect(evidence: Evidence, source: Picture, output: Path, *, overwrite: bool, again: bool) -> dict[str, Any]:
+def collect(
+    evidence: Evidence, source: Picture, output: Path, provider: Provider, *, overwrite: bool, again: bool
+) -> dict[str, Any]:
     """Put a downloaded picture in its place; returns the `image` of the evidence.
 
     `again`: an earlier run may have got as far as this.
@@ -2814,7 +3305,8 @@ def collect(evidence: Evidence, source: Picture, output: Path, *, overwrite: boo
     """
     picture = converted(source, FORMATS[output.suffix.lower()])
     path, warning = place(picture.content, output, evidence.id, overwrite=overwrite, again=again)
-    warnings = [text for text in (warning, size_warning(evidence.data["request"]["size"], picture)) if text]
+    unlike = size_warning(evidence.data["request"]["size"], picture, provider)
+    warnings = [text for text in (warning, unlike) if text]
     image = {
         "path": str(path),
         "sha256": picture.sha256,
@@ -2827,15 +3319,25 @@ def collect(evidence: Evidence, source: Picture, output: Path, *, overwrite: boo
     return image | origin | ({"warnings": warnings} if warnings else {})
 
 
-def fetch_source(evidence: Evidence, provider: Provider, clock: Clock) -> Picture:
-    """The picture as the service made it, by the link in the evidence."""
-    response = evidence.data["response"]
+def fetch_source(evidence: Evidence, provider: Provider, clock: Clock, content: bytes = b"") -> Picture:
+    """The picture as the service made it: `content`, else what was handed over earlier, else by its link.
+
+    Raises:
+        Failure: as `verified` and `download`; disk_after_paying.
+    """
+    link = evidence.data["response"].get("image_url")
+    if content or not link:
+        try:
+            return verified(content or held_path(evidence.path).read_bytes())
+        except OSError as error:
+            message = f"{held_path(evidence.path)} cannot be read: {os_reason(error)}"
+            raise Failure("disk_after_paying", message) from None
     return download(
-        response["image_url"],
+        link,
         clock=clock,
-        loopback=is_loopback_url(evidence.data["endpoint"]),
+        endpoint=evidence.data["endpoint"],
         provider=provider,
-        expires_at=moment_of(response.get("expires_at")),
+        expires_at=moment_of(evidence.data["response"].get("expires_at")),
     )
 
 
@@ -2849,11 +3351,21 @@ def finish(evidence: Evidence, image: dict[str, Any], clock: Clock, start: float
     evidence.record(status="saved", finished_at=timestamp(utc_now()), timings_ms=timings, image=image, error=None)
     if evidence.unwritten:
         image.setdefault("warnings", []).append(f"the evidence file {evidence.path} could not be brought up to date")
+    else:
+        with contextlib.suppress(OSError):
+            held_path(evidence.path).unlink(missing_ok=True)
 
 
-def size_warning(asked: str, picture: Picture) -> str | None:
-    size = f"{picture.width}*{picture.height}"
-    return None if size == asked else f"the picture is {size}, asked was {asked}"
+def size_warning(asked: str, picture: Picture, provider: Provider) -> str | None:
+    """A sentence where the picture is not what was asked for, as far as the provider lets that be asked."""
+    width, height = parse_size(asked)
+    if (picture.width, picture.height) == (width, height):
+        return None
+    if provider.sizes_are_ratios and math.isclose(
+        picture.width * height, picture.height * width, rel_tol=RATIO_TOLERANCE
+    ):
+        return None
+    return f"the picture is {picture.width}*{picture.height}, asked was {asked}"
 
 
 def elapsed_ms(start: float) -> float:
@@ -2872,7 +3384,7 @@ def response_of(evidence: Evidence, image: dict[str, Any]) -> dict[str, Any]:
         "rewritten_prompt": said.get("rewritten_prompt"),
         "reasoning": said.get("reasoning"),
         "request_id": said.get("request_id", ""),
-        "seed": request["seed"],
+        "seed": request.get("seed"),
         "size": request["size"],
         "provider": data["provider"],
         "region": data["region"],
@@ -2926,6 +3438,9 @@ def interrupted(interruption: Interrupted, evidence: Evidence) -> Failure:
         "yes": "interrupted by {name}; the picture is paid for and not saved yet",
     }
     hints = {"no": KINDS["interrupted"].hint, "unknown": ASK_BEFORE_PAYING, "yes": RECOVER_FREE}
+    if is_task_open(evidence):
+        messages["unknown"] = "interrupted by {name} while the service works on the picture"
+        hints["unknown"] = GO_ON_FREE
     name = signal.Signals(interruption.signum).name
     return Failure(
         "interrupted",
@@ -2945,24 +3460,34 @@ def internal_error(error: Exception, **facts: Any) -> Failure:
     return Failure("internal_error", f"{type(error).__name__}{place_of}", **facts)
 
 
+def is_task_open(evidence: Evidence) -> bool:
+    """Whether the service may still be working on a task that was submitted."""
+    return evidence.data["status"] == "submitted" and "task_id" in evidence.data
+
+
 def explain(evidence: Evidence, failure: Failure, flags: Sequence[str]) -> None:
     """Add to a failure what leads back to the picture."""
     link = evidence.data.get("response", {}).get("image_url")
     path = str(evidence.path)
     failure.facts["evidence_path"] = path
     failure.facts["hint"] = failure.fact("hint").replace("EVIDENCE", shlex.quote(path))
-    if not link:
-        return
-    failure.facts["image_url"] = link
-    if evidence.data["response"].get("request_id"):
+    if link:
+        failure.facts["image_url"] = link
+    if evidence.data.get("response", {}).get("request_id"):
         failure.facts.setdefault("request_id", evidence.data["response"]["request_id"])
-    if failure.code not in ("link_expired", "hop_refused", "image_too_large"):
+    goes_on = is_task_open(evidence) and failure.code not in TASK_ENDS
+    if goes_on or ((link or held_path(evidence.path).exists()) and failure.code not in NO_SECOND_TRY):
         failure.facts["next_command"] = own_command("--recover", path, *flags, "--print-response")
+
+
+NO_SECOND_TRY = ("link_expired", "hop_refused", "image_too_large")
 
 
 def settle(evidence: Evidence, failure: Failure) -> None:
     """Write a failure into the evidence."""
     status = {"no": "failed", "unknown": "unknown", "yes": "generated"}[failure.billed]
+    if is_task_open(evidence) and failure.code not in TASK_ENDS:
+        status = "submitted"  # whatever failed was a question; it can be asked again
     evidence.record(status=status, finished_at=timestamp(utc_now()), error=failure.object())
     if evidence.unwritten and "image_url" in failure.facts:
         # The file on disk does not hold the link: only the error does.
@@ -2981,10 +3506,11 @@ def own_command(*arguments: str) -> str:
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
 
 
-def dry_run(plan: Plan, env: Mapping[str, str]) -> dict[str, Any]:
+def dry_run(plan: Plan, trusted: frozenset[str], env: Mapping[str, str]) -> dict[str, Any]:
     """The whole plan, and everything that would stop it; nothing is sent, asked for or written."""
     checks: list[Callable[[], object]] = [
-        lambda: find_key(plan.provider.key_places, env),
+        lambda: key_for(plan.provider, plan.endpoint, trusted, env),
+        plan.provider.preflight,
         lambda: check_free_name(plan.output, plan.overwrite),
         lambda: check_space(plan.output.parent),
         lambda: check_space(plan.evidence_path.parent),
@@ -2997,64 +3523,89 @@ def dry_run(plan: Plan, env: Mapping[str, str]) -> dict[str, Any]:
         except Failure as failure:
             if failure.message not in [problem.message for problem in problems]:
                 problems.append(failure)
-    key = next((result for result in found if isinstance(result, Key)), None)
-    return {
+    key = next((result for result in found if isinstance(result, Key)), NO_KEY)
+    plan_of_it = {
         "ok": not problems,
         "request": plan.request.as_dict(),
         "provider": plan.provider.name,
         "region": plan.endpoint.region,
         "endpoint": plan.endpoint.url,
         "payload": plan.payload,
+        "settings": plan.provider.known_settings,
         "output": str(plan.output),
-        "billable": True,
+        "billable": plan.provider.billable,
         "estimated_cost": plan.price.estimate,
         "cost_basis": plan.price.basis,
-        "key_source": key.source if key else None,
-        "warnings": list(plan.warnings),
+        "key_source": key.source or None,
+        "warnings": [*plan.warnings, *filter(None, [key.warning])],
         "problems": [failure.object() for failure in problems],
     }
+    return {name: value for name, value in plan_of_it.items() if value != {}}
 
 
-def recover(options: Options, clock: Clock) -> dict[str, Any]:
+def recover(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str, Any]:
     """Finish a picture that has been paid for, without paying; returns the response.
 
     Raises:
         Failure: 2 where nothing was billed, 7 where the outcome is unknown, 8 where the link has died.
     """
     evidence = Evidence.load("--recover", options.source, clock.timeout)
+    provider = provider_named(evidence.data["provider"])
     output = recovery_output(evidence, options)
     saved = is_saved(evidence)
     if saved and options.output is None:
         return response_of(evidence, evidence.data["image"])
-    if not evidence.data.get("response", {}).get("image_url"):
+    here = bool(evidence.data.get("response", {}).get("image_url")) or held_path(evidence.path).exists()
+    task_is_open = not here and "task_id" in evidence.data and evidence.data["status"] != "failed"
+    if not here and not task_is_open:
         failure = unrecoverable(evidence)
         explain(evidence, failure, [])
         raise failure
     remove_leftovers(evidence.path.parent, evidence.id)
     remove_leftovers(output.parent, f"{SKILL}-{evidence.id}")
     check_writable(output.parent, evidence.id)
+    task = task_of(evidence, provider, options, env) if task_is_open else None
     import_libraries()
-    provider = provider_named(evidence.data["provider"])
     flags = ["--output", str(output)] if options.output else []
+    flags += [word for host in sorted(options.trusted) for word in ("--trust-host", host)] if task else []
     with settling(evidence, flags=[*flags, *["--overwrite"] * options.overwrite], saved=saved):
+        if task is not None:
+            evidence.update(status="submitted", error=None)
+            generated = task.wait_for(clock.generate_until)
+            end_generated_attempt(evidence, provider)
+            keep_generated(evidence, generated, evidence.data.get("warnings", ()), clock)
+        elif "response" not in evidence.data:  # killed between the bytes and the evidence
+            evidence.update(**generated_facts(Generated(), (), clock))
         start = time.monotonic()
         if saved and "source_format" not in evidence.data["image"]:  # the service's own bytes are here
             source = verified(Path(evidence.data["image"]["path"]).read_bytes())
         else:
             source = fetch_source(evidence, provider, clock)
-        image = collect(evidence, source, output, overwrite=options.overwrite, again=True)
+        image = collect(evidence, source, output, provider, overwrite=options.overwrite, again=True)
         if not saved:  # else this is one more copy, and the evidence goes on naming the first
             finish(evidence, image, clock, start)
     return response_of(evidence, image)
 
 
+def task_of(evidence: Evidence, provider: Provider, options: Options, env: Mapping[str, str]) -> Task:
+    """The submitted task of an evidence file, to be asked after where it was submitted.
+
+    Raises:
+        Failure: invalid_evidence, host_not_trusted, key_missing, key_malformed.
+    """
+    endpoint = parse_base_url(evidence.data["endpoint"], "endpoint", provider)
+    check_trust(endpoint, "endpoint", provider, options.trusted)
+    key = key_for(provider, endpoint, options.trusted, env)
+    request = normalize(evidence.data["request"], with_seed=provider.takes_seed)
+    return Task(provider, endpoint, key, request, evidence.data["task_id"])
+
+
 def recovery_output(evidence: Evidence, options: Options) -> Path:
     """Where a recovered picture goes; the evidence is checked as far as it will be used."""
-    problems = request_problems(evidence.data["request"])
-    if not problems and evidence.data["request"] != normalize(evidence.data["request"]).as_dict():
+    said = evidence.data["request"]
+    problems = request_problems(said)
+    if not problems and said != normalize(said, with_seed="seed" in said).as_dict():
         problems = [Problem("invalid_request", "request: is not normalized")]
-    if evidence.data["provider"] not in PROVIDERS:
-        problems.append(Problem("invalid_evidence", f"provider: {evidence.data['provider']} is not known"))
     recorded = None
     with noting(problems):
         recorded = checked_output(evidence.data["output"], "output")
@@ -3124,11 +3675,12 @@ def check(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str, A
     Raises:
         Failure: never billed, so what would be unknown for a paid call is only a failing service here.
     """
-    provider = options.provider or provider_named(DEFAULT_PROVIDER)
+    provider = planned_provider(options, None)
     workspace, problems = workspace_of(provider, env)
     raise_problems(problems)
     endpoint = planned_endpoint(options, None, None, provider, env)
-    key = find_key(provider.key_places, env)
+    key = key_for(provider, endpoint, options.trusted, env)
+    provider.preflight()
     call = provider.query(endpoint, key.value, workspace)
     attempt = 0
     while True:
@@ -3147,7 +3699,7 @@ def check(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str, A
         "provider": provider.name,
         "region": endpoint.region,
         "endpoint": endpoint.url,
-        "key_source": key.source,
+        "key_source": key.source or None,
         "model_listed": listed,
     }
 
@@ -3174,7 +3726,7 @@ MODES = ("request", "file", "prompt", "replay", "recover", "check", "schema")
 REQUEST_FLAGS = ("size", "aspect_ratio", "seed", "prompt_extend", "base_url")
 ALWAYS_ALLOWED = {"print_response", "quiet"}
 ALLOWED: dict[str, set[str]] = {  # the flags that mean something in a mode; those not named here allow all
-    "recover": ALWAYS_ALLOWED | {"output", "overwrite", "timeout"},
+    "recover": ALWAYS_ALLOWED | {"output", "overwrite", "timeout", "trust_host"},
     "check": ALWAYS_ALLOWED | {"base_url", "region", "provider", "timeout", "max_retries", "trust_host"},
     "schema": ALWAYS_ALLOWED,
 }
@@ -3182,7 +3734,7 @@ ALLOWED: dict[str, set[str]] = {  # the flags that mean something in a mode; tho
 DESCRIPTION = (
     "Turn words into one picture with Z-Image Turbo. Only --request, --file, --prompt and --replay cost money."
 )
-EPILOG = """\
+EPILOG = f"""\
 exit codes:
   0  image saved                        6  rate limited, failing or not reachable
   2  invalid request, usage or file     7  outcome unknown, or paid and not downloaded yet
@@ -3191,7 +3743,7 @@ exit codes:
   5  refused by content safety          130, 143  interrupted
 
 stdout carries data only: the path of the saved image, or one JSON object. The last line on stderr
-of every error says what to do next. Key: DASHSCOPE_API_KEY, or dashscope_api_key in ~/.alibabacloud/credentials.
+of every error says what to do next. Key: {PROVIDERS[DEFAULT_PROVIDER].key_hint()}.
 """
 
 
@@ -3274,7 +3826,7 @@ class Parser(argparse.ArgumentParser):
         raise Failure("usage", outside_text(message), hint=hint)
 
 
-def build_parser() -> Parser:
+def build_parser(provider: type[Provider] | None = None) -> Parser:
     """The command line of the contract. Values stay text here: `read_options` checks them all at once."""
     parser = Parser(
         prog="generate_image.py",
@@ -3302,10 +3854,10 @@ def build_parser() -> Parser:
         default=None,
         help="let the service rewrite the prompt: slower, about twice the price",
     )
-    request.add_argument("--base-url", metavar="URL", help="endpoint, …/api/v1 root or bare host")
+    request.add_argument("--base-url", metavar="URL", help="whole endpoint, API root or bare host")
 
     service = parser.add_argument_group("service")
-    add_service_options(service)
+    add_service_options(service, provider)
     service.add_argument("--timeout", metavar="S", help=f"seconds for the whole command (default {DEFAULT_TIMEOUT:g})")
     service.add_argument(
         "--max-retries", metavar="N", help=f"of calls surely not billed (default {DEFAULT_MAX_RETRIES})"
@@ -3323,13 +3875,45 @@ def build_parser() -> Parser:
     return parser
 
 
-def add_service_options(group: Any) -> None:
+def add_service_options(group: Any, provider: type[Provider] | None) -> None:
     """The options that say which service is asked, the same for one picture and for many."""
-    group.add_argument("--region", metavar="REGION", help="beijing (default) or singapore; the key belongs to one")
-    group.add_argument("--provider", metavar="NAME", help=f"one of {', '.join(PROVIDERS)} (default {DEFAULT_PROVIDER})")
+    group.add_argument(
+        "--provider",
+        metavar="NAME",
+        help=f"one of {', '.join(provider_names())} (default {DEFAULT_PROVIDER}); with --help, its own options too",
+    )
+    regions = list((provider or PROVIDERS[DEFAULT_PROVIDER]).roots)
+    default = f"{regions[0]} (default)" + "".join(f" or {region}" for region in regions[1:])
+    group.add_argument("--region", metavar="REGION", help=f"{default}; a key belongs to one")
     group.add_argument(
         "--trust-host", metavar="HOST", action="append", help="send the key to this host too; repeatable"
     )
+    for setting in provider.own_settings if provider else ():
+        default = "" if setting.default is None else f" (default {setting.default})"
+        group.add_argument(flag(setting.name), metavar=setting.metavar, help=f"{setting.help}{default}")
+
+
+def provider_in(argv: Sequence[str]) -> type[Provider] | None:
+    """The provider that arguments name, so that its options are known; what is wrong with the name is told later."""
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    named.add_argument("--provider")
+    with contextlib.suppress(argparse.ArgumentError, Failure, SystemExit):
+        name = named.parse_known_args(argv)[0].provider
+        return None if name is None else provider_class(name)
+    return None
+
+
+def read_settings(provider: type[Provider], given: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """The provider's own options that are given, as values."""
+    settings = {}
+    for setting in provider.own_settings:
+        if setting.name in given:
+            try:
+                settings[setting.name] = setting.read(given[setting.name])
+            except ValueError as error:
+                text = f"{flag(setting.name)}: must be {error}, got {shown(given[setting.name])}"
+                problems.append(Problem("usage", text))
+    return settings
 
 
 def chosen_mode(given: Mapping[str, Any], modes: Sequence[str], problems: Sequence[Problem]) -> str:
@@ -3352,7 +3936,8 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
     Raises:
         Failure: usage, naming every problem.
     """
-    arguments, unknown = build_parser().parse_known_args(argv)
+    provider = provider_in(argv)
+    arguments, unknown = build_parser(provider).parse_known_args(argv)
     given = {
         name: value
         for name, value in vars(arguments).items()
@@ -3362,21 +3947,23 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
     mode = chosen_mode(given, MODES, problems)
     allowed = ALLOWED.get(mode)
     if allowed is not None:
+        allowed = allowed | ({setting.name for setting in provider.own_settings} if provider else set())
         strange = [name for name in given if name not in allowed and name not in MODES]
         problems += [Problem("usage", f"{flag(name)} does not go with {flag(mode)}") for name in strange]
     if mode == "schema" and arguments.schema not in SCHEMAS:
         problems.append(
             Problem("usage", f"--schema: must be one of {', '.join(SCHEMAS)}, got {shown(arguments.schema)}")
         )
-    timeout, max_retries, provider, region = DEFAULT_TIMEOUT, float(DEFAULT_MAX_RETRIES), None, None
+    timeout, max_retries, region = DEFAULT_TIMEOUT, float(DEFAULT_MAX_RETRIES), None
     with noting(problems):
         timeout = number_option("--timeout", arguments.timeout, DEFAULT_TIMEOUT, TIMEOUT_RANGE)
     with noting(problems):
         max_retries = number_option("--max-retries", arguments.max_retries, DEFAULT_MAX_RETRIES, MAX_RETRIES_RANGE)
     with noting(problems):
-        provider = None if arguments.provider is None else provider_named(arguments.provider)
+        provider = None if arguments.provider is None else provider_class(arguments.provider)
     with noting(problems):
-        region = region_option(arguments.region, provider or provider_named(DEFAULT_PROVIDER))
+        region = region_option(arguments.region, provider or PROVIDERS[DEFAULT_PROVIDER])
+    settings = read_settings(provider, given, problems) if provider else {}
     trusted, more = trusted_hosts(arguments.trust_host or [], env)
     problems += more
     if mode in ALLOWED:
@@ -3388,6 +3975,7 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
         base_url=arguments.base_url,
         region=region,
         provider=provider,
+        settings=settings,
         output=arguments.output,
         overwrite=arguments.overwrite,
         dry_run=arguments.dry_run,
@@ -3431,7 +4019,7 @@ def number_option(name: str, text: str | None, default: float, bounds: tuple[flo
     return float(text)
 
 
-def region_option(name: str | None, provider: Provider) -> str | None:
+def region_option(name: str | None, provider: type[Provider]) -> str | None:
     """The provider's own name for the region that --region gives.
 
     Raises:
@@ -3467,11 +4055,11 @@ def run(options: Options, console: Console, env: Mapping[str, str]) -> None:
         console.answer(check(options, clock, env))
         return
     if options.mode == "recover":
-        response = recover(options, clock)
+        response = recover(options, clock, env)
     else:
         plan = make_plan(options, clock, env)
         if options.dry_run:
-            console.answer(dry_run(plan, env))
+            console.answer(dry_run(plan, options.trusted, env))
             return
         response = generate(plan, options, clock, console, env)
     console.warn(response.get("warnings", ()))
@@ -3485,8 +4073,9 @@ def prepare_output(env: Mapping[str, str]) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
-    for provider in PROVIDERS.values():
-        remember_secret(env.get(provider.key_places.variable, "").strip())
+    for name, value in env.items():
+        if name.endswith("_API_KEY") and len(value.strip()) >= SHORTEST_SECRET:
+            remember_secret(value.strip())
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -3521,7 +4110,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return failure.exit_code
 
 
-if __name__ == "__main__":
-    exit_code = main()
-    SIGNALS.ignore()
+def leave(exit_code: int) -> NoReturn:
+    """End the process; at once where a thread still works at what nobody waits for any more."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)  # a late signal must not make a success look like an interruption
+    if abandoned_work.is_set():
+        os._exit(exit_code)  # both streams are flushed; the interpreter's end would wait for, or break, that work
     sys.exit(exit_code)
+
+
+if __name__ == "__main__":
+    leave(main())

@@ -29,10 +29,15 @@ LONGEST_HOLD_WITHOUT_WORD = 20.0
 CONCURRENCY_RANGE = (4, 64)  # by default, for rate times latency
 UNPACED_CONCURRENCY = 16  # without a rate limit there is no rate to follow
 ASSUMED_LATENCY = 10.0  # seconds, until one is measured
+LONGEST_LOADING = 3600.0  # seconds for a model that runs in this process
 DOWNLOADS_AT_ONCE = 8
+POLLS_AT_ONCE = 8
+MOST_OPEN_TASKS = 200  # tasks that a service works on; with more, nothing new is sent
 MOST_WAITING_DOWNLOADS = 200  # pictures paid and not yet downloaded; with more, nothing new is sent
 ROOM_FOR_ONE = 4 * MIB  # bytes on the disk, for a picture that is out
 UNKNOWN_IN_A_ROW, FAILURES_IN_A_ROW = 5, 10
+
+NO_SEED = -1  # in the database, of pictures whose provider takes none
 
 THUMB_SIDE = 384  # pixels
 PENDING_SHOWN = 1000  # pictures still to come that the gallery lists; the results list all of them
@@ -102,7 +107,7 @@ CREATE TABLE pictures (
   service       INTEGER NOT NULL REFERENCES services (number),
   prompt        TEXT NOT NULL,
   size          TEXT NOT NULL,               -- width*height in pixels
-  seed          INTEGER NOT NULL,            -- variant k has the row's seed + k, modulo 2^31
+  seed          INTEGER NOT NULL,            -- variant k has the row's seed + k, modulo 2^31; -1: none can be sent
   prompt_extend INTEGER NOT NULL,            -- 0 or 1
   output        TEXT NOT NULL,               -- file in this folder
   output_key    TEXT NOT NULL UNIQUE,        -- the same, folded: file systems may ignore case and Unicode form
@@ -138,6 +143,7 @@ KEPT_FACTS = (
     "finished_at",
     "timings_ms",
     "attempts",
+    "settings",
     "task_id",
     "response",
     "image",

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from generate_image import (
+    Clock,
     Endpoint,
     Evidence,
     Failure,
@@ -22,12 +23,13 @@ from generate_image import (
     Key,
     Plan,
     Provider,
+    Task,
     internal_error,
     provider_named,
     request_warnings,
     utc_now,
 )
-from zimage_batch.contract import DATABASE, KEPT_FACTS
+from zimage_batch.contract import DATABASE, KEPT_FACTS, NO_SEED
 from zimage_batch.folder import database_failures, facts_of, open_database
 from zimage_batch.names import evidence_name, output_key
 
@@ -47,6 +49,10 @@ class Job:
         self.paid = int(row["paid"])
         self.plan = plan
         self.tries = 0  # of this run
+        self.task: Task | None = None  # that the service works on
+        self.give_up_at = 0.0  # moment of time.monotonic() after which it is left to the next run
+        self.clock: Clock | None = None  # of the request
+        self.content = b""  # a picture that was handed over and could not be put on disk yet
         self._facts_before = facts
         self.evidence = Evidence(plan.evidence_path, plan.evidence(utc_now()) | {"attempts": []})
         if self.state in TO_SEND:  # of earlier tries only the attempts are true of the next one
@@ -101,7 +107,11 @@ def host_of(url: str) -> str:
 def job_of(row: sqlite3.Row, folder: Path, services: Services, workspace: str | None) -> Job:
     """The work that a row of the database means."""
     provider, endpoint = services[row["service"]]
-    request = ImageRequest(row["prompt"], row["size"], row["seed"], bool(row["prompt_extend"]))
+    said = facts_of(row["facts"])
+    if row["state"] not in TO_SEND and said.get("settings", provider.known_settings) != provider.known_settings:
+        provider = type(provider)(said["settings"])  # those of the run that sent it
+    seed = row["seed"] if row["seed"] != NO_SEED else None
+    request = ImageRequest(row["prompt"], row["size"], seed, bool(row["prompt_extend"]))
     plan = Plan(
         provider=provider,
         endpoint=endpoint,

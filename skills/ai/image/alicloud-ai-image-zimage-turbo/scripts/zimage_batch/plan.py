@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import posixpath
@@ -26,7 +27,7 @@ from generate_image import (
     pick_seed,
     shown,
 )
-from zimage_batch.contract import DATABASE, DATABASE_SCHEMA, PROBLEMS_TOLD
+from zimage_batch.contract import DATABASE, DATABASE_SCHEMA, NO_SEED, PROBLEMS_TOLD
 from zimage_batch.folder import check_version, database_failures, database_uri, facts_of, open_database
 from zimage_batch.names import Names, default_output_name, evidence_name, numbered, output_key, variant_output
 from zimage_batch.rows import Row, WrongRow
@@ -78,7 +79,7 @@ class Stage:
         self.wrong = 0
         self.problems: list[Problem] = []
         self.db = sqlite3.connect("", uri=True, isolation_level=None)
-        self.db.create_function("pick_seed", 0, pick_seed)
+        self.db.create_function("pick_seed", 0, pick_seed if provider.takes_seed else lambda: NO_SEED)
         self.db.executescript(STAGE_SCHEMA)
         self.db.executemany("INSERT INTO variants VALUES (?)", [(variant,) for variant in range(variants)])
 
@@ -119,10 +120,11 @@ class Stage:
                 return [failure.message]
             for variant in range(self.variants):
                 sentences += self._claim(variant_output(output, variant), row.line)
-        request = row.request
+        request = row.request._replace(seed=row.seed)
+        sentences += self.provider.cannot(request)
         price = self.provider.price(request, self.endpoint.region).estimate
         fields = (request.prompt, request.size, row.seed, request.prompt_extend, output, price)
-        values = (self.count, row.line, row.id, None, row.fingerprint, *fields)
+        values = (self.count, row.line, row.id, row.fingerprint, self._fingerprint(row), *fields)
         try:
             self.db.execute(f"INSERT INTO rows VALUES ({', '.join('?' * len(values))})", values)
             self.count += 1
@@ -130,6 +132,13 @@ class Stage:
             (line,) = self.db.execute("SELECT line FROM rows WHERE id = ?", (row.id,)).fetchone()
             sentences.append(f"id: {shown(row.id)} is that of line {line} too")
         return sentences
+
+    def _fingerprint(self, row: Row) -> str:
+        """Tells whether a picture would be the same: that of the row, and the settings of the provider."""
+        settings = self.provider.known_settings
+        if not settings:
+            return row.fingerprint
+        return hashlib.sha256(f"{row.fingerprint} {json.dumps(settings, sort_keys=True)}".encode()).hexdigest()[:32]
 
     def _claim(self, output: str, line: int) -> list[str]:
         key = output_key(output)
@@ -150,11 +159,11 @@ class Stage:
             self.problems += [Problem("invalid_rows", text)] * (len(self.problems) < PROBLEMS_TOLD)
 
     def _identify(self) -> None:
-        """A row is its id, else its fingerprint and which one of its like it is: moving rows changes neither."""
+        """A row is its id, else its own fingerprint and which one of its like it is: moving rows changes neither."""
         self.db.executescript("""
-            INSERT INTO occurrences SELECT position, row_number() OVER (PARTITION BY fingerprint ORDER BY position)
+            INSERT INTO occurrences SELECT position, row_number() OVER (PARTITION BY identity ORDER BY position)
               FROM rows WHERE id IS NULL;
-            UPDATE rows SET identity = CASE WHEN id IS NOT NULL THEN 'id:' || id ELSE 'row:' || fingerprint || ':' ||
+            UPDATE rows SET identity = CASE WHEN id IS NOT NULL THEN 'id:' || id ELSE 'row:' || identity || ':' ||
               (SELECT occurrence FROM occurrences WHERE occurrences.position = rows.position) END;
         """)
 
@@ -277,9 +286,11 @@ class Stage:
         )
         service = self._service()
         # The seed of a row that names none: that of its other variants, else one is picked, for all of them.
+        # Where none can be sent, pick_seed() is NO_SEED, which no other variant can lend.
         self.db.execute("""
             UPDATE rows SET seed = coalesce((SELECT (p.seed - p.variant + 2147483648) % 2147483648
-              FROM folder.pictures p WHERE p.identity = rows.identity ORDER BY p.variant LIMIT 1), pick_seed())
+              FROM folder.pictures p WHERE p.identity = rows.identity AND p.seed >= 0 AND pick_seed() >= 0
+              ORDER BY p.variant LIMIT 1), pick_seed())
             WHERE seed IS NULL
         """)
         kept = "SELECT {} FROM plan JOIN rows USING (position) WHERE plan.number = pictures.number AND kind IN {}"
@@ -312,7 +323,7 @@ class Stage:
     ) -> tuple[Any, ...]:
         identity, fingerprint, prompt, size, seed, extend, given, price = rest
         output = variant_output(given, variant) if given else default_output_name(number, name or prompt)
-        seed = (seed + variant) % (MAX_SEED + 1)
+        seed = seed if seed == NO_SEED else (seed + variant) % (MAX_SEED + 1)
         row = (number, identity, variant, position, line, name, fingerprint, service)
         return (*row, prompt, size, seed, extend, output, output_key(output), price)
 

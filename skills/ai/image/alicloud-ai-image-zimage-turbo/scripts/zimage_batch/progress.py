@@ -95,7 +95,7 @@ class Progress:
     def remaining(self) -> float | None:
         """Seconds until everything that can be made is saved, at the rate of the last minute."""
         states = self._tally.states
-        left = states["pending"] + states["submitting"] + states["generated"]
+        left = sum(states[state] for state in ("pending", "submitting", "submitted", "generated"))
         return round(60 * left / self.per_minute) if self.per_minute else None
 
     def _line(self) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from generate_image import Failure, os_reason, temporary_name
-from zimage_batch.contract import LISTED, RESULTS
+from zimage_batch.contract import LISTED, NO_SEED, RESULTS
 from zimage_batch.folder import facts_of
 from zimage_batch.names import evidence_name
 
@@ -51,7 +51,7 @@ def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict
             "prompt": row["prompt"],
             "rewritten_prompt": said.get("rewritten_prompt"),
             "size": row["size"],
-            "seed": row["seed"],
+            "seed": row["seed"] if row["seed"] != NO_SEED else None,
             "prompt_extend": bool(row["prompt_extend"]),
             "output": row["output"],
             "image_path": str(folder / row["output"]) if image else None,

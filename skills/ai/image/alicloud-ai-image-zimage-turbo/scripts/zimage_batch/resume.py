@@ -12,11 +12,15 @@ from pathlib import Path
 
 from generate_image import (
     SKILL,
+    Clock,
     Console,
     Failure,
+    Generated,
     check_space,
     explain,
     file_hash,
+    generated_facts,
+    held_path,
     moment_of,
     remove_if_left_over,
     settle,
@@ -98,8 +102,12 @@ def close_submitting(database: sqlite3.Connection, folder: Path) -> int:
 def adopt(job: Job) -> bool:
     """Take over what the evidence file knows of the same attempt, where it got further than the database.
 
-    That is so only where the disk failed under the database while it still took the picture or its evidence.
+    That is so only where the disk failed under the database while it still took the picture or its evidence, or
+    where the process died between the picture that was handed over and the database.
     """
+    if held_path(job.evidence.path).exists():
+        job.evidence.update(**generated_facts(Generated(), job.plan.warnings, Clock(0.0)))
+        return True
     try:
         written = json.loads(job.evidence.path.read_bytes())
         same = len(written["attempts"]) == len(job.evidence.data["attempts"])

@@ -25,9 +25,9 @@ from generate_image import (
     Console,
     Failure,
     Provider,
+    Task,
     backoff,
     check_space,
-    internal_error,
     moment_of,
     no_more_waiting,
     timestamp,
@@ -40,7 +40,9 @@ from zimage_batch.contract import (
     DOWNLOADS_AT_ONCE,
     FAILURES_IN_A_ROW,
     FAILURES_TOLD,
+    MOST_OPEN_TASKS,
     MOST_WAITING_DOWNLOADS,
+    POLLS_AT_ONCE,
     RESULTS,
     ROOM_FOR_ONE,
     SPACING,
@@ -53,7 +55,8 @@ from zimage_batch.journal import Job, Journal, Place, job_of, read_services
 from zimage_batch.pacer import Pacer
 from zimage_batch.progress import Progress, Tally
 from zimage_batch.results import totals
-from zimage_batch.work import Outcome, Worker, state_after, stops_the_run
+from zimage_batch.tasks import OpenTasks
+from zimage_batch.work import Outcome, Worker, own_fault, state_after, stops_the_run
 
 
 class BatchOptions(NamedTuple):
@@ -102,8 +105,12 @@ class Run:
         self._database_file = os.stat(self.folder / DATABASE).st_ino
         self.database.row_factory = sqlite3.Row
         self._workspace = place.workspace
-        self._services = read_services(self.database)
-        self._service = next(n for n, (_, there) in self._services.items() if there == place.endpoint)
+        self._services = dict(read_services(self.database))
+        here = (place.provider.name, place.endpoint.region, place.endpoint.url)
+        self._service = next(
+            n for n, (who, there) in self._services.items() if (who.name, there.region, there.url) == here
+        )
+        self._services[self._service] = (place.provider, place.endpoint)  # set up, and loaded once
         self._journal = Journal(self.folder)
         states, spent = totals(self.database)
         self.tally = Tally(states, spent)
@@ -113,7 +120,9 @@ class Run:
         self._worker = Worker(self._journal, place.key, options.timeout, self.deadline, thumbs)
         self._events: queue.SimpleQueue[Outcome | int] = queue.SimpleQueue()
         self._generators = ThreadPoolExecutor(options.concurrency or CONCURRENCY_RANGE[1], "generate")
+        self._askers = ThreadPoolExecutor(POLLS_AT_ONCE, "ask")
         self._savers = ThreadPoolExecutor(DOWNLOADS_AT_ONCE, "save")
+        self._tasks = OpenTasks(options.timeout)
         self._pacer = Pacer(options.rpm, start=self._first_start())
         self._latencies: deque[float] = deque(maxlen=20)
         self._saving_times: deque[float] = deque(maxlen=20)
@@ -126,7 +135,7 @@ class Run:
         self._last_fed_save = -1
         self._saves_are_fed = False
         self._unknown_in_a_row = 0
-        self._failures_in_a_row = {"generate": 0, "save": 0}
+        self._failures_in_a_row = {"generate": 0, "ask": 0, "save": 0}
         self._gave_up: Failure | None = None  # why pictures were left pending after their retries
         self._stop: Failure | None = None
         self._bound: str | None = None  # what keeps the rest from being sent: limit | cost
@@ -163,17 +172,19 @@ class Run:
 
     def __call__(self) -> Failure | None:
         """Work until everything is done or something stops it; returns why not every picture is saved."""
+        self._open_tasks()
         try:
             while True:
                 now = time.monotonic()
                 self._feed_savers()
-                wait = self._send(now)
-                if not self._out and not self._saving and wait is None:
+                waits = [wait for wait in (self._send(now), self._ask(now)) if wait is not None]
+                if not self._out and not self._saving and not waits:
                     break
-                self._take_events(min(TICK, wait) if wait is not None else TICK)
+                self._take_events(min([TICK, *waits]))
                 self.progress.tick()
         finally:
             self._generators.shutdown(wait=True, cancel_futures=True)
+            self._askers.shutdown(wait=True, cancel_futures=True)
             self._savers.shutdown(wait=True, cancel_futures=True)
             self.progress.close()
         return self._ending()
@@ -217,7 +228,11 @@ class Run:
                 return self._later(job, None)
             if job is None or waiting:
                 return self._later(job, start - now)
-            crowded = len(self._out) >= self._concurrency(now) or len(self._saving) >= MOST_WAITING_DOWNLOADS
+            crowded = (
+                len(self._out) >= self._concurrency(now)
+                or len(self._saving) >= MOST_WAITING_DOWNLOADS
+                or len(self._tasks) >= MOST_OPEN_TASKS
+            )
             if crowded or start > now:
                 return self._later(job, TICK if crowded else start - now)
             try:
@@ -270,8 +285,7 @@ class Run:
         try:
             outcome = step(job)
         except Exception as error:
-            billed = "unknown" if name == "generate" else "yes"
-            failure = internal_error(error, billed=billed, exit_code=EXIT_UNKNOWN)
+            failure = own_fault(error, "yes" if name == "save" else "unknown")
             outcome = Outcome(name, job, failure, began, time.monotonic() - began)
         self._events.put(outcome)
 
@@ -342,14 +356,23 @@ class Run:
             if failure is None or failure.code != "rate_limited":
                 self._pacer.accepted(now, sent)
             before = "submitting"
+        elif outcome.step == "ask":
+            self._tasks.answered(job)
+            self.tally.spent -= job.plan.price.estimate * (failure is not None and failure.billed == "no")
+            sent, before = outcome.began, "submitted"
         else:
             self._saving.discard(job.number)
             sent, before = outcome.began, "generated"
             if failure is None:
                 self._saving_times.append(outcome.seconds)
         self.tally.move(job, before, job.state)
-        if outcome.step == "generate" and job.state == "generated":  # also where the database could not take it
+        if outcome.step != "save" and job.state == "generated":  # also where the database could not take it
             self._queue_save(job)
+        if job.state == "submitted" and self._stop is None:
+            if outcome.step == "generate":
+                self._tasks.add(job)
+            elif failure is None:
+                self._tasks.again(job)
         if failure is None:
             self._failures_in_a_row[outcome.step] = 0
             if outcome.step == "generate":
@@ -384,7 +407,7 @@ class Run:
         if self._unknown_in_a_row >= UNKNOWN_IN_A_ROW:
             self._halt(storm(failure, f"{UNKNOWN_IN_A_ROW} outcomes in a row are unknown", EXIT_UNKNOWN))
         elif self._failures_in_a_row[step] >= FAILURES_IN_A_ROW:
-            what = "calls" if step == "generate" else "downloads"
+            what = {"generate": "calls", "ask": "tasks", "save": "downloads"}[step]
             self._halt(storm(failure, f"{FAILURES_IN_A_ROW} {what} in a row failed", EXIT_UNAVAILABLE))
 
     def _plan_retry(self, job: Job, failure: Failure, now: float) -> None:
@@ -404,6 +427,30 @@ class Run:
             self._told += 1
             more = f" (further ones: {RESULTS})" if self._told == FAILURES_TOLD else ""
             self.progress.note(f"{job.state}: {job.name}: {failure.code}: {failure.message}{more}")
+
+    # Asking after tasks
+
+    def _open_tasks(self) -> None:
+        """Take up the tasks that earlier runs have submitted to this service; no other gets its key."""
+        rows = self.database.execute(
+            "SELECT * FROM pictures WHERE state = 'submitted' AND service = ? ORDER BY number", (self._service,)
+        ).fetchall()
+        for row in rows:
+            job = self._job(row)
+            plan = job.plan
+            task_id = str(job.evidence.data.get("task_id", ""))
+            job.task = Task(plan.provider, plan.endpoint, self._worker.key, plan.request, task_id)
+            self._tasks.add(job)
+
+    def _ask(self, now: float) -> float | None:
+        """Ask after the tasks whose time has come; returns the seconds to the next, None where none is open."""
+        if self._stop is None and len(self._tasks) and now > self._last_save():
+            self._halt_for_time()
+        if self._stop is not None:
+            self._tasks.leave()
+        while job := self._tasks.due(now):
+            self._askers.submit(self._work, self._worker.ask, "ask", job)
+        return self._tasks.next_look(now)
 
     # Saving
 
@@ -453,7 +500,8 @@ class Run:
 def incomplete(database: sqlite3.Connection, bound: str | None) -> Failure | None:
     """The failure of a run that ended by itself and left pictures of the input unsaved; None where all are saved."""
     rows = database.execute(
-        "SELECT state, count(*) FROM pictures WHERE position IS NOT NULL OR state = 'generated' GROUP BY state"
+        "SELECT state, count(*) FROM pictures WHERE position IS NOT NULL OR state IN ('submitted', 'generated') "
+        "GROUP BY state"
     )
     left = Counter({state: count for state, count in rows if state != "saved"})
     if not left:
@@ -461,6 +509,7 @@ def incomplete(database: sqlite3.Connection, bound: str | None) -> Failure | Non
     why = {
         "failed": f"failed ones: {RESULTS} says why; --retry-failed makes them again (costs)",
         "unknown": "unknown ones may have been billed: ask the user, then --retry-unknown (costs again)",
+        "submitted": "submitted ones are being made: run the same command again to wait for them, free",
         "generated": "generated ones are paid: run the same command again to download them, free",
         "pending": {
             "cost": "the rest waits for a higher --max-cost",
@@ -469,7 +518,7 @@ def incomplete(database: sqlite3.Connection, bound: str | None) -> Failure | Non
     }
     counts = ", ".join(f"{count} {state}" for state, count in sorted(left.items()))
     hints = [text for state, text in why.items() if left[state]]
-    retryable = left["generated"] > 0 or (left["pending"] > 0 and bound != "cost")
+    retryable = left["generated"] + left["submitted"] > 0 or (left["pending"] > 0 and bound != "cost")
     return Failure("incomplete", f"not every picture is saved: {counts}", hint="; ".join(hints), retryable=retryable)
 
 

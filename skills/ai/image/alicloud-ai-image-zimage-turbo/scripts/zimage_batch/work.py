@@ -13,18 +13,26 @@ from generate_image import (
     EXIT_KEY,
     EXIT_UNAVAILABLE,
     EXIT_UNKNOWN,
+    TASK_ENDS,
     Clock,
     Failure,
+    Generated,
     Key,
-    ask,
+    Submitted,
+    Task,
     collect,
+    end_generated_attempt,
     explain,
     fetch_source,
     finish,
     generated_facts,
+    hold,
     internal_error,
+    is_task_open,
     os_reason,
+    send,
     settle,
+    submitted_facts,
     timestamp,
     utc_now,
 )
@@ -35,7 +43,7 @@ from zimage_batch.journal import Job, Journal
 class Outcome(NamedTuple):
     """What a worker reports. `failure` is None where the step went well; moments are of time.monotonic()."""
 
-    step: str  # generate | save
+    step: str  # generate | ask | save
     job: Job
     failure: Failure | None
     began: float
@@ -59,7 +67,14 @@ def state_after(failure: Failure) -> str:
         return "generated"
     if failure.billed == "unknown":
         return "unknown"
+    if failure.code in TASK_ENDS:
+        return "failed"  # a task that failed once mostly fails again
     return "pending" if stops_the_run(failure) or failure.exit_code == EXIT_UNAVAILABLE else "failed"
+
+
+def own_fault(error: Exception, billed: str) -> Failure:
+    """A fault of this tool, after the request may have left."""
+    return internal_error(error, billed=billed, exit_code=EXIT_UNKNOWN)
 
 
 class Worker:
@@ -67,13 +82,13 @@ class Worker:
 
     def __init__(self, journal: Journal, key: Key, timeout: float, until: float, thumbs: Path | None) -> None:
         self._journal = journal
-        self._key = key
+        self.key = key
         self._timeout = timeout
         self._until = until  # no call lasts longer
         self._thumbs = thumbs
 
     def generate(self, job: Job) -> Outcome:
-        """Send the paid request; on disk before it leaves and as soon as the link arrives."""
+        """Send the paid request; on disk before it leaves and as soon as the link, picture or task id arrives."""
         plan, evidence, began = job.plan, job.evidence, time.monotonic()
         job.tries += 1
         now = timestamp(utc_now())
@@ -86,33 +101,70 @@ class Worker:
         except Failure as failure:
             job.paid -= 1
             return Outcome("generate", job, failure, began, 0.0)
+        clock = job.clock = self._clock()
+        try:
+            made = send(plan, self.key, min(clock.generate_until, clock.end))
+        except Failure as failure:
+            return self._not_generated("generate", job, failure, clock.start)
+        except Exception as error:  # the request may have left
+            return self._not_generated("generate", job, own_fault(error, "unknown"), clock.start)
+        if isinstance(made, Generated):
+            return self._generated("generate", job, made, clock.start)
+        return self._submitted(job, made, clock.start)
+
+    def ask(self, job: Job) -> Outcome:
+        """Ask once after a task that the service works on; it stays `submitted` until it has ended."""
+        assert job.task is not None
         clock = self._clock()
-        began = clock.start
         try:
-            call = plan.provider.submit(plan.payload, plan.endpoint, self._key.value, plan.workspace)
-            until = min(clock.generate_until, clock.end)
-            generated = ask(
-                call, lambda answer: plan.provider.read(answer, plan.request, utc_now()), until, plan.endpoint
-            )
+            made = job.task.ask(min(clock.generate_until, clock.end))
+            if made is None and time.monotonic() >= job.give_up_at:
+                raise job.task.unfinished()
         except Failure as failure:
-            return self._not_generated(job, failure, began)
-        except Exception as error:  # a fault of this tool: the request may have left
-            return self._not_generated(job, internal_error(error, billed="unknown", exit_code=EXIT_UNKNOWN), began)
-        seconds = time.monotonic() - began
-        evidence.end_attempt(http_status=200, outcome="generated", billed="yes")
-        evidence.update(**generated_facts(generated, plan.warnings, clock))
+            return self._not_generated("ask", job, failure, clock.start)
+        except Exception as error:
+            return self._not_generated("ask", job, own_fault(error, "unknown"), clock.start)
+        if made is None:
+            return Outcome("ask", job, None, clock.start, time.monotonic() - clock.start)
+        return self._generated("ask", job, made, clock.start)
+
+    def _submitted(self, job: Job, submitted: Submitted, began: float) -> Outcome:
+        plan, seconds = job.plan, time.monotonic() - began
+        job.evidence.update(**submitted_facts(submitted, job.evidence))
+        job.task = Task(plan.provider, plan.endpoint, self.key, plan.request, submitted.task_id)
         try:
-            self._journal.keep(job, "generated").result()
+            self._journal.keep(job, "submitted").result()
         except Failure as failure:
-            failure.facts |= {"billed": "yes", "image_url": generated.image_url}
+            failure.facts["billed"] = "unknown"
+            failure.message += f"; the service works on task {submitted.task_id}"
             return Outcome("generate", job, failure, began, seconds)
         return Outcome("generate", job, None, began, seconds)
 
-    def _not_generated(self, job: Job, failure: Failure, began: float) -> Outcome:
+    def _generated(self, step: str, job: Job, generated: Generated, began: float) -> Outcome:
         seconds = time.monotonic() - began
-        job.evidence.end_failed_attempt(failure, None)
+        evidence = job.evidence
+        end_generated_attempt(evidence, job.plan.provider)
+        evidence.update(**generated_facts(generated, job.plan.warnings, job.clock or self._clock()), error=None)
+        if generated.content:
+            try:
+                hold(evidence.path, generated.content)
+            except OSError:  # then it is in memory still, and the picture may yet be saved
+                job.content = generated.content
+        try:
+            self._journal.keep(job, "generated").result()
+        except Failure as failure:
+            failure.facts["billed"] = "yes"
+            if generated.image_url:
+                failure.facts["image_url"] = generated.image_url
+            return Outcome(step, job, failure, began, seconds)
+        return Outcome(step, job, None, began, seconds)
+
+    def _not_generated(self, step: str, job: Job, failure: Failure, began: float) -> Outcome:
+        seconds = time.monotonic() - began
+        if step == "generate" or failure.code in TASK_ENDS:
+            job.evidence.end_failed_attempt(failure, None)
         job.paid -= failure.billed == "no"
-        return self._settled("generate", job, failure, began, seconds)
+        return self._settled(step, job, failure, began, seconds)
 
     def save(self, job: Job) -> Outcome:
         """Download, verify and save a picture that has been paid for, with its thumbnail and its evidence."""
@@ -120,8 +172,9 @@ class Worker:
         evidence, output = job.evidence, job.plan.output
         try:
             evidence.path.parent.mkdir(parents=True, exist_ok=True)
-            source = fetch_source(evidence, job.plan.provider, clock)
-            image = collect(evidence, source, output, overwrite=False, again=True)
+            provider = job.plan.provider
+            source = fetch_source(evidence, provider, clock, job.content)
+            image = collect(evidence, source, output, provider, overwrite=False, again=True)
             if self._thumbs:
                 write_thumb(source, self._thumbs, job.number)
             finish(evidence, image, clock, clock.start)
@@ -133,12 +186,13 @@ class Worker:
         except OSError as error:
             failure = Failure("disk_after_paying", f"{evidence.path} cannot be written: {os_reason(error)}")
         except Exception as error:
-            failure = internal_error(error, billed="yes", exit_code=EXIT_UNKNOWN)
+            failure = own_fault(error, "yes")
         return self._settled("save", job, failure, clock.start, time.monotonic() - clock.start)
 
     def _settled(self, step: str, job: Job, failure: Failure, began: float, seconds: float) -> Outcome:
         """Keep what became of a picture; where it is not simply sent again, its evidence file says so too."""
-        state = state_after(failure)
+        task_goes_on = is_task_open(job.evidence) and failure.code not in TASK_ENDS
+        state = "submitted" if task_goes_on else state_after(failure)
         if state == "pending":
             state = job.take_back(failure)
         else:

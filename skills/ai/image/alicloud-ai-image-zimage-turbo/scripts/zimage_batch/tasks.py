@@ -1,0 +1,52 @@
+"""Tasks: pictures that a service works on, asked after now and then; they keep no worker and no place in the rate."""
+
+from __future__ import annotations
+
+import heapq
+import time
+
+from zimage_batch.contract import TICK
+from zimage_batch.journal import Job
+
+
+class OpenTasks:
+    """Which task is asked after when. All moments are in seconds of time.monotonic()."""
+
+    def __init__(self, patience: float) -> None:
+        self._patience = patience  # seconds for one task, then it is left to the next run
+        self._waiting: list[tuple[float, int, Job]] = []
+        self._asked: set[int] = set()
+
+    def __len__(self) -> int:
+        return len(self._waiting) + len(self._asked)
+
+    def add(self, job: Job) -> None:
+        """Take a task that was submitted."""
+        job.give_up_at = time.monotonic() + self._patience
+        self.again(job)
+
+    def again(self, job: Job) -> None:
+        """Ask after it once more, in a while."""
+        assert job.task is not None
+        heapq.heappush(self._waiting, (time.monotonic() + job.task.pause_s, job.number, job))
+
+    def due(self, now: float) -> Job | None:
+        """A task to be asked after now; `answered` tells of its answer."""
+        if not self._waiting or self._waiting[0][0] > now:
+            return None
+        job = heapq.heappop(self._waiting)[2]
+        self._asked.add(job.number)
+        return job
+
+    def answered(self, job: Job) -> None:
+        self._asked.discard(job.number)
+
+    def leave(self) -> None:
+        """Ask after none of them any more: the next run does."""
+        self._waiting.clear()
+
+    def next_look(self, now: float) -> float | None:
+        """Seconds until there is something to do; None where no task is open."""
+        if self._waiting:
+            return max(0.0, self._waiting[0][0] - now)
+        return TICK if self._asked else None
