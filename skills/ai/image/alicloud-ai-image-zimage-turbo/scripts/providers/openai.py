@@ -1,0 +1,184 @@
+"""Any server with OpenAI's Images API, such as vLLM-Omni and SGLang: your own, on one GPU or many.
+
+Sources: references/providers.md of this skill. Beyond OpenAI's own fields these engines take seed, steps and guidance.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import datetime as dt
+import re
+from typing import Any, ClassVar
+from urllib.parse import unquote_to_bytes
+
+from generate_image import (
+    MAX_IMAGE_BYTES,
+    MIB,
+    OWN_HARDWARE,
+    Endpoint,
+    Failure,
+    Generated,
+    HttpAnswer,
+    HttpCall,
+    ImageRequest,
+    KeyPlaces,
+    Price,
+    Provider,
+    Setting,
+    at,
+    bearer,
+    json_post,
+    kept_text,
+    link_expiry,
+    outside_json,
+    read_json,
+    real_number,
+    request_id,
+    service_failure,
+    what_the_model_cannot,
+    whole_number,
+)
+
+LINK_LIFETIME = dt.timedelta(hours=1)  # OpenAI's own; engines that link to themselves say nothing
+BLOCKED = ("content_policy_violation", "moderation_blocked", "content_filter")
+CODE_KINDS = dict.fromkeys(BLOCKED, "blocked") | {
+    "insufficient_quota": "quota",
+    "billing_hard_limit_reached": "balance",
+    "invalid_api_key": "key_rejected",
+    "model_not_found": "not_found",
+    "rate_limit_exceeded": "rate_limited",
+}
+STATUS_KINDS = {402: "balance", 413: "rejected_by_service", 422: "rejected_by_service"}
+THIS_MODEL = re.compile("z-?image", re.IGNORECASE)
+
+
+def model_name(text: str) -> str:
+    if not re.fullmatch("[!-~]{1,300}", text):
+        raise ValueError("a name without blanks")
+    return text
+
+
+class OpenAI(Provider):
+    """One POST, answered with the picture in base64, or with a link to it."""
+
+    name = "openai"
+    key_places = KeyPlaces(variable="OPENAI_API_KEY", optional=True)
+    roots: ClassVar = {"self-hosted": ""}
+    default_region = "self-hosted"
+    base_url_variables = ("OPENAI_BASE_URL",)
+    default_root = "/v1"
+    generate_path = "/images/generations"
+    max_answer_bytes = MAX_IMAGE_BYTES * 4 // 3 + MIB  # base64 of the largest picture
+    links_to_itself = True
+    billable = False
+    own_settings = (
+        Setting("steps", "N", "sampling steps", 8, whole_number(1, 200)),
+        Setting("guidance", "X", "guidance scale; this model is made for 0", 0.0, real_number(0, 100)),
+        Setting("model", "NAME", "model name to send, where the server serves several", None, model_name),
+    )
+
+    def root_of(self, path: str) -> str | None:
+        return path.removesuffix(self.generate_path) or self.default_root
+
+    def cannot(self, request: ImageRequest) -> list[str]:
+        return what_the_model_cannot(request, self.name)
+
+    def price(self, request: ImageRequest, region: str) -> Price:
+        return OWN_HARDWARE
+
+    def payload(self, request: ImageRequest) -> dict[str, Any]:
+        fields = {
+            "model": self.settings["model"],
+            "prompt": request.prompt,
+            "size": "{}x{}".format(*request.width_height),
+            "n": 1,
+            "response_format": "b64_json",
+            "seed": request.seed,
+            "num_inference_steps": self.settings["steps"],
+            "guidance_scale": self.settings["guidance"],
+        }
+        return {name: value for name, value in fields.items() if value is not None}
+
+    def submit(self, payload: dict[str, Any], endpoint: Endpoint, key: str, workspace: str | None) -> HttpCall:
+        return json_post(endpoint.url, payload, bearer(key))
+
+    def read(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated:
+        body = read_json(answer)
+        pictures = at(body, "data")
+        pictures = [p for p in pictures if isinstance(p, dict)] if isinstance(pictures, list) else []
+        pictures = [p for p in pictures if is_text(p.get("b64_json")) or is_text(p.get("url"))]
+        if body is None or not pictures or not 200 <= answer.status < 300:
+            raise failure_of(answer, body)
+        picture, *more = pictures
+        content = bytes_in(picture)
+        link = "" if content else str(picture["url"]).strip()
+        said = kept_text(picture.get("revised_prompt"))
+        usage = outside_json(body.get("usage"))
+        return Generated(
+            image_url=link,
+            content=content,
+            expires_at=link_expiry(link, now + LINK_LIFETIME) if link else None,
+            request_id=request_id(answer, body),
+            rewritten_prompt=said if said != request.prompt else "",
+            usage=usage if isinstance(usage, dict) else {},
+            other_urls=tuple(p["url"] for p in more if is_text(p.get("url")) and not is_data(p["url"])),
+        )
+
+    def query(self, endpoint: Endpoint, key: str, workspace: str | None) -> HttpCall:
+        return HttpCall("GET", f"{endpoint.root}/models", bearer(key))
+
+    def read_query(self, answer: HttpAnswer) -> bool:
+        body = read_json(answer)
+        if body is None or answer.status != 200:
+            raise failure_of(answer, body)
+        models = body.get("data")
+        names = [str(at(model, "id")) for model in models] if isinstance(models, list) else []
+        wanted = self.settings["model"]
+        return any(name == wanted if wanted else THIS_MODEL.search(name) for name in names)
+
+
+def is_text(value: object) -> bool:
+    return isinstance(value, str) and value.strip() != ""
+
+
+def is_data(link: str) -> bool:
+    return link.lstrip()[:5].lower() == "data:"
+
+
+def bytes_in(picture: dict[str, Any]) -> bytes:
+    """The bytes that an answer hands over, in base64 or as a data: link; none where it holds a link.
+
+    Raises:
+        Failure: answer_unusable.
+    """
+    text = picture.get("b64_json")
+    if not is_text(text):
+        text = picture.get("url")
+        if not is_data(str(text)):
+            return b""
+    try:
+        head, comma, data = str(text).partition(",")
+        if comma and is_data(head) and not head.lower().endswith(";base64"):
+            return unquote_to_bytes(data)
+        return base64.b64decode(re.sub(r"\s", "", data if comma else head), validate=True)
+    except (binascii.Error, ValueError):
+        raise Failure("answer_unusable", "the picture in the answer is not whole base64") from None
+
+
+def failure_of(answer: HttpAnswer, body: dict[str, Any] | None) -> Failure:
+    """What an answer without a picture means: OpenAI's error object, or what the engines' web framework says."""
+    error = at(body, "error")
+    code = str(at(error, "code") or at(error, "type") or "")
+    message = at(error, "message") or error or at(body, "detail") or at(body, "message")
+    return service_failure(
+        answer,
+        message=message if isinstance(message, (str, list, dict)) else None,
+        code=code,
+        kind=CODE_KINDS.get(code) or STATUS_KINDS.get(answer.status),
+        is_own_json=message is not None,
+        request_id=request_id(answer, body or {}),
+    )
+
+
+PROVIDER = OpenAI

@@ -1,0 +1,178 @@
+"""zimageturbo.ai: another vendor of the same model, asked by a task that is submitted and then asked after.
+
+Sources: references/providers.md of this skill. The service takes a prompt and one of five aspect ratios; seed, exact
+size and rewriting are its own affair. Its envelope repeats an HTTP status, and where the two disagree the worse one
+counts.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import math
+import re
+from typing import Any, ClassVar
+from urllib.parse import quote
+
+from generate_image import (
+    Endpoint,
+    Failure,
+    Generated,
+    HttpAnswer,
+    HttpCall,
+    ImageRequest,
+    KeyPlaces,
+    Price,
+    Provider,
+    Submitted,
+    at,
+    bearer,
+    json_post,
+    kept_text,
+    link_expiry,
+    outside_json,
+    outside_text,
+    read_json,
+    request_id,
+    service_failure,
+)
+
+RATIOS = ("1:1", "4:3", "3:4", "16:9", "9:16")
+MAX_PROMPT = 1000  # characters
+LINK_LIFETIME = dt.timedelta(hours=24)  # not documented; a link that lives longer still works
+DONE, WORKING, FAILED = "SUCCESS", "IN_PROGRESS", "FAILED"
+UNSAFE = re.compile(
+    r"sensitiv|nsfw|safety|moderat|inappropriate|prohibited|content polic|违规|敏感|不当", re.IGNORECASE
+)
+
+
+class ZImageTurbo(Provider):
+    """Submits a task, asks after it, and takes the first picture of its answer."""
+
+    name = "zimageturbo"
+    key_places = KeyPlaces(variable="ZIMAGETURBO_API_KEY")
+    roots: ClassVar = {"global": "https://zimageturbo.ai/api"}
+    default_region = "global"
+    base_url_variables = ("ZIMAGETURBO_BASE_URL",)
+    default_root = "/api"
+    generate_path = "/generate"
+    requests_per_minute = 60.0  # no limit is published: a careful one
+    takes_seed = False
+    sizes_are_ratios = True
+
+    def owns(self, host: str) -> bool:
+        return host == "zimageturbo.ai"
+
+    def cannot(self, request: ImageRequest) -> list[str]:
+        sentences = []
+        if len(request.prompt) > MAX_PROMPT:
+            sentences.append(f"prompt: {len(request.prompt)} characters; {self.name} takes at most {MAX_PROMPT}")
+        if ratio_of(request) not in RATIOS:
+            sentences.append(f"size: {request.size} is {ratio_of(request)}; {self.name} draws only {' '.join(RATIOS)}")
+        if request.seed is not None:
+            sentences.append(f"seed: {self.name} takes none; leave it out, or give -1")
+        if request.prompt_extend:
+            sentences.append(f"prompt_extend: {self.name} does not rewrite prompts; leave it out")
+        return sentences
+
+    def price(self, request: ImageRequest, region: str) -> Price:
+        return Price(0.02, "list price, one picture; failed tasks are not charged", "2025-12")
+
+    def payload(self, request: ImageRequest) -> dict[str, Any]:
+        return {"prompt": request.prompt, "aspect_ratio": ratio_of(request)}
+
+    def submit(self, payload: dict[str, Any], endpoint: Endpoint, key: str, workspace: str | None) -> HttpCall:
+        return json_post(endpoint.url, payload, bearer(key))
+
+    def read(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated | Submitted:
+        body = read_json(answer) or {}
+        task_id = at(body, "data", "task_id")
+        if isinstance(task_id, int) and not isinstance(task_id, bool):
+            task_id = str(task_id)
+        if not is_good(answer, body) or not isinstance(task_id, str) or not re.fullmatch("[!-~]{1,200}", task_id):
+            raise failure_of(answer, body)
+        return Submitted(task_id, request_id(answer, body))
+
+    def poll(self, task_id: str, endpoint: Endpoint, key: str) -> HttpCall:
+        return HttpCall("GET", f"{endpoint.root}/status?task_id={quote(task_id, safe='')}", bearer(key))
+
+    def read_poll(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated | None:
+        body = read_json(answer) or {}
+        data = body.get("data")
+        if not is_good(answer, body) or not isinstance(data, dict):
+            raise failure_of(answer, body)
+        status = str(data.get("status")).upper()
+        said = outside_text(data.get("error_message"))
+        if status == FAILED or (said and status not in (DONE, WORKING)):
+            kind = "blocked" if UNSAFE.search(said) else "task_failed"
+            raise Failure(kind, f"the task failed: {said or 'the service does not say why'}", billed="no")
+        if status != DONE:
+            return None
+        links = data.get("response")
+        links = (
+            [link.strip() for link in links if isinstance(link, str) and link.strip()]
+            if isinstance(links, list)
+            else []
+        )
+        if not links:
+            raise Failure("no_image", "the task succeeded, and no picture is in the answer")
+        drawn = at(data, "request", "prompt")
+        usage = {name: outside_json(data[name]) for name in ("consumed_credits", "created_at") if data.get(name)}
+        return Generated(
+            image_url=links[0],
+            expires_at=link_expiry(links[0], now + LINK_LIFETIME),
+            request_id=request_id(answer, body),
+            rewritten_prompt=kept_text(drawn) if drawn != request.prompt else "",
+            usage=usage,
+            other_urls=tuple(links[1:]),
+        )
+
+    def query(self, endpoint: Endpoint, key: str, workspace: str | None) -> HttpCall:
+        """There is no list of models: a question after a task that does not exist shows whether the key is good."""
+        return self.poll("check", endpoint, key)
+
+    def read_query(self, answer: HttpAnswer) -> bool:
+        body = read_json(answer) or {}
+        if code_of(body) is None or status_of(answer, body) not in (200, 400, 404):
+            raise failure_of(answer, body)
+        return False
+
+
+def ratio_of(request: ImageRequest) -> str:
+    """The aspect ratio of a size, in lowest terms."""
+    width, height = request.width_height
+    divisor = math.gcd(width, height)
+    return f"{width // divisor}:{height // divisor}"
+
+
+def code_of(body: dict[str, Any]) -> int | None:
+    """The HTTP status that the envelope repeats, as a number or as text; None where there is no envelope."""
+    code = body.get("code")
+    if isinstance(code, str) and re.fullmatch("[1-5][0-9]{2}", code):
+        return int(code)
+    return code if isinstance(code, int) and 100 <= code <= 599 else None
+
+
+def status_of(answer: HttpAnswer, body: dict[str, Any]) -> int:
+    return max(answer.status, code_of(body) or 0)
+
+
+def is_good(answer: HttpAnswer, body: dict[str, Any]) -> bool:
+    return 200 <= status_of(answer, body) < 300
+
+
+def failure_of(answer: HttpAnswer, body: dict[str, Any]) -> Failure:
+    """What an answer that is not a good one means."""
+    status, code = status_of(answer, body), code_of(body)
+    message = body.get("message") if isinstance(body.get("message"), str) else None
+    unsafe = status == 400 and UNSAFE.search(message or "")
+    return service_failure(
+        answer,
+        message=None if is_good(answer, body) else message,
+        kind="balance" if status == 402 else "blocked" if unsafe else None,
+        is_own_json=code is not None,
+        status=status,
+        request_id=request_id(answer, body),
+    )
+
+
+PROVIDER = ZImageTurbo
