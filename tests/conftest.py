@@ -79,6 +79,8 @@ class Shell:
         """Point the script at a mock service, and give it the mock's key."""
         self.env["DASHSCOPE_API_KEY"] = mock.api_key
         self.env["DASHSCOPE_BASE_URL"] = mock.base_url
+        self.env |= {"ZIMAGETURBO_API_KEY": mock.api_key, "ZIMAGETURBO_BASE_URL": mock.zimageturbo_url}
+        self.env["OPENAI_BASE_URL"] = mock.openai_url
 
     def environment(self) -> dict[str, str]:
         kept = {name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ}

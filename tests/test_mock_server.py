@@ -1,4 +1,7 @@
-"""The mock service, as a specification: what a client of the real one may rely on, and what it must survive."""
+"""The mock service, as a specification: what a client of the real one may rely on, and what it must survive.
+
+Here DashScope, and what all services share; test_mock_protocols.py has the other two services.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,8 @@ import struct
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -22,7 +27,7 @@ import requests
 from PIL import Image
 
 import mock_server
-from mock_server import FAULTS, MockServer, Picture, RateLimit, draw_png, fault_plan
+from mock_server import FAULTS, MockServer, Picture, RateLimit, draw_file, fault_plan
 
 SCRIPT = Path(mock_server.__file__)
 PROMPT = "A red panda reading a book"
@@ -189,7 +194,7 @@ class TestPaths:
             assert requests.get(url, params=query, timeout=5).status_code == 401
             assert (mock.stats()["billed"], mock.stats()["model_queries"]) == (0, 3)
 
-    @pytest.mark.parametrize("path", ["/api/v1/nothing", "/api/v2/models", "/api/v1/models/", "/", "/favicon.ico"])
+    @pytest.mark.parametrize("path", ["/api/v1", "/api/v1/nothing", "/api/v1/models/", "/", "/favicon.ico"])
     def test_an_unknown_path_is_404_in_json(self, mock: MockServer, path: str) -> None:
         reply = requests.get(mock.base_url.removesuffix("/api/v1") + path, timeout=5)
         assert (reply.status_code, reply.json()["code"]) == (404, "NotFound")
@@ -210,7 +215,12 @@ class TestPaths:
             counters = ("generate_requests", "billed", "downloads", "model_queries", "throttled", "errors")
             assert [stats[name] for name in counters] == [2, 1, 1, 0, 0, {"InternalError": 1}]
             assert stats["payloads"] == [
-                {"model": "z-image-turbo", "prompt": PROMPT, "parameters": PAYLOAD["parameters"]}
+                {
+                    "service": "dashscope",
+                    "model": "z-image-turbo",
+                    "prompt": PROMPT,
+                    "parameters": PAYLOAD["parameters"],
+                }
             ]
             seen = [(r["method"], r["status"], r["code"], r["billed"], r["authorization"]) for r in stats["requests"]]
             assert seen == [
@@ -271,19 +281,19 @@ class TestLinks:
 class TestPictures:
     def test_the_same_prompt_seed_and_size_give_the_same_bytes(self, mock: MockServer) -> None:
         first = requests.get(link(mock), timeout=5).content
-        draw_png.cache_clear()
+        draw_file.cache_clear()
         assert requests.get(link(mock), timeout=5).content == first
 
     def test_another_seed_or_prompt_gives_another_picture(self) -> None:
         pictures = [Picture("a", 1, 512, 512), Picture("a", 2, 512, 512), Picture("b", 1, 512, 512)]
-        assert len({draw_png(picture) for picture in pictures}) == 3
+        assert len({draw_file(picture) for picture in pictures}) == 3
 
     @pytest.mark.parametrize(
         "prompt", ["雪山下的湖", "\u0301", "🦀🦀", "a\x00b\u202ec", "x" * 3000, "سلام", "word " * 400]
     )
     def test_any_prompt_can_be_captioned(self, prompt: str) -> None:
         for width, height in ((512, 512), (256, 1024)):
-            assert Image.open(io.BytesIO(draw_png(Picture(prompt, 1, width, height)))).size == (width, height)
+            assert Image.open(io.BytesIO(draw_file(Picture(prompt, 1, width, height)))).size == (width, height)
 
     @pytest.mark.parametrize("width, height", [(256, 1024), (1024, 256), (512, 8192), (8192, 512)])
     def test_every_landscape_fits_every_shape(self, width: int, height: int) -> None:
@@ -291,7 +301,7 @@ class TestPictures:
             assert mock_server.draw(Picture("a bay", seed, width, height)).size == (width, height)
 
     def test_the_cache_is_bounded(self) -> None:
-        assert draw_png.cache_info().maxsize == mock_server.PICTURES_KEPT
+        assert draw_file.cache_info().maxsize == mock_server.PICTURES_KEPT
 
 
 class TestRate:
@@ -339,6 +349,7 @@ class TestRate:
 ERRORS = [
     ("400", 400, "InvalidParameter"),
     ("blocked", 400, "DataInspectionFailed"),
+    ("402", 400, "Arrearage"),
     ("arrearage", 400, "Arrearage"),
     ("401", 401, "InvalidApiKey"),
     ("403", 403, "Model.AccessDenied"),
@@ -540,9 +551,15 @@ class TestRobustness:
         assert time.monotonic() - started < 5
 
 
-def launch(*arguments: str) -> subprocess.Popen[str]:
+@contextmanager
+def launch(*arguments: str) -> Iterator[subprocess.Popen[str]]:
+    """The script as a process, which does not outlive a test that fails."""
     command = [sys.executable, str(SCRIPT), *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
 
 
 class TestCommandLine:
@@ -552,10 +569,15 @@ class TestCommandLine:
         with launch("--port", "0", "--fault", "ok,429") as process:
             assert process.stdout
             where = json.loads(process.stdout.readline())
-            assert where.keys() == {"base_url", "endpoint", "api_key", "stats_url", "pid"}
+            assert where.keys() == {"base_url", "endpoint", "api_key", "stats_url", "providers", "pid"}
             assert where["pid"] == process.pid
             assert where["api_key"].startswith("sk-mock-")
             assert where["endpoint"] == f"{where['base_url']}/services/aigc/multimodal-generation/generation"
+            root = where["base_url"].removesuffix("/api/v1")
+            assert where["providers"] == {
+                "zimageturbo": {"base_url": f"{root}/api", "api_key": where["api_key"]},
+                "openai": {"base_url": f"{root}/v1", "api_key": where["api_key"]},
+            }
             for status in (200, 429):
                 headers = {"Authorization": f"Bearer {where['api_key']}"}
                 assert requests.post(where["endpoint"], json=PAYLOAD, headers=headers, timeout=5).status_code == status
@@ -589,9 +611,14 @@ class TestCommandLine:
         err = capsys.readouterr().err
         assert ended.value.code == 2 and str(mock.server_port) in err and len(err.splitlines()) == 1
 
-    def test_fault_list_names_every_fault(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_fault_list_names_every_fault_and_the_service_that_alone_knows_it(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
         assert mock_server.main(["--fault", "list"]) == 0
-        assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == list(FAULTS)
+        lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+        assert list(lines) == list(FAULTS)
+        assert lines["task-lost"].endswith("(zimageturbo only)") and lines["bad-base64"].endswith("(openai only)")
+        assert "only" not in lines["hangup-after"]
 
 
 OFFICIAL_CLIENT = """

@@ -3,18 +3,20 @@
 # requires-python = ">=3.10"
 # dependencies = ["Pillow>=10.3,<14"]
 # ///
-"""The image service on loopback: offline, free, and as strict as the real one.
+"""The image services on loopback: offline, free, and as strict as the real ones.
 
-For rehearsals, demos and tests. It answers with the same bodies and the same errors, hands out signed links that
-expire, limits the rate, fails on request (--fault), and keeps count of what would have been paid for. Its pictures
-are drawn from prompt, seed and size, and say in their caption that no model made them.
+For rehearsals, demos and tests. Each of the three ways to the model answers at its natural path with its own bodies
+and errors: DashScope below /api/v1, zimageturbo.ai below /api, a server of one's own (OpenAI's Images API) below /v1.
+The mock hands out signed links that expire, limits the rate, fails on request (--fault), and keeps count of what
+would have been paid for. Its pictures are drawn from prompt, seed and size, and say in their caption that no model
+made them.
 
     python3 mock_server.py --port 8080 --fault 429,hangup-after
     with MockServer(rpm=0, faults="429") as mock: ...      # in a test
 
-Chapters: what passes between them, faults, counting and limits, pictures behind links, the DashScope service,
-the server, drawing, the command line. A further service is one more class like `DashScope`: a prefix, a table of
-routes and a table of errors; faults, counting, links and drawing are shared.
+Chapters: what passes between them, errors and faults, counting and limits, pictures behind links, what the image
+services share, DashScope, zimageturbo, OpenAI's Images API, the server, drawing, the command line. A further service
+is one more `Dialect`, for its errors, and one more `Provider`: a prefix, a table of routes, what it takes and answers.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from __future__ import annotations
 import argparse
 import base64
 import hashlib
+import heapq
 import hmac
 import io
 import ipaddress
@@ -40,13 +43,14 @@ import time
 import unicodedata
 import uuid
 import zlib
+from abc import ABC, abstractmethod
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import chain, repeat
-from typing import Any, Literal, NamedTuple, NoReturn, Protocol
+from typing import Any, Literal, NamedTuple, NoReturn, Protocol, TypeVar
 from urllib.parse import parse_qsl, quote, urlsplit
 
 from PIL import Image, ImageChops, ImageColor, ImageDraw, ImageFont, ImageOps
@@ -58,7 +62,8 @@ MAX_SEED = 2147483647
 DEFAULT_SIZE = "1024*1536"
 DEFAULT_RPM = 120  # requests a minute and account: the vendor's model page, 2026
 DEFAULT_LINK_TTL_S = 24 * 3600
-LINKS_KEPT, REQUESTS_KEPT, PICTURES_KEPT = 10_000, 100, 24  # so that a long run does not eat the memory
+# So that a long run does not eat the memory.
+LINKS_KEPT, TASKS_KEPT, REQUESTS_KEPT, PICTURES_KEPT = 10_000, 10_000, 100, 24
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -101,32 +106,36 @@ class Refusal(Exception):
 
 @dataclass(frozen=True)
 class Picture:
-    """All that a picture is drawn from: the same four give the same bytes."""
+    """All that a picture is drawn from: the same five give the same bytes."""
 
     prompt: str
     seed: int
     width: int
     height: int
+    kind: str = "png"  # or "jpeg", "webp"
+
+
+class Order(NamedTuple):
+    """A valid generation request, in the words of the service."""
+
+    model: str
+    prompt: str
+    parameters: Mapping[str, Any]
 
 
 class Service(Protocol):
-    """Whoever answers for all paths under `prefix`."""
+    """Whoever answers for all paths under `prefix`, which ends in a slash or is empty."""
 
     prefix: str
+    dialect: Dialect  # for what the server itself has to say about a request
 
     def answer(self, request: Request) -> Reply:
-        """Answer one request; may raise Refusal."""
+        """Answer one request."""
 
 
 def json_reply(value: object, **fields: Any) -> Reply:
     """A 200 with a JSON body; `fields` are further fields of the Reply."""
     return Reply(200, json.dumps(value, ensure_ascii=False).encode(errors="replace"), **fields)
-
-
-def json_error(status: int, code: str, message: str, **fields: Any) -> Reply:
-    """An error in DashScope's form."""
-    body = {"code": code, "message": message, "request_id": str(uuid.uuid4())}
-    return replace(json_reply(body, **fields), status=status, code=code)
 
 
 def xml_error(status: int, code: str, message: str) -> Reply:
@@ -144,14 +153,17 @@ def html_page(status: int, title: str) -> Reply:
     return Reply(status, body.encode(), "text/html")
 
 
-def route(routes: Mapping[str, Mapping[str, Callable[[Request], Reply]]], request: Request) -> Reply:
+Routes = Mapping[str, Mapping[str, Callable[[Request], Reply]]]
+
+
+def route(routes: Routes, request: Request, dialect: Dialect) -> Reply:
     """Call what a table of path and method names; 404 or 405 where it names nothing."""
     methods = routes.get(request.path)
     if methods is None:
-        return json_error(404, "NotFound", f"No such path: {request.path[:200]}")
+        return dialect.error(404, "NotFound", f"No such path: {request.path[:200]}")
     if request.method not in methods:
         allowed = ", ".join(methods)
-        return json_error(405, "MethodNotAllowed", f"Use {allowed}.", headers={"Allow": allowed})
+        return dialect.error(405, "MethodNotAllowed", f"Use {allowed}.", headers={"Allow": allowed})
     return methods[request.method](request)
 
 
@@ -161,40 +173,144 @@ def route(routes: Mapping[str, Mapping[str, Callable[[Request], Reply]]], reques
 
 
 class ErrorRow(NamedTuple):
-    """One documented error of the service that is surely not billed."""
+    """One way to be refused, whichever service it is. Nothing is made or billed, unless `made`."""
 
-    status: int
-    code: str
+    help: str
     message: str
     retry_after_s: int = 0  # 0: the header is not sent
+    made: bool = False
 
 
-RATE_MESSAGE = "Requests rate limit exceeded, please try again later."
-DASHSCOPE_ERRORS = {
-    "400": ErrorRow(400, "InvalidParameter", "Required parameter is missing or invalid, please check the request."),
-    "blocked": ErrorRow(400, "DataInspectionFailed", "Input or output data may contain inappropriate content."),
-    "arrearage": ErrorRow(400, "Arrearage", "Access denied, please make sure your account is in good standing."),
-    "401": ErrorRow(401, "InvalidApiKey", "Invalid API-key provided."),
-    "403": ErrorRow(403, "Model.AccessDenied", "Model access denied."),
-    "quota": ErrorRow(403, "AllocationQuota.FreeTierOnly", "The free tier of the model has been exhausted."),
-    "quota-429": ErrorRow(429, "Throttling.AllocationQuota", "Allocated quota exceeded, please increase your quota."),
-    "404": ErrorRow(404, "ModelNotFound", "Model not exist."),
-    "429": ErrorRow(429, "Throttling.RateQuota", RATE_MESSAGE),
-    "429-wait": ErrorRow(429, "Throttling.RateQuota", RATE_MESSAGE, retry_after_s=1),
-    "429-long": ErrorRow(429, "Throttling.RateQuota", RATE_MESSAGE, retry_after_s=3600),
-    "500": ErrorRow(500, "InternalError", "An internal error has occurred, please try again later."),
-    "503": ErrorRow(503, "ServiceUnavailable", "The service is overloaded, please try again later."),
+NO_BALANCE = ErrorRow(
+    "402, the account is overdue (dashscope: 400 Arrearage)",
+    "Access denied, please make sure your account is in good standing.",
+)
+TOO_MANY = ErrorRow("rate limit, no Retry-After", "Requests rate limit exceeded, please try again later.")
+ERRORS = {
+    "400": ErrorRow("the request is wrong", "Required parameter is missing or invalid, please check the request."),
+    "blocked": ErrorRow("400, refused by content safety", "Input or output data may contain inappropriate content."),
+    "402": NO_BALANCE,
+    "arrearage": NO_BALANCE,
+    "401": ErrorRow("the key is wrong", "Invalid API-key provided."),
+    "403": ErrorRow("no permission for the model", "Model access denied."),
+    "quota": ErrorRow("403, the free quota is used up", "The free tier of the model has been exhausted."),
+    "quota-429": ErrorRow("429, the quota is used up", "Allocated quota exceeded, please increase your quota."),
+    "404": ErrorRow("no such model", "Model not exist."),
+    "429": TOO_MANY,
+    "429-wait": TOO_MANY._replace(help="rate limit, Retry-After: 1", retry_after_s=1),
+    "429-long": TOO_MANY._replace(help="rate limit, Retry-After: 3600", retry_after_s=3600),
+    "500": ErrorRow("a fault of the service", "An internal error has occurred, please try again later."),
+    "503": ErrorRow("overloaded", "The service is overloaded, please try again later."),
+    "timeout": ErrorRow(
+        "picture made and billed, the service says that it timed out",
+        "Request timed out, please try again later.",
+        made=True,
+    ),
 }
 
 
+@dataclass(frozen=True)
+class Dialect:
+    """How one service words its errors: the body of HTTP status, code and message, and the errors that it knows."""
+
+    service: str
+    body: Callable[[int, str, str], object]
+    codes: Mapping[str, tuple[int, str]]  # HTTP status and code, by the names of ERRORS
+
+    def error(self, status: int, code: str, message: str, **fields: Any) -> Reply:
+        """An error in the service's form; `fields` are further fields of the Reply."""
+        return replace(json_reply(self.body(status, code, message), **fields), status=status, code=code)
+
+    def refused(self, name: str, message: str = "", retry_after_s: int = 0) -> Reply:
+        """The error of this name. Message and wait are those of its row unless given."""
+        row = ERRORS[name]
+        wait = retry_after_s or row.retry_after_s
+        return self.error(*self.codes[name], message or row.message, headers={"Retry-After": str(wait)} if wait else {})
+
+
+def _openai_error(status: int, code: str, message: str) -> object:
+    kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": code}}
+
+
+BALANCE_NAMES = ("402", "arrearage")
+RATE_NAMES = ("429", "429-wait", "429-long")
+DASHSCOPE = Dialect(
+    "dashscope",
+    lambda status, code, message: {"code": code, "message": message, "request_id": str(uuid.uuid4())},
+    {
+        "400": (400, "InvalidParameter"),
+        "blocked": (400, "DataInspectionFailed"),
+        **dict.fromkeys(BALANCE_NAMES, (400, "Arrearage")),
+        "401": (401, "InvalidApiKey"),
+        "403": (403, "Model.AccessDenied"),
+        "quota": (403, "AllocationQuota.FreeTierOnly"),
+        "quota-429": (429, "Throttling.AllocationQuota"),
+        "404": (404, "ModelNotFound"),
+        **dict.fromkeys(RATE_NAMES, (429, "Throttling.RateQuota")),
+        "500": (500, "InternalError"),
+        "503": (503, "ServiceUnavailable"),
+        "timeout": (500, "RequestTimeOut"),
+    },
+)
+ZIMAGETURBO = Dialect(
+    "zimageturbo",
+    lambda status, code, message: {"code": status, "message": message, "data": None},
+    {
+        **{name: (int(name), name) for name in ("400", "401", "403", "404", "500", "503")},
+        "blocked": (400, "400"),
+        **dict.fromkeys(BALANCE_NAMES, (402, "402")),
+        **dict.fromkeys(RATE_NAMES, (429, "429")),
+        "timeout": (504, "504"),
+    },
+)
+OPENAI = Dialect(
+    "openai",
+    _openai_error,
+    {
+        "400": (400, "invalid_value"),
+        "blocked": (400, "moderation_blocked"),
+        **dict.fromkeys(BALANCE_NAMES, (402, "insufficient_balance")),
+        "401": (401, "invalid_api_key"),
+        "403": (403, "insufficient_permissions"),
+        "quota-429": (429, "insufficient_quota"),
+        "404": (404, "model_not_found"),
+        **dict.fromkeys(RATE_NAMES, (429, "rate_limit_exceeded")),
+        "500": (500, "server_error"),
+        "503": (503, "overloaded"),
+        "timeout": (504, "timeout"),
+    },
+)
+DIALECTS = (DASHSCOPE, ZIMAGETURBO, OPENAI)
+SERVICES = tuple(dialect.service for dialect in DIALECTS)
+RATE_CODES = {dialect.codes["429"][1] for dialect in DIALECTS}
+
+
+class Course(NamedTuple):
+    """How a task of zimageturbo goes on, as the status queries tell it."""
+
+    end: Literal["SUCCESS", "FAILED", "IN_PROGRESS"] = "SUCCESS"
+    error_message: str | None = None
+    pictures: int = 1
+    early: str | Reply = "IN_PROGRESS"  # a status, or an error, that the first queries are told, however it stands
+    early_queries: float = 0
+
+    @property
+    def billed(self) -> bool:
+        """Whether the task will be paid for: only a picture is."""
+        return self.end == "SUCCESS" and self.pictures > 0
+
+
 class Fault(NamedTuple):
-    """One way to fail on purpose. Where neither `instead`, `answer` nor `image` is set, the service knows the name."""
+    """One way to fail on purpose. Where nothing but `help` is set, the service itself knows the name."""
 
     help: str
     instead: Reply | None = None  # answered at once, nothing is made or billed
     answer: Callable[[Reply], Reply] | None = None  # the picture is made and billed, the answer suffers
-    image: Callable[[Picture, Request], Reply] | None = None  # the answer is good, its link is not
+    image: Callable[[Picture, str], Reply] | None = None  # the answer is good, its link (the second argument) is not
     once: bool = False  # of an image fault: the first download only
+    task: Course = Course()
+    services: Sequence[str] = SERVICES  # who knows it; to others it means "ok"
 
 
 def _billed(page: Reply) -> Callable[[Reply], Reply]:
@@ -205,10 +321,12 @@ def _hangup(good: Reply) -> Reply:
     return replace(good, status=0, delivery="hangup")
 
 
-def _damaged(picture: Picture, request: Request) -> Reply:
-    data = draw_png(picture)
-    middle = len(data) // 2
-    return _png(data[:middle] + bytes(64) + data[middle + 64 :])
+def _damaged(picture: Picture, link: str) -> Reply:
+    good = _drawn(picture)
+    # The decoders forgive much: to JPEG, zeros would be pixels, and this is a table that cannot be; WebP minds only
+    # its header.
+    start = 20 if picture.kind == "webp" else len(good.body) // 2
+    return replace(good, body=good.body[:start] + b"\xff\xc4\x00\x03" * 16 + good.body[start + 64 :])
 
 
 def _bomb() -> bytes:
@@ -222,61 +340,97 @@ def _bomb() -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", pixels) + chunk(b"IEND", b"")
 
 
-def _png(data: bytes) -> Reply:
-    return Reply(200, data, "image/png")
-
-
 def _drawn(picture: Picture) -> Reply:
-    return _png(draw_png(picture))
+    return Reply(200, draw_file(picture), f"image/{picture.kind}")
 
 
-def _bigger(picture: Picture, request: Request) -> Reply:
+def _bigger(picture: Picture, link: str) -> Reply:
     return _drawn(replace(picture, width=picture.width + 64, height=picture.height + 64))
 
 
-def _halved(picture: Picture, request: Request) -> Reply:
+def _halved(picture: Picture, link: str) -> Reply:
     return replace(_drawn(picture), delivery="half")
 
 
-def _to_itself(picture: Picture, request: Request) -> Reply:
-    return Reply(302, headers={"Location": request.target})
+def _to_itself(picture: Picture, link: str) -> Reply:
+    return Reply(302, headers={"Location": link})
 
 
 NO_RIGHT = xml_error(403, "AccessDenied", "You have no right to access this object because of bucket acl.")
 EXPIRED = xml_error(403, "AccessDenied", "Request has expired.")
 NO_FILE = xml_error(404, "NoSuchKey", "The specified key does not exist.")
 STORE_DOWN = xml_error(500, "InternalError", "We encountered an internal error. Please try again.")
-TIMED_OUT = json_error(500, "RequestTimeOut", "Request timed out, please try again later.")
 ELSEWHERE = Reply(307, headers={"Location": "/mock/elsewhere"})
 
+TASK_FAULTS = {
+    "task-failed": Fault("FAILED, not billed", task=Course("FAILED", "Image generation failed.")),
+    "task-blocked": Fault(
+        "FAILED for sensitive content, not billed",
+        task=Course("FAILED", "The prompt may contain sensitive content."),
+    ),
+    "task-lost": Fault(
+        "404 to every status query, not billed",
+        task=Course("FAILED", early=ZIMAGETURBO.refused("404", "Task not found."), early_queries=math.inf),
+    ),
+    "task-status": Fault(
+        "two status queries are told an undocumented status",
+        task=Course(early="PENDING_REVIEW", early_queries=2),
+    ),
+    "task-slow": Fault("IN_PROGRESS for ever, not billed", task=Course("IN_PROGRESS")),
+    "status-500": Fault(
+        "two status queries get 500 HTML of a gateway",
+        task=Course(early=html_page(500, "Internal Server Error"), early_queries=2),
+    ),
+    "status-429": Fault(
+        "the first status query gets 429, Retry-After: 1",
+        task=Course(early=ZIMAGETURBO.refused("429-wait"), early_queries=1),
+    ),
+    "two-pictures": Fault("two links, billed once", task=Course(pictures=2)),
+    **{
+        f"envelope-{name}": Fault(
+            f"HTTP 200, but {name} in the envelope; no task",
+            instead=replace(ZIMAGETURBO.refused(name), status=200),
+        )
+        for name in ("401", "402", "429", "500")
+    },
+}
+OPENAI_FAULTS = {
+    "url": Fault("a link where base64 was asked for"),
+    "data-url": Fault("a link that is the picture, as data:image/...;base64,..."),
+    "bad-base64": Fault("base64 that cannot be decoded"),
+}
 FAULTS: dict[str, Fault] = {
     "ok": Fault("normal service"),
-    **{name: Fault(f"{row.status} {row.code}") for name, row in DASHSCOPE_ERRORS.items()},
-    "429-wait": Fault("429 Throttling.RateQuota, Retry-After: 1"),
-    "429-long": Fault("429 Throttling.RateQuota, Retry-After: 3600"),
+    **{
+        name: Fault(row.help, services=tuple(dialect.service for dialect in DIALECTS if name in dialect.codes))
+        for name, row in ERRORS.items()
+    },
     "hangup-before": Fault("connection closed without an answer, nothing made", Reply(0, delivery="hangup")),
     "redirect": Fault("307 to another path, nothing made", ELSEWHERE),
-    "no-image": Fault("200 without an image, not billed"),
+    "no-image": Fault("200 (or SUCCESS) without an image, not billed", task=Course(pictures=0)),
     "hangup-after": Fault("picture made and billed, connection closed", answer=_hangup),
     "cut-answer": Fault("picture made and billed, half the JSON", answer=lambda r: replace(r, delivery="half")),
     "slow": Fault("picture made and billed, answer byte by byte", answer=lambda r: replace(r, delivery="dribble")),
-    "timeout": Fault("500 RequestTimeOut, billed", answer=_billed(TIMED_OUT)),
     "not-json": Fault("200 that is not JSON, billed", answer=_billed(Reply(200, b"OK, done."))),
     "500-html": Fault("500 HTML of a gateway, billed", answer=_billed(html_page(500, "Internal Server Error"))),
     "502": Fault("502 HTML of a gateway, billed", answer=_billed(html_page(502, "Bad Gateway"))),
     "504": Fault("504 HTML of a gateway, billed", answer=_billed(html_page(504, "Gateway Time-out"))),
-    "image-403": Fault("link: 403 AccessDenied", image=lambda p, r: NO_RIGHT),
-    "image-expired": Fault("link: 403 Request has expired", image=lambda p, r: EXPIRED),
-    "image-404": Fault("link: 404 NoSuchKey", image=lambda p, r: NO_FILE),
-    "image-500": Fault("link: 500, first download only", image=lambda p, r: STORE_DOWN, once=True),
+    "image-403": Fault("link: 403 AccessDenied", image=lambda p, link: NO_RIGHT),
+    "image-expired": Fault("link: 403 Request has expired", image=lambda p, link: EXPIRED),
+    "image-404": Fault("link: 404 NoSuchKey", image=lambda p, link: NO_FILE),
+    "image-500": Fault("link: 500, first download only", image=lambda p, link: STORE_DOWN, once=True),
     "image-cut": Fault("link: half, first download only", image=_halved, once=True),
     "image-corrupt": Fault("link: whole length, damaged bytes", image=_damaged),
-    "image-html": Fault("link: 200 with an HTML page", image=lambda p, r: html_page(200, "Please sign in")),
-    "image-bomb": Fault("link: a tiny PNG that claims 50000*50000", image=lambda p, r: _png(_bomb())),
+    "image-html": Fault("link: 200 with an HTML page", image=lambda p, link: html_page(200, "Please sign in")),
+    "image-bomb": Fault(
+        "link: a tiny PNG that claims 50000*50000", image=lambda p, link: Reply(200, _bomb(), "image/png")
+    ),
     "image-big-size": Fault("link: a picture of another size than asked", image=_bigger),
     "image-redirect": Fault("link: 302 to itself, first download only", image=_to_itself, once=True),
     "image-redirect-loop": Fault("link: 302 to itself", image=_to_itself),
-    "image-jpeg": Fault("link: a JPEG", image=lambda p, r: Reply(200, encode(draw(p), "JPEG"), "image/jpeg")),
+    "image-jpeg": Fault("link: a JPEG", image=lambda p, link: _drawn(replace(p, kind="jpeg"))),
+    **{name: fault._replace(services=["zimageturbo"]) for name, fault in TASK_FAULTS.items()},
+    **{name: fault._replace(services=["openai"]) for name, fault in OPENAI_FAULTS.items()},
 }
 
 
@@ -305,11 +459,14 @@ class Ledger:
     """What happened, for GET /mock/stats: counters, the last requests, the last payloads. Never a key."""
 
     prefix = ""  # all paths that no other service claims: 404
+    dialect = DASHSCOPE
     stats_path = "/mock/stats"
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._counts = Counter({"generate_requests": 0, "billed": 0, "downloads": 0, "model_queries": 0})
+        names = ("generate_requests", "billed", "downloads", "model_queries", "status_queries")
+        self._counts = Counter(dict.fromkeys(names, 0))
+        self._due: list[float] = []  # a heap: when the pictures that are not finished yet will be
         self._errors: Counter[str] = Counter()
         self._requests: deque[dict[str, Any]] = deque(maxlen=REQUESTS_KEPT)
         self._payloads: deque[dict[str, Any]] = deque(maxlen=REQUESTS_KEPT)
@@ -319,10 +476,24 @@ class Ledger:
         with self._lock:
             self._counts[name] += 1
 
-    def payload(self, model: str, prompt: str, parameters: Mapping[str, Any]) -> None:
-        """Note what a valid generation request asked for."""
+    def bill(self, pictures: int = 1, due: float = 0.0) -> None:
+        """Count pictures as paid for: at once, or from that time of time.monotonic() on."""
         with self._lock:
-            self._payloads.append({"model": model, "prompt": prompt[:2000], "parameters": dict(parameters)})
+            for _ in range(pictures):
+                heapq.heappush(self._due, due)
+            self._settle()
+
+    def _settle(self) -> None:
+        while self._due and self._due[0] <= time.monotonic():
+            heapq.heappop(self._due)
+            self._counts["billed"] += 1
+
+    def payload(self, service: str, order: Order) -> None:
+        """Note what a valid generation request asked for."""
+        parameters = dict(order.parameters)
+        entry = {"service": service, "model": order.model, "prompt": order.prompt[:2000], "parameters": parameters}
+        with self._lock:
+            self._payloads.append(entry)
 
     def record(self, request: Request, reply: Reply) -> None:
         """Note a request and how it ended. Called before the answer leaves, so that the client can ask at once."""
@@ -342,14 +513,15 @@ class Ledger:
 
     def answer(self, request: Request) -> Reply:
         """Answer the statistics."""
-        return route({self.stats_path: {"GET": lambda _: json_reply(self.snapshot())}}, request)
+        return route({self.stats_path: {"GET": lambda _: json_reply(self.snapshot())}}, request, self.dialect)
 
     def snapshot(self) -> dict[str, Any]:
         """All of it as JSON-able values."""
         with self._lock:
+            self._settle()
             return {
                 **self._counts,
-                "throttled": self._errors["Throttling.RateQuota"],
+                "throttled": sum(self._errors[code] for code in RATE_CODES),
                 "errors": dict(self._errors),
                 "requests": list(self._requests),
                 "payloads": list(self._payloads),
@@ -387,29 +559,49 @@ class RateLimit:
             return 0
 
 
+Value = TypeVar("Value")
+
+
+class Recent(OrderedDict[str, Value]):
+    """A dictionary that forgets its oldest entry when it gets a further one beyond its limit."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self._limit = limit
+
+    def __setitem__(self, key: str, value: Value) -> None:
+        super().__setitem__(key, value)
+        if len(self) > self._limit:
+            self.popitem(last=False)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures behind signed links
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+def delivered(picture: Picture, fault: Fault, link: str = "") -> Reply:
+    """The picture as whoever follows the link gets it, with the fault's `image` part, if any."""
+    return fault.image(picture, link) if fault.image else _drawn(picture)
 
 
 class Gallery:
     """The file storage: a picture is drawn when its link is first followed, and no key is asked for."""
 
     prefix = "/files/"
+    dialect = DASHSCOPE
 
     def __init__(self, root: str, ttl_s: float, ledger: Ledger) -> None:
         self._root, self._ttl_s, self._ledger = root, ttl_s, ledger
         self._secret = secrets.token_bytes(32)
-        self._pictures: OrderedDict[str, tuple[Picture, Fault]] = OrderedDict()
+        self._pictures: Recent[tuple[Picture, Fault]] = Recent(LINKS_KEPT)
         self._lock = threading.Lock()
 
     def issue(self, picture: Picture, fault: Fault) -> str:
         """A new signed link to the picture, which then suffers the fault's `image` part, if any."""
-        path = f"{self.prefix}{secrets.token_hex(16)}.png"
+        path = f"{self.prefix}{secrets.token_hex(16)}.{picture.kind}"
         with self._lock:
             self._pictures[path] = (picture, fault)
-            while len(self._pictures) > LINKS_KEPT:
-                self._pictures.popitem(last=False)
         now = time.time()
         expires = str(math.ceil(now + self._ttl_s) if self._ttl_s else int(now))
         signature = quote(self._sign(path, expires), safe="")
@@ -433,7 +625,7 @@ class Gallery:
         if request.method == "GET" and fault.once:
             with self._lock:
                 self._pictures[request.path] = (picture, FAULTS["ok"])
-        reply = fault.image(picture, request) if fault.image else _drawn(picture)
+        reply = delivered(picture, fault, request.target)
         if request.method == "GET" and reply.status == 200:
             self._ledger.count("downloads")
         return reply
@@ -444,73 +636,180 @@ class Gallery:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The DashScope service
+# What the image services share
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Studio:
-    """What all services share."""
+    """What all image services work with."""
 
     api_key: str
     faults: Iterator[str]
-    rate: RateLimit
+    rpm: int  # for each service, as each vendor counts for itself
     gallery: Gallery
     ledger: Ledger
-    pause: Callable[[], object]  # waits as long as the drawing is said to take
+    latency_s: float  # how long a picture is said to take
+    pause: Callable[[], object]  # waits as long
 
 
-class Order(NamedTuple):
-    """A valid generation request."""
-
-    picture: Picture
-    rewritten: str  # empty unless rewriting was asked for
+Rule = tuple[Callable[[Any], bool], str]  # whether a value is right, and what is right in words
 
 
-class DashScope:
-    """Alibaba Cloud Model Studio: generation in one synchronous call, and a free query of the models."""
+class Provider(ABC):
+    """An image service: from the key to the fault all do the same, in their own dialect."""
 
-    prefix = "/api/"
-    root_path = "/api/v1"
-    generation_path = f"{root_path}/services/aigc/multimodal-generation/generation"
-    model = "z-image-turbo"
+    prefix: str
+    dialect: Dialect
+    limited = True
+    _routes: Routes
 
     def __init__(self, studio: Studio) -> None:
         self._studio = studio
-        self._routes = {
-            self.generation_path: {"POST": self._generate},
-            f"{self.root_path}/models": {"GET": self._models},
-        }
+        self._rate = RateLimit(studio.rpm if self.limited else 0)
 
     def answer(self, request: Request) -> Reply:
-        """Answer one request under /api/."""
-        return route(self._routes, request)
+        """Answer one request under the prefix."""
+        try:
+            return route(self._routes, request, self.dialect)
+        except Refusal as refusal:
+            return refusal.reply
+
+    @abstractmethod
+    def _order(self, body: object) -> Order:
+        """The request's body, checked field by field like the service does it. Raises Refusal."""
+
+    @abstractmethod
+    def _make(self, order: Order, fault: str) -> Reply:
+        """The good answer, and what it costs in the ledger. Of the faults it minds its own, and "no-image"."""
 
     def _generate(self, request: Request) -> Reply:
-        studio = self._studio
-        studio.ledger.count("generate_requests")
+        ledger = self._studio.ledger
+        ledger.count("generate_requests")
         self._authorize(request)
-        if wait := studio.rate.admit():
+        if wait := self._rate.admit():
             raise self._refusal("429", retry_after_s=wait)
-        name = next(studio.faults)
-        fault = FAULTS[name]
-        if name in DASHSCOPE_ERRORS:
+        name = next(self._studio.faults)
+        if self.dialect.service not in FAULTS[name].services:
+            name = "ok"
+        if name in ERRORS and not ERRORS[name].made:
             raise self._refusal(name)
-        if fault.instead:
-            return replace(fault.instead, code=name)
-        order = self._order(request)
-        prompt = order.picture.prompt
-        if "mock:blocked-empty" in prompt or name == "no-image":
-            return self._success(order, None)
-        if "mock:blocked" in prompt:
+        if instead := FAULTS[name].instead:
+            return replace(instead, code=name)
+        order = self._order(self._body(request))
+        ledger.payload(self.dialect.service, order)
+        if "mock:blocked-empty" in order.prompt:
+            name = "no-image"
+        elif "mock:blocked" in order.prompt:
             raise self._refusal("blocked")
-        studio.ledger.count("billed")  # before the pause: a client that gives up meanwhile has paid all the same
-        reply = self._success(order, studio.gallery.issue(order.picture, fault))
-        studio.pause()
-        if fault.answer:
-            reply = fault.answer(reply)
+        reply = self._make(order, name)
+        if name in ERRORS:
+            return replace(self.dialect.refused(name), billed=reply.billed)
+        if suffer := FAULTS[name].answer:
+            reply = suffer(reply)
             return replace(reply, code=reply.code or name)
         return reply
+
+    def _authorize(self, request: Request) -> None:
+        given = request.headers.get("authorization", "")
+        if not hmac.compare_digest(given.encode(), f"Bearer {self._studio.api_key}".encode()):
+            raise self._refusal("401")
+
+    def _refusal(self, name: str, message: str = "", retry_after_s: int = 0) -> Refusal:
+        return Refusal(self.dialect.refused(name, message, retry_after_s))
+
+    def _body(self, request: Request) -> object:
+        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+            raise self._refusal("400", "Content-Type must be application/json")
+        try:
+            return json.loads(request.body.decode(), parse_constant=_no_constant)
+        except (ValueError, RecursionError):
+            raise self._refusal("400", "the body must be one JSON object in UTF-8") from None
+
+    def _object(self, value: object, where: str, required: set[str], *optional: str) -> dict[str, Any]:
+        if not isinstance(value, dict):
+            raise self._refusal("400", f"{where} must be an object")
+        if missing := sorted(required - value.keys()):
+            raise self._refusal("400", f"{where} lacks {', '.join(missing)}")
+        if unknown := sorted(value.keys() - required - set(optional)):
+            raise self._refusal("400", f"{where} has unknown fields: {', '.join(unknown)[:200]}")
+        return value
+
+    def _fields(self, value: object, where: str, rules: Mapping[str, Rule], *required: str) -> dict[str, Any]:
+        """An object whose fields all have a rule and keep to it."""
+        fields = self._object(value, where, set(required), *rules)
+        for name, item in fields.items():
+            valid, rule = rules[name]
+            if not valid(item):
+                raise self._refusal("400", f"{where}.{name} must be {rule}")
+        return fields
+
+
+def _no_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _text(longest: float = math.inf) -> Rule:
+    def valid(value: object) -> bool:
+        if not isinstance(value, str) or re.search("[\ud800-\udfff]", value):
+            return False
+        return bool(value.strip()) and len(value) <= longest
+
+    return valid, "a string that is not blank" + (f", of at most {longest} characters" if longest < math.inf else "")
+
+
+def _integer(low: int, high: int) -> Rule:
+    # type() and not isinstance(): true and false are no integers.
+    return lambda value: type(value) is int and low <= value <= high, f"an integer from {low} to {high}"
+
+
+def _one_of(*values: str) -> Rule:
+    return lambda value: value in values, f"one of {', '.join(values)}"
+
+
+def _size(times: str, multiple: int = 1) -> Rule:
+    pattern = re.compile(rf"([1-9][0-9]{{2,3}}){re.escape(times)}([1-9][0-9]{{2,3}})")
+
+    def valid(value: object) -> bool:
+        sides = pattern.fullmatch(value) if isinstance(value, str) else None
+        if not sides:
+            return False
+        width, height = map(int, sides.groups())
+        fitting = MIN_PIXELS <= width * height <= MAX_PIXELS and min(width, height) >= MIN_SIDE
+        return fitting and width % multiple == height % multiple == 0
+
+    steps = f", both multiples of {multiple}" if multiple > 1 else ""
+    return valid, f'"width{times}height"{steps}, in total from 512*512 to 2048*2048 pixels'
+
+
+def _random_seed() -> int:
+    return secrets.randbelow(MAX_SEED + 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# DashScope
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class DashScope(Provider):
+    """Alibaba Cloud Model Studio: generation in one synchronous call, and a free query of the models."""
+
+    prefix = "/api/v1/"
+    dialect = DASHSCOPE
+    generation_path = f"{prefix}services/aigc/multimodal-generation/generation"
+    model = "z-image-turbo"
+    parameters: Mapping[str, Rule] = {
+        "size": _size("*"),
+        "seed": _integer(0, MAX_SEED),
+        "prompt_extend": (lambda value: type(value) is bool, "true or false"),
+    }
+
+    def __init__(self, studio: Studio) -> None:
+        super().__init__(studio)
+        self._routes = {
+            self.generation_path: {"POST": self._generate},
+            f"{self.prefix}models": {"GET": self._models},
+        }
 
     def _models(self, request: Request) -> Reply:
         self._authorize(request)
@@ -523,19 +822,7 @@ class DashScope:
         output = {"models": found if page_no == "1" else [], "total": len(found)}
         return json_reply({"request_id": str(uuid.uuid4()), "output": output})
 
-    def _authorize(self, request: Request) -> None:
-        given = request.headers.get("authorization", "")
-        if not hmac.compare_digest(given.encode(), f"Bearer {self._studio.api_key}".encode()):
-            raise self._refusal("401")
-
-    def _order(self, request: Request) -> Order:
-        """The request's body, checked field by field like the service does it."""
-        if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-            raise self._refusal("400", "Content-Type must be application/json")
-        try:
-            body = json.loads(request.body.decode(), parse_constant=_no_constant)
-        except (ValueError, RecursionError):
-            raise self._refusal("400", "the body must be one JSON object in UTF-8") from None
+    def _order(self, body: object) -> Order:
         body = self._object(body, "body", {"model", "input"}, "parameters")
         if not isinstance(body["model"], str):
             raise self._refusal("400", "model must be a string")
@@ -545,43 +832,35 @@ class DashScope:
         message = self._object(self._single(messages, "input.messages"), "message", {"role", "content"})
         if message["role"] != "user":
             raise self._refusal("400", "the role of the message must be user")
-        text = self._object(self._single(message["content"], "content"), "content item", {"text"})["text"]
-        if not isinstance(text, str) or not text.strip() or re.search("[\ud800-\udfff]", text):
-            raise self._refusal("400", "text must be a string that is not blank")
-        parameters = self._object(body.get("parameters", {}), "parameters", set(), *PARAMETERS)
-        for name, value in parameters.items():
-            valid, rule = PARAMETERS[name]
-            if not valid(value):
-                raise self._refusal("400", f"parameters.{name} must be {rule}")
-        self._studio.ledger.payload(self.model, text, parameters)
-        width, height = map(int, parameters.get("size", DEFAULT_SIZE).split("*"))
-        rewritten = _rewrite(text) if parameters.get("prompt_extend") else ""
-        seed = parameters.get("seed", secrets.randbelow(MAX_SEED + 1))
-        return Order(Picture(rewritten or text, seed, width, height), rewritten)
-
-    def _object(self, value: object, where: str, required: set[str], *optional: str) -> dict[str, Any]:
-        if not isinstance(value, dict):
-            raise self._refusal("400", f"{where} must be an object")
-        if missing := sorted(required - value.keys()):
-            raise self._refusal("400", f"{where} lacks {', '.join(missing)}")
-        if unknown := sorted(value.keys() - required - set(optional)):
-            raise self._refusal("400", f"{where} has unknown fields: {', '.join(unknown)[:200]}")
-        return value
+        item = self._fields(self._single(message["content"], "content"), "content item", {"text": _text()}, "text")
+        parameters = self._fields(body.get("parameters", {}), "parameters", self.parameters)
+        return Order(self.model, item["text"], parameters)
 
     def _single(self, value: object, where: str) -> object:
         if not isinstance(value, list) or len(value) != 1:
             raise self._refusal("400", f"{where} must be a list of exactly one item")
         return value[0]
 
+    def _make(self, order: Order, fault: str) -> Reply:
+        prompt, parameters = order.prompt, order.parameters
+        rewritten = _rewrite(prompt) if parameters.get("prompt_extend") else ""
+        width, height = map(int, parameters.get("size", DEFAULT_SIZE).split("*"))
+        picture = Picture(rewritten or prompt, parameters.get("seed", _random_seed()), width, height)
+        if fault == "no-image":
+            return self._success(picture, rewritten, None)
+        self._studio.ledger.bill()  # before the pause: a client that gives up meanwhile has paid all the same
+        link = self._studio.gallery.issue(picture, FAULTS[fault])
+        self._studio.pause()
+        return self._success(picture, rewritten, link)
+
     @staticmethod
-    def _success(order: Order, link: str | None) -> Reply:
+    def _success(picture: Picture, rewritten: str, link: str | None) -> Reply:
         """The 200, billed where there is a picture. Without a link it is what a blocked picture can look like."""
-        picture = order.picture
-        reasoning = f"The user gave a short prompt. I keep its subject and add light and detail: {order.rewritten}"
+        reasoning = f"The user gave a short prompt. I keep its subject and add light and detail: {rewritten}"
         message = {
             "role": "assistant",
             "content": [*([{"image": link}] if link else []), {"text": picture.prompt}],
-            "reasoning_content": reasoning if order.rewritten else "",
+            "reasoning_content": reasoning if rewritten else "",
         }
         no_tokens = dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), 0)
         body = {
@@ -591,31 +870,6 @@ class DashScope:
         }
         return json_reply(body, billed=bool(link), code="" if link else "no-image")
 
-    @staticmethod
-    def _refusal(name: str, message: str = "", retry_after_s: int = 0) -> Refusal:
-        row = DASHSCOPE_ERRORS[name]
-        wait = retry_after_s or row.retry_after_s
-        headers = {"Retry-After": str(wait)} if wait else {}
-        return Refusal(json_error(row.status, row.code, message or row.message, headers=headers))
-
-
-def _no_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is not JSON")
-
-
-def _valid_size(value: object) -> bool:
-    if not isinstance(value, str) or not re.fullmatch(r"[1-9][0-9]{2,3}\*[1-9][0-9]{2,3}", value):
-        return False
-    width, height = map(int, value.split("*"))
-    return MIN_PIXELS <= width * height <= MAX_PIXELS and min(width, height) >= MIN_SIDE
-
-
-# type() and not isinstance(): true and false are no integers.
-PARAMETERS: Mapping[str, tuple[Callable[[Any], bool], str]] = {
-    "size": (_valid_size, '"width*height", in total from 512*512 to 2048*2048 pixels'),
-    "seed": (lambda value: type(value) is int and 0 <= value <= MAX_SEED, f"an integer from 0 to {MAX_SEED}"),
-    "prompt_extend": (lambda value: type(value) is bool, "true or false"),
-}
 
 REWRITES = (
     "in soft morning light, wide composition with a calm foreground, natural colors, fine detail",
@@ -630,6 +884,197 @@ def _rewrite(prompt: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# zimageturbo.ai
+# ---------------------------------------------------------------------------------------------------------------------
+
+ASPECT_SIZES = {
+    "1:1": (1024, 1024),
+    "4:3": (1152, 864),
+    "3:4": (864, 1152),
+    "16:9": (1280, 720),
+    "9:16": (720, 1280),
+}
+CREDITS = 15  # what a task costs that has a picture
+
+
+@dataclass
+class Task:
+    """What a submission started. How it ends is settled then; the status queries only tell it."""
+
+    id: str
+    order: Order
+    fault: str
+    due: float  # of time.monotonic()
+    created_at: str
+    queries: int = 0
+    links: list[str] = field(default_factory=list)  # signed when the task is first seen to be done
+
+
+class ZImageTurbo(Provider):
+    """Another vendor of the model: a submission is answered at once with a task, which is then asked for."""
+
+    prefix = "/api/"
+    dialect = ZIMAGETURBO
+    fields: Mapping[str, Rule] = {"prompt": _text(longest=1000), "aspect_ratio": _one_of(*ASPECT_SIZES)}
+
+    def __init__(self, studio: Studio) -> None:
+        super().__init__(studio)
+        self._routes = {
+            f"{self.prefix}generate": {"POST": self._generate},
+            f"{self.prefix}status": {"GET": self._status},
+        }
+        self._tasks: Recent[Task] = Recent(TASKS_KEPT)
+        self._lock = threading.Lock()
+
+    def _order(self, body: object) -> Order:
+        fields = self._fields(body, "body", self.fields, *self.fields)
+        return Order("z-image-turbo", fields["prompt"], {"aspect_ratio": fields["aspect_ratio"]})
+
+    def _make(self, order: Order, fault: str) -> Reply:
+        due = time.monotonic() + self._studio.latency_s
+        created_at = time.strftime("%Y-%m-%d %H:%M:%S", time.gmtime())
+        task = Task(f"task_{secrets.token_hex(8)}", order, fault, due, created_at)
+        with self._lock:
+            self._tasks[task.id] = task
+        billed = FAULTS[fault].task.billed
+        if billed:
+            self._studio.ledger.bill(due=due)
+        return self._envelope({"task_id": task.id, "status": "IN_PROGRESS"}, billed=billed)
+
+    def _status(self, request: Request) -> Reply:
+        self._authorize(request)
+        self._studio.ledger.count("status_queries")
+        task_id = request.query.get("task_id")
+        if not task_id:
+            raise self._refusal("400", "task_id is required")
+        with self._lock:
+            task = self._tasks.get(task_id)
+            if task is None:
+                raise self._refusal("404", "Task not found.")
+            task.queries += 1
+            return self._told(task)
+
+    def _told(self, task: Task) -> Reply:
+        fault = FAULTS[task.fault]
+        course = fault.task
+        status: str = course.end if time.monotonic() >= task.due else "IN_PROGRESS"
+        if task.queries <= course.early_queries:
+            if isinstance(course.early, Reply):
+                return replace(course.early, code=course.early.code or task.fault)
+            status = course.early
+        done = status == "SUCCESS"
+        width, height = ASPECT_SIZES[task.order.parameters["aspect_ratio"]]
+        if done and not task.links:
+            for _ in range(course.pictures):
+                picture = Picture(task.order.prompt, _random_seed(), width, height, "jpeg")
+                task.links.append(self._studio.gallery.issue(picture, fault))
+        links = task.links if done else []
+        data = {
+            "status": status,
+            "task_id": task.id,
+            "request": {
+                "prompt": task.order.prompt,
+                "size": f"{width}*{height}",
+                "seed": "-1",
+                **task.order.parameters,
+            },
+            "response": links,
+            "consumed_credits": CREDITS if links else 0,
+            "created_at": task.created_at,
+            "error_message": course.error_message if status == "FAILED" else None,
+        }
+        return self._envelope(data, code="" if links or status == "IN_PROGRESS" else task.fault)
+
+    @staticmethod
+    def _envelope(data: object, **fields: Any) -> Reply:
+        return json_reply({"code": 200, "message": "success", "data": data}, **fields)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# OpenAI's Images API, as vLLM-Omni and SGLang speak it
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class OpenAI(Provider):
+    """A server of one's own: a key is optional, nothing limits the rate, and the picture is in the answer itself."""
+
+    prefix = "/v1/"
+    dialect = OPENAI
+    limited = False
+    model = "Tongyi-MAI/Z-Image-Turbo"
+    fields: Mapping[str, Rule] = {
+        "prompt": _text(),
+        "n": _integer(1, 10),
+        "size": _size("x", multiple=16),
+        "response_format": _one_of("b64_json", "url"),
+        "output_format": _one_of("png", "jpeg", "webp"),
+        "seed": _integer(0, 2**64 - 1),
+        "num_inference_steps": _integer(1, 200),
+        "guidance_scale": (lambda value: type(value) in (int, float) and 0 <= value < math.inf, "a number from 0 on"),
+        **dict.fromkeys(
+            ("model", "negative_prompt", "user", "quality", "style", "background"),
+            (lambda value: isinstance(value, str), "a string"),
+        ),
+    }
+
+    def __init__(self, studio: Studio) -> None:
+        super().__init__(studio)
+        self._routes = {
+            f"{self.prefix}images/generations": {"POST": self._generate},
+            f"{self.prefix}models": {"GET": self._models},
+        }
+
+    def answer(self, request: Request) -> Reply:
+        """Answer one request under /v1/, with an id to ask for it in the server's log."""
+        reply = super().answer(request)
+        return replace(reply, headers={**reply.headers, "x-request-id": f"req_{uuid.uuid4().hex}"})
+
+    def _authorize(self, request: Request) -> None:
+        if "authorization" in request.headers:
+            super()._authorize(request)
+
+    def _models(self, request: Request) -> Reply:
+        self._authorize(request)
+        self._studio.ledger.count("model_queries")
+        model = {"id": self.model, "object": "model", "created": int(time.time()), "owned_by": "mock"}
+        return json_reply({"object": "list", "data": [model]})
+
+    def _order(self, body: object) -> Order:
+        if isinstance(body, dict):  # null stands for what is left out
+            body = {name: value for name, value in body.items() if value is not None or name not in self.fields}
+        fields = self._fields(body, "body", self.fields, "prompt")
+        return Order(fields.pop("model", self.model), fields.pop("prompt"), fields)
+
+    def _make(self, order: Order, fault: str) -> Reply:
+        wanted = order.parameters
+        width, height = map(int, wanted.get("size", "1024x1024").split("x"))
+        first = Picture(
+            order.prompt, wanted.get("seed", _random_seed()), width, height, wanted.get("output_format", "png")
+        )
+        count = 0 if fault == "no-image" else wanted.get("n", 1)
+        self._studio.ledger.bill(count)  # before the pause, as for DashScope
+        form = fault if fault in OPENAI_FAULTS else wanted.get("response_format", "b64_json")
+        pictures = (replace(first, seed=first.seed + i) for i in range(count))
+        data = [self._item(picture, form, FAULTS[fault]) for picture in pictures]
+        self._studio.pause()
+        code = "" if data else "no-image"
+        return json_reply({"created": int(time.time()), "data": data}, billed=bool(data), code=code)
+
+    def _item(self, picture: Picture, form: str, fault: Fault) -> dict[str, str]:
+        """One picture in the form asked for, or in that of the fault."""
+        if form == "url":
+            return {"url": self._studio.gallery.issue(picture, fault)}
+        file = delivered(picture, fault)
+        if file.status != 200 or file.delivery != "whole":  # what can only befall a link does not befall bytes
+            file = delivered(picture, FAULTS["ok"])
+        code = base64.b64encode(file.body).decode()
+        if form == "data-url":
+            return {"url": f"data:{file.content_type};base64,{code}"}
+        # Neither its letters nor its length are those of base64: a decoder that forgives the one minds the other.
+        return {"b64_json": f"*{code[:-3]}" if form == "bad-base64" else code}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The server
 # ---------------------------------------------------------------------------------------------------------------------
 
@@ -637,8 +1082,8 @@ def _rewrite(prompt: str) -> str:
 class MockServer(ThreadingHTTPServer):
     """The services on a loopback port, served from background threads between `start` and `close`.
 
-    Args: `latency` in seconds; `rpm` requests a minute, 0 for no limit; `faults` as for --fault; `link_ttl` in
-    seconds; `api_key` empty for a random one; `log` gets one short line for each request.
+    Args: `latency` of a picture in seconds; `rpm` requests a minute to each vendor, 0 for no limit; `faults` as for
+    --fault; `link_ttl` in seconds; `api_key` empty for a random one; `log` gets one short line for each request.
     Raises ValueError for a setting out of bounds, OSError when the port cannot be had.
     """
 
@@ -675,14 +1120,19 @@ class MockServer(ThreadingHTTPServer):
         self._thread: threading.Thread | None = None
         super().__init__((_loopback(host), port), _Handler)
         root = f"http://{self.server_name}:{self.server_port}"
-        self.base_url = f"{root}{DashScope.root_path}"
+        self.base_url, self.zimageturbo_url, self.openai_url = (
+            f"{root}{provider.prefix}".rstrip("/") for provider in (DashScope, ZImageTurbo, OpenAI)
+        )
         self.endpoint = f"{root}{DashScope.generation_path}"
         self.stats_url = f"{root}{Ledger.stats_path}"
         self._ledger = Ledger()
         gallery = Gallery(root, link_ttl, self._ledger)
         pause = partial(self._stopping.wait, latency)
-        studio = Studio(self.api_key, plan, RateLimit(rpm), gallery, self._ledger, pause)
-        self._services: Sequence[Service] = (DashScope(studio), gallery, self._ledger)
+        studio = Studio(self.api_key, plan, rpm, gallery, self._ledger, latency, pause)
+        # The first whose prefix fits answers: /api/v1/ before /api/.
+        self._services: Sequence[Service] = (
+            DashScope(studio), ZImageTurbo(studio), OpenAI(studio), gallery, self._ledger,
+        )  # fmt: skip
 
     def start(self) -> MockServer:
         """Serve from a background thread."""
@@ -708,15 +1158,17 @@ class MockServer(ThreadingHTTPServer):
         """What GET /mock/stats answers."""
         return self._ledger.snapshot()
 
+    def service(self, path: str) -> Service:
+        """Who answers for a path."""
+        return next(service for service in self._services if f"{path}/".startswith(service.prefix))
+
     def answer(self, request: Request) -> Reply:
         """The reply to one request, counted and logged."""
-        service = next(service for service in self._services if request.path.startswith(service.prefix))
+        service = self.service(request.path)
         try:
             reply = service.answer(request)
-        except Refusal as refusal:
-            reply = refusal.reply
         except Exception as problem:  # a mistake in here must not end a rehearsal: say so, go on
-            reply = json_error(500, "InternalError", f"mock_server.py: {problem!r}")
+            reply = service.dialect.refused("500", f"mock_server.py: {problem!r}")
         if request.path == Ledger.stats_path:
             return reply
         self._ledger.record(request, reply)
@@ -767,7 +1219,7 @@ class _Handler(BaseHTTPRequestHandler):
             url = urlsplit(self.path)
             query = dict(parse_qsl(url.query))
         except ValueError as problem:
-            self._send(json_error(400, "InvalidParameter", str(problem)))
+            self._send(self.server.service(self.path).dialect.refused("400", str(problem)))
             return
         headers = {name.lower(): value for name, value in self.headers.items()}
         self._send(self.server.answer(Request(self.command, self.path, url.path, query, headers, body)))
@@ -815,9 +1267,11 @@ class _Handler(BaseHTTPRequestHandler):
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """What the base class says to garbage and unknown methods, in the service's form."""
         self.close_connection = True
-        unknown_method = code == 501
-        name = "MethodNotAllowed" if unknown_method else "BadRequest"
-        self._send(json_error(405 if unknown_method else code, name, message or "The request cannot be read."))
+        if code == 501:  # an unknown method; its path has been read
+            dialect = self.server.service(self.path).dialect
+            self._send(dialect.error(405, "MethodNotAllowed", message or "No such method."))
+        else:
+            self._send(DASHSCOPE.error(code, "BadRequest", message or "The request cannot be read."))
 
     def log_message(self, format: str, *args: Any) -> None:
         """Nothing: the server logs each request itself."""
@@ -863,16 +1317,14 @@ PINE = (
 )
 
 
+ENCODINGS = {"png": {"compress_level": 1}, "jpeg": {"quality": 90}, "webp": {"quality": 90}}
+
+
 @lru_cache(maxsize=PICTURES_KEPT)
-def draw_png(picture: Picture) -> bytes:
-    """The picture as PNG."""
-    return encode(draw(picture), "PNG", compress_level=1)
-
-
-def encode(image: Image.Image, kind: str, **options: int) -> bytes:
-    """The bytes of an image file."""
+def draw_file(picture: Picture) -> bytes:
+    """The picture as an image file of its kind."""
     file = io.BytesIO()
-    image.save(file, kind, **options)
+    draw(picture).save(file, picture.kind, **ENCODINGS[picture.kind])
     return file.getvalue()
 
 
@@ -1091,19 +1543,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _parser() -> argparse.ArgumentParser:
-    about = "The image service on 127.0.0.1, offline and free. The first line on stdout says where, as JSON."
+    about = "The image services on 127.0.0.1, offline and free. The first line on stdout says where, as JSON."
     fault = "how the next requests fail, NAME[*COUNT|*inf],... then normal service; 'list' names all faults"
     parser = _Parser(prog="mock_server.py", description=about, allow_abbrev=False)
     add = parser.add_argument
     add("--host", default="127.0.0.1", help="a loopback address (default: %(default)s)")
     add("--port", type=int, default=0, help="default: a free one")
-    add("--latency", type=float, default=0.0, metavar="S", help="seconds before a picture is answered")
+    add("--latency", type=float, default=0.0, metavar="S", help="seconds that a picture takes")
     add(
         "--rpm",
         type=int,
         default=DEFAULT_RPM,
         metavar="N",
-        help="requests a minute, 0: no limit (default: %(default)s)",
+        help="requests a minute to each vendor, 0: no limit (default: %(default)s)",
     )
     add("--fault", dest="faults", default="", metavar="SPEC", help=fault)
     add("--link-ttl", type=float, default=DEFAULT_LINK_TTL_S, metavar="S", help="life of image links (default: 24 h)")
@@ -1124,7 +1576,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     options = parser.parse_args(arguments)
     if options.faults == "list":
-        print("\n".join(f"{name:20} {fault.help}" for name, fault in FAULTS.items()))
+        for name, fault in FAULTS.items():
+            only = f" ({', '.join(fault.services)} only)" if len(fault.services) < len(SERVICES) else ""
+            print(f"{name:20} {fault.help}{only}")
         return 0
     try:
         mock = MockServer(**vars(options), log=_log)
@@ -1137,7 +1591,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         signal.signal(number, lambda *_: done.set())
     with mock:
         where = {name: getattr(mock, name) for name in ("base_url", "endpoint", "api_key", "stats_url")}
-        print(json.dumps(where | {"pid": os.getpid()}), flush=True)
+        providers = {
+            name: {"base_url": url, "api_key": mock.api_key}
+            for name, url in (("zimageturbo", mock.zimageturbo_url), ("openai", mock.openai_url))
+        }
+        print(json.dumps(where | {"providers": providers, "pid": os.getpid()}), flush=True)
         while not done.wait(0.5):  # with a limit: on Windows an endless wait hears no Ctrl-C
             pass
     return 0
