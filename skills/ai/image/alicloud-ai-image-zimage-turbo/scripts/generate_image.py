@@ -79,7 +79,7 @@ if sys.version_info < (3, 10):
 # 1. Contract: the numbers and schemas that users and their scripts rely on
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
 
-VERSION = "0.2.0"
+VERSION = "0.3.0"
 SKILL = "alicloud-ai-image-zimage-turbo"
 REQUIREMENTS = {"requests": "requests>=2.32.3,<3", "jsonschema": "jsonschema>=4.18,<5", "PIL": "Pillow>=10.3,<14"}
 
@@ -403,7 +403,7 @@ KINDS: dict[str, Kind] = {
     "rejected_by_service": Kind(EXIT_INVALID, False, "no", "correct the request as the service's message says"),
     "not_found": Kind(EXIT_INVALID, False, "no", "check region and base URL: the model or path is not there"),
     "key_rejected": Kind(
-        EXIT_KEY, False, "no", "tell the user; a key belongs to one region: try --region of the key, or another key"
+        EXIT_KEY, False, "no", "tell the user; it may be the key of another region (--region) or another account"
     ),
     "access_denied": Kind(
         EXIT_KEY, False, "no", "tell the user to activate the model and check permissions in the provider's console"
@@ -1389,7 +1389,7 @@ class Provider:
     calls_at_once: ClassVar[int | None] = None  # more than that wait for each other
     max_answer_bytes: ClassVar[int] = MAX_ANSWER_BYTES
     https_links_under: ClassVar[str | None] = None  # http links below this domain work over https too
-    links_to_itself: ClassVar[bool] = False  # pictures may lie on the server that is asked, wherever that is
+    links_to_itself: ClassVar[bool] = False  # a link may lead to the server that is asked, and name only its path
     billable: ClassVar[bool] = True
     takes_seed: ClassVar[bool] = True
     sizes_are_ratios: ClassVar[bool] = False  # of a size only the ratio can be asked for
@@ -2532,7 +2532,7 @@ def verified(content: bytes) -> Picture:
     Image.MAX_IMAGE_PIXELS = None  # the check below is stricter, and does not print a warning
 
     def unusable(what: str) -> Failure:
-        return Failure("image_unusable", f"what was downloaded ({len(content)} bytes) {what}")
+        return Failure("image_unusable", f"what came as the picture ({len(content)} bytes) {what}")
 
     if not content:
         raise unusable("is empty")
@@ -3153,7 +3153,10 @@ def send(plan: Plan, key: Key, until: float) -> Generated | Submitted:
     call = plan.provider.submit(plan.payload, plan.endpoint, key.value, plan.workspace)
     provider = plan.provider
     limit = provider.max_answer_bytes
-    return ask(call, lambda answer: provider.read(answer, plan.request, utc_now()), until, plan.endpoint, limit)
+    made = ask(call, lambda answer: provider.read(answer, plan.request, utc_now()), until, plan.endpoint, limit)
+    if isinstance(made, Generated) and provider.links_to_itself and made.image_url.startswith("/"):
+        made = made._replace(image_url=urljoin(plan.endpoint.url, made.image_url))
+    return made
 
 
 def submitted_facts(submitted: Submitted, evidence: Evidence) -> dict[str, Any]:
@@ -3326,12 +3329,15 @@ def fetch_source(evidence: Evidence, provider: Provider, clock: Clock, content: 
         Failure: as `verified` and `download`; disk_after_paying.
     """
     link = evidence.data["response"].get("image_url")
+    held = held_path(evidence.path)
     if content or not link:
         try:
-            return verified(content or held_path(evidence.path).read_bytes())
+            return verified(content or held.read_bytes())
         except OSError as error:
-            message = f"{held_path(evidence.path)} cannot be read: {os_reason(error)}"
-            raise Failure("disk_after_paying", message) from None
+            raise Failure("disk_after_paying", f"{held} cannot be read: {os_reason(error)}") from None
+        except Failure as failure:  # the same bytes will not get better
+            failure.facts |= {"lasting": True, "hint": f"report it, do not rerun unasked; what came is kept as {held}"}
+            raise
     return download(
         link,
         clock=clock,
@@ -3476,7 +3482,8 @@ def explain(evidence: Evidence, failure: Failure, flags: Sequence[str]) -> None:
     if evidence.data.get("response", {}).get("request_id"):
         failure.facts.setdefault("request_id", evidence.data["response"]["request_id"])
     goes_on = is_task_open(evidence) and failure.code not in TASK_ENDS
-    if goes_on or ((link or held_path(evidence.path).exists()) and failure.code not in NO_SECOND_TRY):
+    is_here = link or held_path(evidence.path).exists()
+    if goes_on or (is_here and failure.code not in NO_SECOND_TRY and "lasting" not in failure.facts):
         failure.facts["next_command"] = own_command("--recover", path, *flags, "--print-response")
 
 

@@ -53,6 +53,12 @@ STATUS_KINDS = {402: "balance", 413: "rejected_by_service", 422: "rejected_by_se
 THIS_MODEL = re.compile("z-?image", re.IGNORECASE)
 
 
+def image_format(text: str) -> str:
+    if text not in ("png", "jpeg", "webp"):
+        raise ValueError("png, jpeg or webp")
+    return text
+
+
 def model_name(text: str) -> str:
     if not re.fullmatch("[!-~]{1,300}", text):
         raise ValueError("a name without blanks")
@@ -75,6 +81,7 @@ class OpenAI(Provider):
     own_settings = (
         Setting("steps", "N", "sampling steps", 8, whole_number(1, 200)),
         Setting("guidance", "X", "guidance scale; this model is made for 0", 0.0, real_number(0, 100)),
+        Setting("image_format", "FORMAT", "png, jpeg or webp to ask for; else the server chooses", None, image_format),
         Setting("model", "NAME", "model name to send, where the server serves several", None, model_name),
     )
 
@@ -97,6 +104,7 @@ class OpenAI(Provider):
             "seed": request.seed,
             "num_inference_steps": self.settings["steps"],
             "guidance_scale": self.settings["guidance"],
+            "output_format": self.settings["image_format"],
         }
         return {name: value for name, value in fields.items() if value is not None}
 
@@ -169,7 +177,8 @@ def bytes_in(picture: dict[str, Any]) -> bytes:
 def failure_of(answer: HttpAnswer, body: dict[str, Any] | None) -> Failure:
     """What an answer without a picture means: OpenAI's error object, or what the engines' web framework says."""
     error = at(body, "error")
-    code = str(at(error, "code") or at(error, "type") or "")
+    codes = [value for value in (at(error, "code"), at(error, "type")) if is_text(value)]  # a number repeats the status
+    code = str(codes[0]) if codes else ""
     message = at(error, "message") or error or at(body, "detail") or at(body, "message")
     return service_failure(
         answer,

@@ -90,7 +90,7 @@ class ZImageTurbo(Provider):
             task_id = str(task_id)
         if not is_good(answer, body) or not isinstance(task_id, str) or not re.fullmatch("[!-~]{1,200}", task_id):
             raise failure_of(answer, body)
-        return Submitted(task_id, request_id(answer, body))
+        return Submitted(task_id, request_id(answer, body) or task_id)
 
     def poll(self, task_id: str, endpoint: Endpoint, key: str) -> HttpCall:
         return HttpCall("GET", f"{endpoint.root}/status?task_id={quote(task_id, safe='')}", bearer(key))
@@ -120,7 +120,7 @@ class ZImageTurbo(Provider):
         return Generated(
             image_url=links[0],
             expires_at=link_expiry(links[0], now + LINK_LIFETIME),
-            request_id=request_id(answer, body),
+            request_id=request_id(answer, body) or outside_text(data.get("task_id"), 200),
             rewritten_prompt=kept_text(drawn) if drawn != request.prompt else "",
             usage=usage,
             other_urls=tuple(links[1:]),
