@@ -13,7 +13,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 export PYTHONUTF8 := 1
 
-.PHONY: help demo check validate skill lint types test browser bench clean
+.PHONY: help demo check validate skill lint types test browser local bench clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -55,7 +55,7 @@ lint: $(VENV)/.checks
 types: $(VENV)/.checks
 	$(BIN)/mypy $(SKILL)/scripts tests
 
-test: $(VENV)/.checks browser
+test: $(VENV)/.checks browser local
 	$(BIN)/python -m pytest
 
 # The gallery is tested in a real browser. Where it can be installed without asking it is; else those tests are skipped.
@@ -64,6 +64,14 @@ browser:
 		export DEBIAN_FRONTEND=noninteractive; apt-get install -qq -y --no-install-recommends chromium chromium-driver >/dev/null || \
 		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium chromium-driver >/dev/null; }; \
 	fi || echo "no Chromium: the tests of the gallery in a browser will be skipped"
+
+# The provider that runs the model in its own process is tested with a tiny model. torch comes first and pinned: a range
+# would take the newest build. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gives a small one for Linux.
+local: $(VENV)/.local
+
+$(VENV)/.local: requirements-local.txt $(VENV)/.checks
+	@($(PIP) torch==2.13.0 && $(PIP) --requirement requirements-local.txt && touch $@) || \
+		echo "no torch: the tests that run the model in process will be skipped"
 
 bench: $(VENV)/.checks
 	$(BIN)/python tests/benchmarks/one_picture.py

@@ -125,7 +125,7 @@ DOWNLOAD_RETRIES = 4  # free, so --max-retries does not count them
 CORRUPT_DOWNLOAD_RETRIES = 1  # the same bytes twice will not get better
 POLL_FIRST, POLL_GROWTH, POLL_LONGEST = 1.0, 1.5, 5.0  # seconds between questions after a task
 LAST_POLL = 0.5  # seconds before the end, in which no further question is worth it
-POLL_TIMEOUT = 15.0  # seconds for one question: the next one may be answered
+POLL_TIMEOUT, POLL_SHARE = 10.0, 0.3  # seconds for one question, and of the time left: the next may be answered
 LOST_AFTER = 3  # questions in a row to which the service does not know the task: it may learn of it a moment late
 RATIO_TOLERANCE = 0.02  # where only the ratio of a size can be asked for
 
@@ -300,7 +300,7 @@ EVIDENCE_SCHEMA: dict[str, Any] = {
                 },
             },
         },
-        "task_id": {"type": "string"},
+        "task_id": {"type": "string", "minLength": 1},
         "response": {
             "type": "object",
             "properties": {
@@ -379,7 +379,7 @@ KINDS: dict[str, Kind] = {
     "invalid_output": Kind(EXIT_INVALID, False, "no", "give --output a file name that ends in .png, .jpg or .webp"),
     "output_exists": Kind(EXIT_INVALID, False, "no", "choose another --output, or add --overwrite to replace the file"),
     "invalid_base_url": Kind(
-        EXIT_INVALID, False, "no", "give the whole endpoint, the …/api/v1 root or the bare host, over https"
+        EXIT_INVALID, False, "no", "give the whole endpoint, the API root or the bare host, over https"
     ),
     "host_not_trusted": Kind(
         EXIT_INVALID,
@@ -843,6 +843,9 @@ def _read_in_time(source: str | int, limit: int, wait: float) -> bytes:
 Result = TypeVar("Result")
 
 
+TICK = 0.1  # seconds; a signal that comes just before a wait is seen only when the wait is over
+
+
 class Late(Exception):
     """What was waited for is not at its end."""
 
@@ -864,7 +867,9 @@ def in_thread(work: Callable[[], Result], seconds: float) -> Result:
 
     thread = threading.Thread(target=run, daemon=True)
     thread.start()
-    thread.join(max(0.001, seconds))
+    until = time.monotonic() + max(0.001, seconds)
+    while thread.is_alive() and (left := until - time.monotonic()) > 0:
+        thread.join(min(left, TICK))
     if errors:
         raise errors[0]
     if not results:
@@ -1393,6 +1398,7 @@ class Provider:
     billable: ClassVar[bool] = True
     takes_seed: ClassVar[bool] = True
     sizes_are_ratios: ClassVar[bool] = False  # of a size only the ratio can be asked for
+    long_prompt: ClassVar[int] = LONG_PROMPT  # characters; longer ones may be cut
     own_settings: ClassVar[tuple[Setting, ...]] = ()
 
     def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
@@ -2685,8 +2691,10 @@ def backoff(attempt: int) -> float:
 
 def pause(seconds: float) -> None:
     """Wait; not at all once `no_more_waiting` is set."""
+    until = time.monotonic() + seconds
     with SIGNALS.breakable():
-        no_more_waiting.wait(seconds)
+        while (left := until - time.monotonic()) > 0 and not no_more_waiting.wait(min(left, TICK)):
+            pass
 
 
 no_more_waiting = threading.Event()  # for a command with threads that has been told to end
@@ -2770,7 +2778,7 @@ def make_plan(options: Options, clock: Clock, env: Mapping[str, str]) -> Plan:
     if raw is None:
         raise_problems(problems)
     provider = planned_provider(options, recorded)
-    problems += request_problems(raw)
+    problems += problems_for(provider, raw)
     workspace, more = workspace_of(provider, env)
     problems += more
     evidence_id = new_evidence_id(utc_now())
@@ -2790,8 +2798,7 @@ def make_plan(options: Options, clock: Clock, env: Mapping[str, str]) -> Plan:
     if endpoint is None or output is None:  # each of them has left a problem
         raise AssertionError
     request = normalize(raw, with_seed=provider.takes_seed)
-    problems = [Problem("invalid_request", text) for text in provider.cannot(request)]
-    raise_problems([*problems, *format_problems(request, output)])
+    raise_problems(format_problems(request, output))
     return Plan(
         provider=provider,
         endpoint=endpoint,
@@ -2802,7 +2809,7 @@ def make_plan(options: Options, clock: Clock, env: Mapping[str, str]) -> Plan:
         output=output,
         overwrite=options.overwrite,
         evidence_path=Folders.of(env).evidence / f"{evidence_id}.json",
-        warnings=request_warnings(request),
+        warnings=request_warnings(request, provider),
     )
 
 
@@ -2831,6 +2838,17 @@ def read_request(options: Options, clock: Clock) -> tuple[Any, dict[str, Any] | 
     if {"size", "aspect_ratio"} & set(options.overrides):
         raw = {name: value for name, value in raw.items() if name not in ("size", "aspect_ratio")}
     return raw | options.overrides, recorded
+
+
+def problems_for(provider: Provider, raw: Any) -> list[Problem]:
+    """Everything wrong with a request for this provider: with the request as such, and with what is sound of it."""
+    problems = request_problems(raw)
+    if not isinstance(raw, dict):
+        return problems
+    wrong = {name for problem in problems for name in problem.text.partition(":")[0].split(", ")}
+    sound = {name: raw[name] for name in REQUEST_SCHEMA["properties"] if name in raw and name not in wrong}
+    sentences = provider.cannot(normalize({"prompt": "x"} | sound, with_seed=provider.takes_seed))
+    return problems + [Problem("invalid_request", text) for text in sentences]
 
 
 def planned_provider(options: Options, recorded: dict[str, Any] | None) -> Provider:
@@ -2939,10 +2957,10 @@ def format_problems(request: ImageRequest, output: Path) -> list[Problem]:
     return [Problem("invalid_output", f"--output: {output.suffix} holds sides up to {limit} pixels; use .png")]
 
 
-def request_warnings(request: ImageRequest) -> tuple[str, ...]:
-    if len(request.prompt) <= LONG_PROMPT:
+def request_warnings(request: ImageRequest, provider: Provider) -> tuple[str, ...]:
+    if len(request.prompt) <= provider.long_prompt:
         return ()
-    return (f"prompt: {len(request.prompt)} characters; the service may cut it at {LONG_PROMPT}",)
+    return (f"prompt: {len(request.prompt)} characters; the service may cut it at {provider.long_prompt}",)
 
 
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
@@ -3031,7 +3049,9 @@ def generate(plan: Plan, options: Options, clock: Clock, console: Console, env: 
     check_writable(plan.output.parent, plan.evidence_path.stem)
     import_libraries()
     get_ready(plan.provider, clock)
-    console.warn([*plan.warnings, *filter(None, [key.warning])])
+    if key.warning:
+        plan = plan._replace(warnings=(*plan.warnings, key.warning))
+    console.warn(plan.warnings)
     evidence = Evidence.create(plan.evidence_path, plan.evidence(utc_now()))
     console.note(f"evidence: {evidence.path}")
     with settling(evidence, flags=recovery_flags(plan, options)):
@@ -3148,12 +3168,24 @@ def end_generated_attempt(evidence: Evidence, provider: Provider) -> None:
     evidence.end_attempt(http_status=None if provider.in_process else 200, outcome="generated", billed="yes")
 
 
+@contextlib.contextmanager
+def telling_of_withheld(key: Key) -> Iterator[None]:
+    """A service that misses a key which was kept from it is not refusing the key."""
+    try:
+        yield
+    except Failure as failure:
+        if key.warning and failure.exit_code == EXIT_KEY:
+            failure.facts["hint"] = key.warning
+        raise
+
+
 def send(plan: Plan, key: Key, until: float) -> Generated | Submitted:
     """The paid call, sent once. Raises as `ask`."""
     call = plan.provider.submit(plan.payload, plan.endpoint, key.value, plan.workspace)
     provider = plan.provider
     limit = provider.max_answer_bytes
-    made = ask(call, lambda answer: provider.read(answer, plan.request, utc_now()), until, plan.endpoint, limit)
+    with telling_of_withheld(key):
+        made = ask(call, lambda answer: provider.read(answer, plan.request, utc_now()), until, plan.endpoint, limit)
     if isinstance(made, Generated) and provider.links_to_itself and made.image_url.startswith("/"):
         made = made._replace(image_url=urljoin(plan.endpoint.url, made.image_url))
     return made
@@ -3183,6 +3215,7 @@ class Task:
         self._interval = POLL_FIRST
         self._strange_in_a_row = 0
         self._trouble = ""
+        self._retry_after_s: float | None = None
 
     def ask(self, until: float) -> Generated | None:
         """One free question, answered before `until`; None where the task is still worked on, as far as is known.
@@ -3198,7 +3231,7 @@ class Task:
             found = ask(
                 call,
                 lambda answer: provider.read_poll(answer, self._request, utc_now()),
-                min(until, now + POLL_TIMEOUT),
+                now + min(POLL_TIMEOUT, max(LAST_POLL, POLL_SHARE * (until - now))),
                 self._endpoint,
                 provider.max_answer_bytes,
             )
@@ -3212,11 +3245,17 @@ class Task:
             if self._strange_in_a_row >= LOST_AFTER:
                 message = f"the service does not know task {outside_text(self.id, 100)} any more: {failure.message}"
                 raise Failure("outcome_unknown", message, http_status=failure.facts.get("http_status")) from None
-            self.pause_s = max(self._interval, failure.facts.get("retry_after_s", 0.0))
+            self._retry_after_s = failure.facts.get("retry_after_s")
+            self.pause_s = max(self._interval, self._retry_after_s or 0.0)
             self._trouble = f"; the last question failed: {failure.message}"
             return None
-        self._strange_in_a_row, self._trouble = 0, ""
+        self._strange_in_a_row, self._trouble, self._retry_after_s = 0, "", None
         return found
+
+    @property
+    def is_strange(self) -> bool:
+        """Whether the service did not know the task when it was asked last."""
+        return self._strange_in_a_row > 0
 
     def wait_for(self, until: float) -> Generated:
         """The picture, once the task has succeeded.
@@ -3233,7 +3272,14 @@ class Task:
 
     def unfinished(self) -> Failure:
         what = f"the service still works on task {outside_text(self.id, 100)}{self._trouble}"
-        return Failure("paid_not_downloaded", what, billed="unknown", hint=GO_ON_FREE)
+        return Failure(
+            "paid_not_downloaded", what, billed="unknown", hint=GO_ON_FREE, retry_after_s=self._retry_after_s
+        )
+
+
+def is_task_id(text: str) -> bool:
+    """Whether a name that a service gave to its task can be kept and sent back; a key in it must not be kept."""
+    return 0 < len(text) <= 500 and text == without_surrogates(text) == mask(text)
 
 
 TASK_IS_STRANGE = ("not_found", "rejected_by_service", "refused_by_service")
@@ -3481,7 +3527,8 @@ def explain(evidence: Evidence, failure: Failure, flags: Sequence[str]) -> None:
         failure.facts["image_url"] = link
     if evidence.data.get("response", {}).get("request_id"):
         failure.facts.setdefault("request_id", evidence.data["response"]["request_id"])
-    goes_on = is_task_open(evidence) and failure.code not in TASK_ENDS
+    ended = failure.code in TASK_ENDS and failure.code != "outcome_unknown"  # what was lost may be found again
+    goes_on = "task_id" in evidence.data and not link and not ended
     is_here = link or held_path(evidence.path).exists()
     if goes_on or (is_here and failure.code not in NO_SECOND_TRY and "lasting" not in failure.facts):
         failure.facts["next_command"] = own_command("--recover", path, *flags, "--print-response")
@@ -3492,6 +3539,10 @@ NO_SECOND_TRY = ("link_expired", "hop_refused", "image_too_large")
 
 def settle(evidence: Evidence, failure: Failure) -> None:
     """Write a failure into the evidence."""
+    if failure.code == "disk_after_paying" and "next_command" not in failure.facts:
+        failure.facts["hint"] = f"the picture is lost: no disk took it; free space, then {ASK_BEFORE_PAYING}".replace(
+            "EVIDENCE", shlex.quote(str(evidence.path))
+        )
     status = {"no": "failed", "unknown": "unknown", "yes": "generated"}[failure.billed]
     if is_task_open(evidence) and failure.code not in TASK_ENDS:
         status = "submitted"  # whatever failed was a question; it can be asked again
@@ -3571,10 +3622,15 @@ def recover(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str,
     remove_leftovers(evidence.path.parent, evidence.id)
     remove_leftovers(output.parent, f"{SKILL}-{evidence.id}")
     check_writable(output.parent, evidence.id)
-    task = task_of(evidence, provider, options, env) if task_is_open else None
-    import_libraries()
     flags = ["--output", str(output)] if options.output else []
-    flags += [word for host in sorted(options.trusted) for word in ("--trust-host", host)] if task else []
+    flags += [word for host in sorted(options.trusted) for word in ("--trust-host", host)] if task_is_open else []
+    try:
+        task = task_of(evidence, provider, options, env) if task_is_open else None
+    except Failure as failure:
+        failure.facts["billed"] = "unknown"
+        explain(evidence, failure, flags)
+        raise
+    import_libraries()
     with settling(evidence, flags=[*flags, *["--overwrite"] * options.overwrite], saved=saved):
         if task is not None:
             evidence.update(status="submitted", error=None)
@@ -3587,11 +3643,34 @@ def recover(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str,
         if saved and "source_format" not in evidence.data["image"]:  # the service's own bytes are here
             source = verified(Path(evidence.data["image"]["path"]).read_bytes())
         else:
-            source = fetch_source(evidence, provider, clock)
+            source = fetch_again(evidence, provider, options, clock, env)
         image = collect(evidence, source, output, provider, overwrite=options.overwrite, again=True)
         if not saved:  # else this is one more copy, and the evidence goes on naming the first
             finish(evidence, image, clock, start)
     return response_of(evidence, image)
+
+
+def fetch_again(
+    evidence: Evidence, provider: Provider, options: Options, clock: Clock, env: Mapping[str, str]
+) -> Picture:
+    """The picture of an evidence file; where its link has died and there is a task, the service names a new one, free.
+
+    Raises:
+        Failure: as `fetch_source`.
+    """
+    try:
+        return fetch_source(evidence, provider, clock)
+    except Failure as failure:
+        if failure.code not in ("link_expired", "link_refused") or "task_id" not in evidence.data:
+            raise
+        try:
+            generated = task_of(evidence, provider, options, env).ask(clock.end)
+        except Failure:
+            generated = None
+        if generated is None:
+            raise
+        evidence.record(**generated_facts(generated, evidence.data.get("warnings", ()), clock))
+        return fetch_source(evidence, provider, clock)
 
 
 def task_of(evidence: Evidence, provider: Provider, options: Options, env: Mapping[str, str]) -> Task:
@@ -3600,6 +3679,8 @@ def task_of(evidence: Evidence, provider: Provider, options: Options, env: Mappi
     Raises:
         Failure: invalid_evidence, host_not_trusted, key_missing, key_malformed.
     """
+    if type(provider).poll is Provider.poll or not is_task_id(evidence.data["task_id"]):
+        raise Failure("invalid_evidence", f"{evidence.path.name}: task_id: not one of {provider.name}")
     endpoint = parse_base_url(evidence.data["endpoint"], "endpoint", provider)
     check_trust(endpoint, "endpoint", provider, options.trusted)
     key = key_for(provider, endpoint, options.trusted, env)
@@ -3692,7 +3773,8 @@ def check(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str, A
     attempt = 0
     while True:
         try:
-            listed = ask(call, provider.read_query, clock.end, endpoint)
+            with telling_of_withheld(key):
+                listed = ask(call, provider.read_query, clock.end, endpoint)
             break
         except Failure as error:
             failure = free_of_charge(error)
@@ -3708,6 +3790,7 @@ def check(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str, A
         "endpoint": endpoint.url,
         "key_source": key.source or None,
         "model_listed": listed,
+        **({"warnings": [key.warning]} if key.warning else {}),
     }
 
 
@@ -3741,7 +3824,7 @@ ALLOWED: dict[str, set[str]] = {  # the flags that mean something in a mode; tho
 DESCRIPTION = (
     "Turn words into one picture with Z-Image Turbo. Only --request, --file, --prompt and --replay cost money."
 )
-EPILOG = f"""\
+EPILOG = """\
 exit codes:
   0  image saved                        6  rate limited, failing or not reachable
   2  invalid request, usage or file     7  outcome unknown, or paid and not downloaded yet
@@ -3750,7 +3833,7 @@ exit codes:
   5  refused by content safety          130, 143  interrupted
 
 stdout carries data only: the path of the saved image, or one JSON object. The last line on stderr
-of every error says what to do next. Key: {PROVIDERS[DEFAULT_PROVIDER].key_hint()}.
+of every error says what to do next. Key: {key}.
 """
 
 
@@ -3838,7 +3921,7 @@ def build_parser(provider: type[Provider] | None = None) -> Parser:
     parser = Parser(
         prog="generate_image.py",
         description=DESCRIPTION,
-        epilog=EPILOG,
+        epilog=EPILOG.format(key=(provider or PROVIDERS[DEFAULT_PROVIDER]).key_hint()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
@@ -3901,12 +3984,19 @@ def add_service_options(group: Any, provider: type[Provider] | None) -> None:
 
 
 def provider_in(argv: Sequence[str]) -> type[Provider] | None:
-    """The provider that arguments name, so that its options are known; what is wrong with the name is told later."""
+    """The provider that arguments name, or that of a replayed evidence file, so that its own options are known.
+
+    What is wrong with name or file is told later.
+    """
     named = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
-    named.add_argument("--provider")
-    with contextlib.suppress(argparse.ArgumentError, Failure, SystemExit):
-        name = named.parse_known_args(argv)[0].provider
-        return None if name is None else provider_class(name)
+    for option in ("--provider", "--replay"):
+        named.add_argument(option)
+    with contextlib.suppress(argparse.ArgumentError, Failure, SystemExit, OSError, ValueError):
+        said = named.parse_known_args(argv)[0]
+        if said.provider is None and said.replay is not None and os.path.isfile(said.replay):
+            with open(said.replay, "rb") as source:
+                said.provider = at(json.loads(source.read(MAX_EVIDENCE_BYTES)), "provider")
+        return None if said.provider is None else provider_class(str(said.provider))
     return None
 
 
@@ -3943,7 +4033,7 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
     Raises:
         Failure: usage, naming every problem.
     """
-    provider = provider_in(argv)
+    provider: type[Provider] | None = provider_in(argv)
     arguments, unknown = build_parser(provider).parse_known_args(argv)
     given = {
         name: value
@@ -3966,11 +4056,11 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
         timeout = number_option("--timeout", arguments.timeout, DEFAULT_TIMEOUT, TIMEOUT_RANGE)
     with noting(problems):
         max_retries = number_option("--max-retries", arguments.max_retries, DEFAULT_MAX_RETRIES, MAX_RETRIES_RANGE)
+    settings = read_settings(provider, given, problems) if provider else {}
     with noting(problems):
         provider = None if arguments.provider is None else provider_class(arguments.provider)
     with noting(problems):
         region = region_option(arguments.region, provider or PROVIDERS[DEFAULT_PROVIDER])
-    settings = read_settings(provider, given, problems) if provider else {}
     trusted, more = trusted_hosts(arguments.trust_host or [], env)
     problems += more
     if mode in ALLOWED:

@@ -122,6 +122,7 @@ class OpenAI(Provider):
         content = bytes_in(picture)
         link = "" if content else str(picture["url"]).strip()
         said = kept_text(picture.get("revised_prompt"))
+        others = tuple(p["url"] for p in more if is_text(p.get("url")) and not is_data(p["url"]))
         usage = outside_json(body.get("usage"))
         return Generated(
             image_url=link,
@@ -130,7 +131,10 @@ class OpenAI(Provider):
             request_id=request_id(answer, body),
             rewritten_prompt=said if said != request.prompt else "",
             usage=usage if isinstance(usage, dict) else {},
-            other_urls=tuple(p["url"] for p in more if is_text(p.get("url")) and not is_data(p["url"])),
+            other_urls=others,
+            warnings=(f"the server sent {len(pictures)} pictures; only the first is kept",)
+            if more and not others
+            else (),
         )
 
     def query(self, endpoint: Endpoint, key: str, workspace: str | None) -> HttpCall:
@@ -138,12 +142,15 @@ class OpenAI(Provider):
 
     def read_query(self, answer: HttpAnswer) -> bool:
         body = read_json(answer)
-        if body is None or answer.status != 200:
+        models = at(body, "data")
+        if answer.status != 200 or not isinstance(models, list):
             raise failure_of(answer, body)
-        models = body.get("data")
-        names = [str(at(model, "id")) for model in models] if isinstance(models, list) else []
+        names = [str(at(model, "id")) for model in models]
         wanted = self.settings["model"]
         return any(name == wanted if wanted else THIS_MODEL.search(name) for name in names)
+
+
+URL_SAFE = str.maketrans("-_", "+/")  # some servers write base64 so
 
 
 def is_text(value: object) -> bool:
@@ -169,8 +176,12 @@ def bytes_in(picture: dict[str, Any]) -> bytes:
         head, comma, data = str(text).partition(",")
         if comma and is_data(head) and not head.lower().endswith(";base64"):
             return unquote_to_bytes(data)
-        return base64.b64decode(re.sub(r"\s", "", data if comma else head), validate=True)
+        plain = re.sub(r"\s", "", data if comma else head).rstrip("=").translate(URL_SAFE)
+        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
     except (binascii.Error, ValueError):
+        link = picture.get("url")
+        if text is not link and is_text(link) and not is_data(str(link)):
+            return b""
         raise Failure("answer_unusable", "the picture in the answer is not whole base64") from None
 
 

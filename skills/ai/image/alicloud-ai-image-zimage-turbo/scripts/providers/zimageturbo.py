@@ -26,6 +26,7 @@ from generate_image import (
     Submitted,
     at,
     bearer,
+    is_task_id,
     json_post,
     kept_text,
     link_expiry,
@@ -34,6 +35,7 @@ from generate_image import (
     read_json,
     request_id,
     service_failure,
+    shown,
 )
 
 RATIOS = ("1:1", "4:3", "3:4", "16:9", "9:16")
@@ -58,6 +60,7 @@ class ZImageTurbo(Provider):
     requests_per_minute = 60.0  # no limit is published: a careful one
     takes_seed = False
     sizes_are_ratios = True
+    long_prompt = MAX_PROMPT
 
     def owns(self, host: str) -> bool:
         return host == "zimageturbo.ai"
@@ -85,11 +88,18 @@ class ZImageTurbo(Provider):
 
     def read(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated | Submitted:
         body = read_json(answer) or {}
-        task_id = at(body, "data", "task_id")
-        if isinstance(task_id, int) and not isinstance(task_id, bool):
-            task_id = str(task_id)
-        if not is_good(answer, body) or not isinstance(task_id, str) or not re.fullmatch("[!-~]{1,200}", task_id):
+        said = at(body, "data", "task_id")
+        status = status_of(answer, body)
+        # A task that has a name exists, and may be charged, whatever fault is told beside it.
+        exists = said not in (None, "") and (status < 300 or status == 429 or status >= 500)
+        if not exists and body and is_good(answer, body):
+            message = outside_text(body.get("message"))
+            raise Failure("answer_unusable", f"the service took the request and named no task: {message}")
+        if not exists:
             raise failure_of(answer, body)
+        task_id = str(said) if isinstance(said, int) and not isinstance(said, bool) else said
+        if not isinstance(task_id, str) or not is_task_id(task_id):
+            raise Failure("answer_unusable", f"the service named its task {shown(said)}, which is no usable name")
         return Submitted(task_id, request_id(answer, body) or task_id)
 
     def poll(self, task_id: str, endpoint: Endpoint, key: str) -> HttpCall:
@@ -98,8 +108,10 @@ class ZImageTurbo(Provider):
     def read_poll(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated | None:
         body = read_json(answer) or {}
         data = body.get("data")
-        if not is_good(answer, body) or not isinstance(data, dict):
+        if not is_good(answer, body) or not body:
             raise failure_of(answer, body)
+        if not isinstance(data, dict):
+            return None  # an answer that says nothing of the task does not end it
         status = str(data.get("status")).upper()
         said = outside_text(data.get("error_message"))
         if status == FAILED or (said and status not in (DONE, WORKING)):
@@ -107,14 +119,9 @@ class ZImageTurbo(Provider):
             raise Failure(kind, f"the task failed: {said or 'the service does not say why'}", billed="no")
         if status != DONE:
             return None
-        links = data.get("response")
-        links = (
-            [link.strip() for link in links if isinstance(link, str) and link.strip()]
-            if isinstance(links, list)
-            else []
-        )
+        links = links_in(data.get("response"))
         if not links:
-            raise Failure("no_image", "the task succeeded, and no picture is in the answer")
+            raise Failure("no_image", f"the task succeeded, and no picture is in the answer{said and f': {said}'}")
         drawn = at(data, "request", "prompt")
         usage = {name: outside_json(data[name]) for name in ("consumed_credits", "created_at") if data.get(name)}
         return Generated(
@@ -132,9 +139,16 @@ class ZImageTurbo(Provider):
 
     def read_query(self, answer: HttpAnswer) -> bool:
         body = read_json(answer) or {}
-        if code_of(body) is None or status_of(answer, body) not in (200, 400, 404):
+        if code_of(body) is None or not (is_good(answer, body) or status_of(answer, body) in (400, 404)):
             raise failure_of(answer, body)
         return False
+
+
+def links_in(response: Any) -> list[str]:
+    """The links of a task's answer: texts as documented, or objects with a `url`; what cannot be a link is left out."""
+    items = response if isinstance(response, list) else [response]
+    texts = [at(item, "url") if isinstance(item, dict) else item for item in items]
+    return [text.strip() for text in texts if isinstance(text, str) and re.match(r"\s*https?://", text)]
 
 
 def ratio_of(request: ImageRequest) -> str:
@@ -163,11 +177,12 @@ def is_good(answer: HttpAnswer, body: dict[str, Any]) -> bool:
 def failure_of(answer: HttpAnswer, body: dict[str, Any]) -> Failure:
     """What an answer that is not a good one means."""
     status, code = status_of(answer, body), code_of(body)
-    message = body.get("message") if isinstance(body.get("message"), str) else None
+    message = body.get("message")
+    message = message if isinstance(message, str) and message.lower() != "success" else None
     unsafe = status == 400 and UNSAFE.search(message or "")
     return service_failure(
         answer,
-        message=None if is_good(answer, body) else message,
+        message=message,
         kind="balance" if status == 402 else "blocked" if unsafe else None,
         is_own_json=code is not None,
         status=status,

@@ -53,7 +53,7 @@ class Job:
         self.give_up_at = 0.0  # moment of time.monotonic() after which it is left to the next run
         self.clock: Clock | None = None  # of the request
         self.content = b""  # a picture that was handed over and could not be put on disk yet
-        self._facts_before = facts
+        self.facts_before = facts
         self.evidence = Evidence(plan.evidence_path, plan.evidence(utc_now()) | {"attempts": []})
         if self.state in TO_SEND:  # of earlier tries only the attempts are true of the next one
             facts = {"attempts": facts.get("attempts", [])}
@@ -69,7 +69,7 @@ class Job:
         if self.state_before == "pending":
             self.evidence.update(error=failure.object())
         else:
-            self.evidence.update(**self._facts_before | {"attempts": self.evidence.data["attempts"]})
+            self.evidence.update(**self.facts_before | {"attempts": self.evidence.data["attempts"]})
         return self.state_before
 
     @property
@@ -122,7 +122,7 @@ def job_of(row: sqlite3.Row, folder: Path, services: Services, workspace: str | 
         output=folder / row["output"],
         overwrite=False,
         evidence_path=folder / evidence_name(row["number"]),
-        warnings=request_warnings(request),
+        warnings=request_warnings(request, provider),
     )
     return Job(row, plan)
 

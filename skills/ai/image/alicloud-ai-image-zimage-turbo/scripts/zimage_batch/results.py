@@ -24,10 +24,11 @@ def totals(database: sqlite3.Connection) -> tuple[dict[str, int], float]:
 
 
 def counts(states: Mapping[str, int]) -> dict[str, int]:
-    """The counts of a summary; what is out counts as in_flight, where there is any."""
-    in_flight = states.get("submitting", 0) + states.get("submitted", 0)
+    """The counts of a summary; requests that are out, and tasks that are worked on, where there are any."""
     known = {name: states.get(name, 0) for name in ("saved", "failed", "unknown", "generated", "pending")}
-    return {"total": sum(known.values()) + in_flight, **known, **({"in_flight": in_flight} if in_flight else {})}
+    rare = {"submitted": states.get("submitted", 0), "in_flight": states.get("submitting", 0)}
+    rare = {name: count for name, count in rare.items() if count}
+    return {"total": sum(known.values()) + sum(rare.values()), **known, **rare}
 
 
 def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict[str, Any]]:

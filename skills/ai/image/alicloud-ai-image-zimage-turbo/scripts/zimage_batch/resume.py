@@ -81,12 +81,19 @@ def remove_temporary_files(database: sqlite3.Connection, folder: Path) -> None:
 
 
 def close_submitting(database: sqlite3.Connection, folder: Path) -> int:
-    """Settle the requests that were out when their process died; returns how many are unknown now."""
+    """Settle the requests that were out when their process died; returns how many are unknown now.
+
+    What was unknown before is taken over too, where somebody has recovered it by its evidence file meanwhile.
+    """
     services = read_services(database)
     unknown = 0
-    for row in database.execute("SELECT * FROM pictures WHERE state = 'submitting'").fetchall():
+    rows = database.execute("SELECT * FROM pictures WHERE state IN ('submitting', 'unknown')").fetchall()
+    for row in rows:
         job = job_of(row, folder, services, None)
-        if not adopt(job):
+        adopted = adopt(job)
+        if row["state"] == "unknown" and not adopted:
+            continue
+        if not adopted:
             failure = Failure("outcome_unknown", "the run was cut off while the request was out")
             job.evidence.path.parent.mkdir(parents=True, exist_ok=True)
             explain(job.evidence, failure, [])

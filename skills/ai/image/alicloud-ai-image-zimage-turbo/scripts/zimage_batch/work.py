@@ -89,6 +89,9 @@ class Worker:
 
     def generate(self, job: Job) -> Outcome:
         """Send the paid request; on disk before it leaves and as soon as the link, picture or task id arrives."""
+        found = self._found_free(job)
+        if found is not None:
+            return found
         plan, evidence, began = job.plan, job.evidence, time.monotonic()
         job.tries += 1
         now = timestamp(utc_now())
@@ -111,6 +114,32 @@ class Worker:
         if isinstance(made, Generated):
             return self._generated("generate", job, made, clock.start)
         return self._submitted(job, made, clock.start)
+
+    def _found_free(self, job: Job) -> Outcome | None:
+        """Before a picture is paid for again whose task was lost: the service may know it now, and has made it.
+
+        None where it must be paid for.
+        """
+        task_id = job.facts_before.get("task_id")
+        if job.state_before != "unknown" or job.tries or not task_id:
+            return None
+        plan, clock = job.plan, self._clock()
+        job.task = Task(plan.provider, plan.endpoint, self.key, plan.request, task_id)
+        try:
+            made = job.task.ask(clock.end)
+        except Failure:
+            return None
+        if made is None and job.task.is_strange:
+            return None
+        job.tries += 1
+        job.evidence.update(**job.facts_before | {"status": "submitted", "error": None})
+        if made is not None:
+            return self._generated("generate", job, made, clock.start)
+        try:
+            self._journal.keep(job, "submitted").result()
+        except Failure as failure:
+            return Outcome("generate", job, failure, clock.start, 0.0)
+        return Outcome("generate", job, None, clock.start, 0.0)
 
     def ask(self, job: Job) -> Outcome:
         """Ask once after a task that the service works on; it stays `submitted` until it has ended."""
