@@ -19,7 +19,8 @@ import pytest
 import generate_batch
 import generate_image
 import zimage_batch.contract
-from conftest import ROOT, SKILL, Shell
+from conftest import ROOT, SKILL, TEST_KEY, Shell
+from fault_server import PICTURE, Answer, FaultServer, Received, file, json_answer, png
 from mock_server import MockServer
 
 SKILL_MD = (SKILL / "SKILL.md").read_text(encoding="utf-8")
@@ -323,3 +324,25 @@ def test_agents_md_names_only_things_that_exist() -> None:
             last = name.split(".")[-1] if not name.endswith((".py", ".md")) else ""
             found = re.search(rf"\b{re.escape(last)}\b", SOURCES) if last else list(ROOT.rglob(name.split("/")[-1]))
             assert found, name
+
+
+def test_the_provider_that_the_reference_writes_makes_a_picture(shell: Shell, tmp_path: Path) -> None:
+    (source,) = blocks(REFERENCES["providers.md"], "python")
+    scripts = tmp_path / "scripts"
+    shutil.copytree(SKILL / "scripts", scripts, ignore=shutil.ignore_patterns("__pycache__"))
+    (scripts / "providers" / "example.py").write_text(source, encoding="utf-8")
+    shell.script = scripts / "generate_image.py"
+    assert "example" in shell.run("--help").stdout
+    with FaultServer() as server:
+
+        def answer(request: Received) -> Answer:
+            return json_answer({"id": "p-1", "image": request.root + PICTURE})
+
+        server.play("/v1/images", answer)
+        server.play(PICTURE, file(png(1024, 1024)))
+        shell.env |= {"EXAMPLE_API_KEY": TEST_KEY, "EXAMPLE_BASE_URL": f"{server.root}/v1"}
+        response = shell.run("--provider", "example", "--prompt", "a fox", "--seed", "7", "--print-response").json
+        assert (response["request_id"], response["estimated_cost"]) == ("p-1", 0.01)
+        assert json.loads(server.posts[0].body) == {"prompt": "a fox", "width": 1024, "height": 1024, "seed": 7}
+        server.play("/v1/images", json_answer({"error": "no"}, 400))
+        assert shell.run("--provider", "example", "--prompt", "a fox", "--print-response").error["exit_code"] == 2
