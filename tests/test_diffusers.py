@@ -115,7 +115,9 @@ def need_packages() -> None:
     if not absent:
         return
     if os.environ.get("CI"):
-        pytest.fail(f"CI must have the packages of requirements-local.txt; these are not installed: {', '.join(absent)}")
+        pytest.fail(
+            f"CI must have the packages of requirements-local.txt; these are not installed: {', '.join(absent)}"
+        )
     pytest.skip(f"needs requirements-local.txt: {', '.join(absent)}")
 
 
