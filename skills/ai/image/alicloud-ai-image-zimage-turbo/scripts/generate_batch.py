@@ -458,7 +458,7 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> BatchOptions:
 
     kind, region = PROVIDERS[DEFAULT_PROVIDER], None
     with noting(problems):
-        kind = provider_class(arguments.provider or DEFAULT_PROVIDER)
+        kind = provider_class(DEFAULT_PROVIDER if arguments.provider is None else arguments.provider)
     with noting(problems):
         region = region_option(arguments.region, kind)
     provider = kind(read_settings(kind, given, problems))

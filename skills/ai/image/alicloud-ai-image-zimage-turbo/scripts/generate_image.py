@@ -1792,11 +1792,8 @@ PROVIDER_NAME = "[a-z][a-z0-9_]*"
 
 def provider_names() -> list[str]:
     """Every provider that there is: those of this file, and a file each in providers/ beside it."""
-    files = _providers_folder().glob("*.py")
-    return [
-        *PROVIDERS,
-        *sorted({path.stem for path in files if re.fullmatch(PROVIDER_NAME, path.stem)} - set(PROVIDERS)),
-    ]
+    files = {path.stem for path in _providers_folder().glob("*.py") if re.fullmatch(PROVIDER_NAME, path.stem)}
+    return [DEFAULT_PROVIDER, *sorted(files | PROVIDERS.keys() - {DEFAULT_PROVIDER})]
 
 
 def _providers_folder() -> Path:
@@ -1826,7 +1823,7 @@ def provider_class(name: str) -> type[Provider]:
         loaded = module.PROVIDER
         if loaded.name != name:
             raise AttributeError(f"its PROVIDER is named {loaded.name}")
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # one that ends the process is no provider
         reason = f"{type(error).__name__}: {outside_text(error, 200)}"
         raise Failure("usage", f"--provider: providers/{name}.py cannot be loaded: {reason}") from None
     PROVIDERS[name] = loaded
@@ -3061,6 +3058,7 @@ def generate(plan: Plan, options: Options, clock: Clock, console: Console, env: 
         source = fetch_source(evidence, plan.provider, clock, generated.content)
         image = collect(evidence, source, plan.output, plan.provider, overwrite=plan.overwrite, again=False)
         finish(evidence, image, clock, start)
+        drop_held(evidence)
     return response_of(evidence, image)
 
 
@@ -3098,6 +3096,13 @@ def hold(evidence_path: Path, content: bytes) -> None:
     temporary.unlink(missing_ok=True)
     write_exclusively(temporary, content, mode=OWNER_ONLY)
     os.replace(temporary, held_path(evidence_path))
+
+
+def drop_held(evidence: Evidence) -> None:
+    """Remove the bytes that were handed over, once the saved picture is on record."""
+    if not evidence.unwritten:
+        with contextlib.suppress(OSError):
+            held_path(evidence.path).unlink(missing_ok=True)
 
 
 def generated_facts(generated: Generated, warnings: Sequence[str], clock: Clock) -> dict[str, Any]:
@@ -3403,9 +3408,6 @@ def finish(evidence: Evidence, image: dict[str, Any], clock: Clock, start: float
     evidence.record(status="saved", finished_at=timestamp(utc_now()), timings_ms=timings, image=image, error=None)
     if evidence.unwritten:
         image.setdefault("warnings", []).append(f"the evidence file {evidence.path} could not be brought up to date")
-    else:
-        with contextlib.suppress(OSError):
-            held_path(evidence.path).unlink(missing_ok=True)
 
 
 def size_warning(asked: str, picture: Picture, provider: Provider) -> str | None:
@@ -3647,6 +3649,7 @@ def recover(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str,
         image = collect(evidence, source, output, provider, overwrite=options.overwrite, again=True)
         if not saved:  # else this is one more copy, and the evidence goes on naming the first
             finish(evidence, image, clock, start)
+            drop_held(evidence)
     return response_of(evidence, image)
 
 

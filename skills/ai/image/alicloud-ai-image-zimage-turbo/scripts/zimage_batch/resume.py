@@ -47,6 +47,7 @@ def clean_up(folder: Path, console: Console) -> None:
         lost = close_submitting(database, folder)
         again, gone = find_vanished(database, folder)
         database.execute("COMMIT")
+        remove_held_of_saved(database, folder)
     if lost:
         console.note(
             f"warning: {lost} request{'s' * (lost != 1)} of a run that was cut off may have been billed: unknown; "
@@ -83,15 +84,16 @@ def remove_temporary_files(database: sqlite3.Connection, folder: Path) -> None:
 def close_submitting(database: sqlite3.Connection, folder: Path) -> int:
     """Settle the requests that were out when their process died; returns how many are unknown now.
 
-    What was unknown before is taken over too, where somebody has recovered it by its evidence file meanwhile.
+    What was unknown or not downloaded before is taken over too, where somebody has recovered it by its evidence file
+    meanwhile, or where the process died between that file and the database.
     """
     services = read_services(database)
     unknown = 0
-    rows = database.execute("SELECT * FROM pictures WHERE state IN ('submitting', 'unknown')").fetchall()
+    rows = database.execute("SELECT * FROM pictures WHERE state IN ('submitting', 'generated', 'unknown')").fetchall()
     for row in rows:
         job = job_of(row, folder, services, None)
         adopted = adopt(job)
-        if row["state"] == "unknown" and not adopted:
+        if row["state"] != "submitting" and not adopted:
             continue
         if not adopted:
             failure = Failure("outcome_unknown", "the run was cut off while the request was out")
@@ -112,21 +114,36 @@ def adopt(job: Job) -> bool:
     That is so only where the disk failed under the database while it still took the picture or its evidence, or
     where the process died between the picture that was handed over and the database.
     """
-    if held_path(job.evidence.path).exists():
+    if not adopt_written(job) and job.state == "submitting" and held_path(job.evidence.path).exists():
         job.evidence.update(**generated_facts(Generated(), job.plan.warnings, Clock(0.0)))
-        return True
+    return bool(job.evidence.data["status"] != job.state)
+
+
+def adopt_written(job: Job) -> bool:
+    """Take over what the evidence file says; False where it says no more than the database."""
     try:
         written = json.loads(job.evidence.path.read_bytes())
         same = len(written["attempts"]) == len(job.evidence.data["attempts"])
         link, image = written.get("response", {}).get("image_url"), written.get("image")
-        if not same or written["status"] not in ("generated", "saved") or not link:
+        if not same or written["status"] not in ("generated", "saved"):
             return False
         saved = image is not None and file_hash(Path(image["path"])) == image["sha256"]
+        if not saved and (not link or job.state == "generated"):
+            return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
     job.evidence.update(**{name: written[name] for name in KEPT_FACTS if name in written})
     job.evidence.update(status="saved" if saved else "generated")
     return True
+
+
+def remove_held_of_saved(database: sqlite3.Connection, folder: Path) -> None:
+    """Remove bytes that were handed over and whose picture is saved: the process died before it could."""
+    for path in (folder / EVIDENCE).glob("*/*.picture"):
+        if path.stem.isdecimal():
+            state = database.execute("SELECT state FROM pictures WHERE number = ?", (int(path.stem),)).fetchone()
+            if state is not None and state[0] == "saved":
+                path.unlink(missing_ok=True)
 
 
 def find_vanished(database: sqlite3.Connection, folder: Path) -> tuple[int, int]:

@@ -21,6 +21,7 @@ from generate_image import (
     Submitted,
     Task,
     collect,
+    drop_held,
     end_generated_attempt,
     explain,
     fetch_source,
@@ -209,6 +210,7 @@ class Worker:
             finish(evidence, image, clock, clock.start)
             job.plan = job.plan._replace(output=Path(image["path"]))
             self._journal.keep(job, "saved").result()
+            drop_held(evidence)
             return Outcome("save", job, None, clock.start, time.monotonic() - clock.start)
         except Failure as error:
             failure = error

@@ -1,0 +1,418 @@
+"""The table of the tests of all providers: how a service answers success and each fault in its own protocol.
+
+    for case in CASES: ...                       # one row a provider; OpenAI's protocol has one more, with links
+    lab = Lab(case, shell, server)               # the script pointed at a server that speaks the case's protocol
+    lab.answers(case.refusal("busy"), lab.good)  # what paid calls get, one after the other, the last one for ever
+    result = lab.make("--timeout", "5")          # one picture, by the real command line
+    lab.assert_keys_kept()                       # over every file, stream and request of the test
+
+It wraps `fault_server.FaultServer` and changes nothing of it. A new provider is one more class here.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import subprocess
+import threading
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any, ClassVar
+from urllib.parse import parse_qs, urlsplit
+
+from conftest import GENERATE as SCRIPT
+from conftest import Result, Shell
+from fault_server import PICTURE, Answer, Behaviour, FaultServer, Received, file, good_body, json_answer, png
+
+# None begins with sk-: what masks them must know them, not guess them.
+KEYS = {
+    "DASHSCOPE_API_KEY": "ds-key-4c1f0a9e7b2d8365",
+    "ZIMAGETURBO_API_KEY": "zt-key-9d27e5b0a3c8f146",
+    "OPENAI_API_KEY": "oa-key-6b80f2d4c91e7a35",
+}
+NO_WAIT = (("Retry-After", "0"),)
+NOT_NOW = (("Retry-After", "600"),)  # longer than any command here: no reason to wait for it
+
+# What a service can refuse, by the exit code that the contract gives it.
+REFUSALS = {"invalid": 2, "key": 3, "balance": 4, "blocked": 5, "busy": 6, "failing": 6, "overloaded": 6, "teapot": 8}
+RETRIED = ("busy", "failing", "overloaded")
+
+
+def changed(behaviour: Behaviour, **changes: Any) -> Callable[[Received], Answer]:
+    """The same answer, sent in another way."""
+
+    def answer(request: Received) -> Answer:
+        return replace(behaviour if isinstance(behaviour, Answer) else behaviour(request), **changes)
+
+    return answer
+
+
+class Case(ABC):
+    """One provider's protocol, seen from the service's side."""
+
+    id: ClassVar[str]
+    provider: ClassVar[str]
+    root: ClassVar[str]  # path of the API root
+    paid: ClassVar[str]  # below it
+    free: ClassVar[str]  # what --check asks, below it
+    key_variable: ClassVar[str]
+    url_variable: ClassVar[str]
+    cost: ClassVar[float]
+    key_is_optional: ClassVar[bool] = False
+    takes_seed: ClassVar[bool] = True
+    by_task: ClassVar[bool] = False
+    by_link: ClassVar[bool] = True  # else the picture itself is in the answer
+    exact_size: ClassVar[bool] = True
+    refused_as: ClassVar[dict[str, tuple[int, str]]]  # refusal -> HTTP status and the service's own code
+
+    @property
+    def key(self) -> str:
+        return KEYS[self.key_variable]
+
+    @property
+    def paid_path(self) -> str:
+        return self.root + self.paid
+
+    @property
+    def free_path(self) -> str:
+        return self.root + self.free
+
+    @abstractmethod
+    def said(self, status: int, code: str, message: str) -> object:
+        """The body of an error in the service's own form."""
+
+    @abstractmethod
+    def made(self, request: Received, content: bytes) -> object:
+        """The body that answers the paid call where all is well."""
+
+    @abstractmethod
+    def empty(self) -> object:
+        """The body of a good answer that has no picture in it."""
+
+    @abstractmethod
+    def expected_payload(self, prompt: str, seed: int | None) -> dict[str, Any]:
+        """The body of a paid call for a square picture of about 1024*1024."""
+
+    def listed(self) -> object:
+        """The body that answers --check where the key is good."""
+        return {"object": "list", "data": [{"id": "Tongyi-MAI/Z-Image-Turbo", "object": "model"}]}
+
+    def prompt_in(self, body: dict[str, Any]) -> str:
+        return str(body["prompt"])
+
+    def refusal(self, name: str, message: str = "it did not work", **fields: Any) -> Answer:
+        """A refusal of REFUSALS; `fields` as in `json_answer`."""
+        status, code = self.refused_as[name]
+        return json_answer(self.said(status, code, message), status, **fields)
+
+    def __repr__(self) -> str:
+        return self.id
+
+
+class DashScopeCase(Case):
+    id = provider = "dashscope"
+    root = "/api/v1"
+    paid = "/services/aigc/multimodal-generation/generation"
+    free = "/models"
+    key_variable = "DASHSCOPE_API_KEY"
+    url_variable = "DASHSCOPE_BASE_URL"
+    cost = 0.01434
+    refused_as: ClassVar = {
+        "invalid": (400, "InvalidParameter"),
+        "key": (401, "InvalidApiKey"),
+        "balance": (400, "Arrearage"),
+        "blocked": (400, "DataInspectionFailed"),
+        "busy": (429, "Throttling.RateQuota"),
+        "failing": (500, "InternalError"),
+        "overloaded": (503, "ServiceUnavailable"),
+        "teapot": (418, "Teapot"),
+    }
+
+    def said(self, status: int, code: str, message: str) -> object:
+        return {"code": code, "message": message, "request_id": "req-0002"}
+
+    def made(self, request: Received, content: bytes) -> object:
+        return good_body(request.root + PICTURE)
+
+    def empty(self) -> object:
+        return good_body("", content=[{"text": "x"}])
+
+    def listed(self) -> object:
+        return {"request_id": "r", "output": {"models": [{"model": "z-image-turbo"}], "total": 1}}
+
+    def prompt_in(self, body: dict[str, Any]) -> str:
+        return str(body["input"]["messages"][0]["content"][0]["text"])
+
+    def expected_payload(self, prompt: str, seed: int | None) -> dict[str, Any]:
+        return {
+            "model": "z-image-turbo",
+            "input": {"messages": [{"role": "user", "content": [{"text": prompt}]}]},
+            "parameters": {"size": "1024*1024", "prompt_extend": False, "seed": seed},
+        }
+
+
+class ZImageTurboCase(Case):
+    id = provider = "zimageturbo"
+    root = "/api"
+    paid = "/generate"
+    free = "/status"
+    key_variable = "ZIMAGETURBO_API_KEY"
+    url_variable = "ZIMAGETURBO_BASE_URL"
+    cost = 0.02
+    takes_seed = False
+    by_task = True
+    exact_size = False
+    refused_as: ClassVar = {
+        "invalid": (400, ""),
+        "key": (401, ""),
+        "balance": (402, ""),
+        "blocked": (400, "sensitive"),
+        "busy": (429, ""),
+        "failing": (500, ""),
+        "overloaded": (503, ""),
+        "teapot": (418, ""),
+    }
+
+    def said(self, status: int, code: str, message: str) -> object:
+        return {"code": status, "message": f"{message}: {code} content" if code else message, "data": None}
+
+    def made(self, request: Received, content: bytes) -> object:
+        raise NotImplementedError  # TaskBook answers
+
+    def empty(self) -> object:
+        return {"code": 200, "message": "success", "data": None}
+
+    def listed(self) -> object:
+        return self.said(404, "", "task not found")
+
+    def expected_payload(self, prompt: str, seed: int | None) -> dict[str, Any]:
+        return {"prompt": prompt, "aspect_ratio": "1:1"}
+
+
+class OpenAICase(Case):
+    id = provider = "openai"
+    root = "/v1"
+    paid = "/images/generations"
+    free = "/models"
+    key_variable = "OPENAI_API_KEY"
+    url_variable = "OPENAI_BASE_URL"
+    cost = 0.0
+    key_is_optional = True
+    by_link = False
+    refused_as: ClassVar = {
+        "invalid": (400, "invalid_size"),
+        "key": (401, "invalid_api_key"),
+        "balance": (429, "insufficient_quota"),
+        "blocked": (400, "content_policy_violation"),
+        "busy": (429, "rate_limit_exceeded"),
+        "failing": (500, "server_error"),
+        "overloaded": (503, "engine_overloaded"),
+        "teapot": (418, "teapot"),
+    }
+
+    def said(self, status: int, code: str, message: str) -> object:
+        return {"error": {"message": message, "type": "some_error", "param": None, "code": code}}
+
+    def made(self, request: Received, content: bytes) -> object:
+        return {"created": 1767000000, "data": [{"b64_json": base64.b64encode(content).decode()}]}
+
+    def empty(self) -> object:
+        return {"created": 1767000000, "data": []}
+
+    def expected_payload(self, prompt: str, seed: int | None) -> dict[str, Any]:
+        return {
+            "prompt": prompt,
+            "size": "1024x1024",
+            "n": 1,
+            "response_format": "b64_json",
+            "seed": seed,
+            "num_inference_steps": 8,
+            "guidance_scale": 0.0,
+        }
+
+
+class OpenAILinkCase(OpenAICase):
+    """A server that answers with a link although bytes were asked for: some do."""
+
+    id = "openai-link"
+    by_link = True
+
+    def made(self, request: Received, content: bytes) -> object:
+        return {"created": 1767000000, "data": [{"url": request.root + PICTURE}]}
+
+
+DASHSCOPE, ZIMAGETURBO, OPENAI, OPENAI_LINK = DashScopeCase(), ZImageTurboCase(), OpenAICase(), OpenAILinkCase()
+CASES: tuple[Case, ...] = (DASHSCOPE, ZIMAGETURBO, OPENAI)
+LINKED_CASES: tuple[Case, ...] = (DASHSCOPE, ZIMAGETURBO, OPENAI_LINK)
+OTHER_TABLES = {"diffusers"}  # in this process, no protocol: tests/test_diffusers.py
+
+
+def envelope(data: object, code: object = 200, **fields: Any) -> Answer:
+    """An answer of zimageturbo.ai."""
+    return json_answer({"code": code, "message": "success", "data": data}, **fields)
+
+
+@dataclass
+class TaskBook:
+    """The tasks of a service that works by them; what is told of one is decided by `course`."""
+
+    tasks: dict[str, str] = field(default_factory=dict)  # id -> prompt
+    asked: Counter[str] = field(default_factory=Counter)  # id -> questions so far
+    course: Callable[[TaskBook, str, Received], Answer] | None = None
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def submit(self, request: Received) -> Answer:
+        with self._lock:
+            task_id = f"task_{len(self.tasks):04d}"
+            self.tasks[task_id] = json.loads(request.body)["prompt"]
+        return envelope({"task_id": task_id, "status": "IN_PROGRESS"}, bills=True)
+
+    def status(self, request: Received) -> Answer:
+        task_id = parse_qs(urlsplit(request.target).query)["task_id"][0]
+        with self._lock:
+            self.asked[task_id] += 1
+        if task_id not in self.tasks:
+            return json_answer({"code": 404, "message": "task not found", "data": None}, 404)
+        return self.course(self, task_id, request) if self.course else self.done(task_id, request)
+
+    def done(self, task_id: str, request: Received, **changes: Any) -> Answer:
+        """The task has succeeded; `changes` replace fields of its data."""
+        return envelope(self.data(task_id, "SUCCESS", request.root + PICTURE) | changes)
+
+    def working(self, task_id: str, status: str = "IN_PROGRESS") -> Answer:
+        return envelope(self.data(task_id, status))
+
+    def failed(self, task_id: str, message: str) -> Answer:
+        return envelope(self.data(task_id, "FAILED") | {"error_message": message})
+
+    def data(self, task_id: str, status: str, *links: str) -> dict[str, Any]:
+        return {
+            "status": status,
+            "task_id": task_id,
+            "request": {"prompt": self.tasks[task_id], "size": "1024*1024", "seed": "-1"},
+            "response": list(links),
+            "consumed_credits": 15,
+            "created_at": "2025-12-05 13:05:09",
+            "error_message": None,
+        }
+
+    def play(self, *steps: Callable[[str, Received], Answer]) -> None:
+        """What the questions after each task get, one after the other, the last one for ever."""
+
+        def course(book: TaskBook, task_id: str, request: Received) -> Answer:
+            return steps[min(book.asked[task_id], len(steps)) - 1](task_id, request)
+
+        self.course = course
+
+
+class Lab:
+    """The script pointed at a server that speaks a case's protocol, with the keys of all providers at hand."""
+
+    def __init__(self, case: Case, shell: Shell, server: FaultServer) -> None:
+        self.case = case
+        self.shell = shell
+        self.server = server
+        self.book = TaskBook()
+        self.streams: list[str] = []
+        shell.env |= {**KEYS, case.url_variable: server.root + case.root}
+        self.picture(png())
+        if case.by_task:
+            server.play(case.free_path, self.book.status)
+        else:
+            server.play(case.free_path, json_answer(case.listed()))
+
+    # What the service does
+
+    def good(self, request: Received) -> Answer:
+        """A picture is made and billed, or its task is."""
+        if self.case.by_task:
+            return self.book.submit(request)
+        return json_answer(self.case.made(request, self._content), bills=True)
+
+    def picture(self, content: bytes, **fields: Any) -> None:
+        """The picture that the service makes from now on, by link or in its answer."""
+        self._content = content
+        self.server.play(PICTURE, file(content, **fields))
+        self.server.play(self.case.paid_path, self.good)
+
+    def answers(self, *behaviours: Behaviour) -> None:
+        """What paid calls get, one after the other; the last one holds for all that follow."""
+        self.server.play(self.case.paid_path, *behaviours)
+
+    # What the script does
+
+    @property
+    def request(self) -> tuple[str, ...]:
+        return ("--provider", self.case.provider, "--prompt", "a fox", "--output", "out.png", "--print-response")
+
+    def make(self, *more: str) -> Result:
+        return self.call(*self.request, *more)
+
+    def call(self, *arguments: str) -> Result:
+        return self.noted(self.shell.run(*arguments))
+
+    def start(self, *more: str) -> subprocess.Popen[bytes]:
+        return self.shell.start(*self.request, *more)
+
+    def finish(self, process: subprocess.Popen[bytes]) -> Result:
+        return self.noted(self.shell.finish(process))
+
+    def recover(self, *more: str) -> Result:
+        (path,) = self.shell.evidence_files()
+        self.shell.script = SCRIPT
+        return self.call("--recover", str(path), "--print-response", *more)
+
+    def noted(self, result: Result) -> Result:
+        self.streams += [result.stdout, result.stderr]
+        return result
+
+    # What can be seen afterwards
+
+    @property
+    def paid(self) -> list[Received]:
+        """The paid calls that reached the server."""
+        return [request for request in self.server.posts if request.path == self.case.paid_path]
+
+    @property
+    def payloads(self) -> list[dict[str, Any]]:
+        return [json.loads(request.body) for request in self.paid]
+
+    @property
+    def prompts(self) -> list[str]:
+        """Those of all paid calls, in the order of their arrival."""
+        return [self.case.prompt_in(payload) for payload in self.payloads]
+
+    @property
+    def questions(self) -> list[Received]:
+        """Those after tasks."""
+        return [request for request in self.server.downloads if request.path == self.case.free_path]
+
+    def status(self) -> str:
+        return str(self.shell.evidence()["status"])
+
+    def assert_keys_kept(self) -> None:
+        """The key is in no file and no stream, and in requests only where it belongs; no other key is anywhere."""
+        files = {
+            path: path.read_bytes()
+            for folder in (self.shell.folder, self.shell.home)
+            for path in folder.rglob("*")
+            if path.is_file() and not path.is_symlink()
+        }
+        for name, key in KEYS.items():
+            assert not any(key in stream for stream in self.streams), f"{name} is in a stream"
+            assert [str(path) for path, content in files.items() if key.encode() in content] == [], name
+        assert_keys_at(self.server, self.case)
+
+
+def assert_keys_at(server: FaultServer, case: Case | None) -> None:
+    """A server has seen the key of the case, in the one header of service calls, and no other key anywhere."""
+    for request in server.requests:
+        calls = case is not None and request.path in (case.paid_path, case.free_path)
+        sent = f"{request.target} {request.body.decode('utf-8', 'replace')}"
+        for name, value in request.headers:
+            if name == "authorization" and calls and case is not None and value == f"Bearer {case.key}":
+                continue
+            sent += f" {name}: {value}"
+        assert not any(key in sent for key in KEYS.values()), (request.method, request.target, request.headers)
