@@ -50,7 +50,7 @@ from zimage_batch.contract import (
     UNKNOWN_IN_A_ROW,
     UNPACED_CONCURRENCY,
 )
-from zimage_batch.folder import open_database
+from zimage_batch.folder import facts_of, open_database
 from zimage_batch.journal import Job, Journal, Place, job_of, read_services
 from zimage_batch.pacer import Pacer
 from zimage_batch.progress import Progress, Tally
@@ -135,7 +135,7 @@ class Run:
         self._last_fed_save = -1
         self._saves_are_fed = False
         self._unknown_in_a_row = 0
-        self._failures_in_a_row = {"generate": 0, "ask": 0, "save": 0}
+        self._failures_in_a_row = {"find": 0, "generate": 0, "ask": 0, "save": 0}
         self._gave_up: Failure | None = None  # why pictures were left pending after their retries
         self._stop: Failure | None = None
         self._bound: str | None = None  # what keeps the rest from being sent: limit | cost
@@ -350,32 +350,36 @@ class Run:
         now = time.monotonic()
         if outcome.step == "generate":
             sent = self._out.pop(job.number)
-            self.tally.spent -= job.plan.price.estimate * (failure is not None and failure.billed == "no")
+            self.tally.spent -= job.plan.price.estimate * outcome.free
             if outcome.seconds and (failure is None or failure.billed != "no"):
                 self._latencies.append(outcome.seconds)
             if failure is None or failure.code != "rate_limited":
                 self._pacer.accepted(now, sent)
             before = "submitting"
+        elif outcome.step == "find":
+            self._tasks.answered(job)
+            sent, before = outcome.began, "unknown"
         elif outcome.step == "ask":
             self._tasks.answered(job)
-            self.tally.spent -= job.plan.price.estimate * (failure is not None and failure.billed == "no")
             sent, before = outcome.began, "submitted"
         else:
             self._saving.discard(job.number)
             sent, before = outcome.began, "generated"
             if failure is None:
                 self._saving_times.append(outcome.seconds)
-        self.tally.move(job, before, job.state)
+        self.tally.spent -= job.plan.price.estimate * (failure is not None and failure.billed == "no")
+        if outcome.step != "find" or job.state != before:
+            self.tally.move(job, before, job.state)
         if outcome.step != "save" and job.state == "generated":  # also where the database could not take it
             self._queue_save(job)
         if job.state == "submitted" and self._stop is None:
-            if outcome.step == "generate":
+            if outcome.step in ("find", "generate"):
                 self._tasks.add(job)
             elif failure is None:
                 self._tasks.again(job)
         if failure is None:
             self._failures_in_a_row[outcome.step] = 0
-            if outcome.step == "generate":
+            if outcome.step in ("generate", "ask") and job.state == "generated":  # a task taken is no picture yet
                 self._unknown_in_a_row = 0
             return
         self._tell(job, failure)
@@ -441,6 +445,19 @@ class Run:
             task_id = str(job.evidence.data.get("task_id", ""))
             job.task = Task(plan.provider, plan.endpoint, self._worker.key, plan.request, task_id)
             self._tasks.add(job)
+        if not self.options.retry_unknown:  # else they are asked after just before they are paid for again
+            self._look_for_lost()
+
+    def _look_for_lost(self) -> None:
+        """Ask once, free, after the tasks that the service did not know in an earlier run."""
+        rows = self.database.execute(
+            "SELECT * FROM pictures WHERE state = 'unknown' AND service = ? ORDER BY number", (self._service,)
+        ).fetchall()
+        for row in rows:
+            if "task_id" in facts_of(row["facts"]):
+                job = self._job(row)
+                self._tasks.asked(job)
+                self._askers.submit(self._work, self._worker.find, "find", job)
 
     def _ask(self, now: float) -> float | None:
         """Ask after the tasks whose time has come; returns the seconds to the next, None where none is open."""

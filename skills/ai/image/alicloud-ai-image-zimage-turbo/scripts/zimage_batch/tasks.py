@@ -35,8 +35,12 @@ class OpenTasks:
         if not self._waiting or self._waiting[0][0] > now:
             return None
         job = heapq.heappop(self._waiting)[2]
-        self._asked.add(job.number)
+        self.asked(job)
         return job
+
+    def asked(self, job: Job) -> None:
+        """Take note of a question that is out; `answered` tells of its answer."""
+        self._asked.add(job.number)
 
     def answered(self, job: Job) -> None:
         self._asked.discard(job.number)

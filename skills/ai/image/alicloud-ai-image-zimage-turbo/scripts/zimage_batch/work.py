@@ -44,11 +44,12 @@ from zimage_batch.journal import Job, Journal
 class Outcome(NamedTuple):
     """What a worker reports. `failure` is None where the step went well; moments are of time.monotonic()."""
 
-    step: str  # generate | ask | save
+    step: str  # find | generate | ask | save
     job: Job
     failure: Failure | None
     began: float
     seconds: float
+    free: bool = False  # nothing was sent that costs
 
 
 def stops_the_run(failure: Failure) -> bool:
@@ -90,7 +91,7 @@ class Worker:
 
     def generate(self, job: Job) -> Outcome:
         """Send the paid request; on disk before it leaves and as soon as the link, picture or task id arrives."""
-        found = self._found_free(job)
+        found = self._found_free("generate", job)
         if found is not None:
             return found
         plan, evidence, began = job.plan, job.evidence, time.monotonic()
@@ -116,31 +117,35 @@ class Worker:
             return self._generated("generate", job, made, clock.start)
         return self._submitted(job, made, clock.start)
 
-    def _found_free(self, job: Job) -> Outcome | None:
-        """Before a picture is paid for again whose task was lost: the service may know it now, and has made it.
+    def find(self, job: Job) -> Outcome:
+        """Ask once after a task that was lost in an earlier run; where it is not found, nothing changes."""
+        return self._found_free("find", job) or Outcome("find", job, None, time.monotonic(), 0.0, free=True)
 
-        None where it must be paid for.
-        """
+    def _found_free(self, step: str, job: Job) -> Outcome | None:
+        """What became of a task that was lost, where the service knows it now; None where it does not."""
         task_id = job.facts_before.get("task_id")
         if job.state_before != "unknown" or job.tries or not task_id:
             return None
         plan, clock = job.plan, self._clock()
         job.task = Task(plan.provider, plan.endpoint, self.key, plan.request, task_id)
+        made, failed = None, None
         try:
             made = job.task.ask(clock.end)
-        except Failure:
-            return None
-        if made is None and job.task.is_strange:
+        except Failure as failure:
+            failed = failure
+        if job.task.is_strange or (failed and failed.code not in TASK_ENDS):
             return None
         job.tries += 1
         job.evidence.update(**job.facts_before | {"status": "submitted", "error": None})
+        if failed is not None:
+            return self._not_generated(step, job, failed, clock.start)._replace(free=True)
         if made is not None:
-            return self._generated("generate", job, made, clock.start)
+            return self._generated(step, job, made, clock.start)._replace(free=True)
         try:
             self._journal.keep(job, "submitted").result()
         except Failure as failure:
-            return Outcome("generate", job, failure, clock.start, 0.0)
-        return Outcome("generate", job, None, clock.start, 0.0)
+            return Outcome(step, job, failure, clock.start, 0.0, free=True)
+        return Outcome(step, job, None, clock.start, 0.0, free=True)
 
     def ask(self, job: Job) -> Outcome:
         """Ask once after a task that the service works on; it stays `submitted` until it has ended."""
