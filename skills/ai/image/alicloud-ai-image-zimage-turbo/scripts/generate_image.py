@@ -3258,6 +3258,11 @@ class Task:
         return found
 
     @property
+    def is_held(self) -> bool:
+        """Whether the service has asked not to be asked so soon."""
+        return self._retry_after_s is not None
+
+    @property
     def is_strange(self) -> bool:
         """Whether the service did not know the task when it was asked last."""
         return self._strange_in_a_row > 0
@@ -3384,6 +3389,9 @@ def fetch_source(evidence: Evidence, provider: Provider, clock: Clock, content: 
     if content or not link:
         try:
             return verified(content or held.read_bytes())
+        except FileNotFoundError:
+            hint = "report it: the picture was handed over, and no disk took it; do not pay again unasked"
+            raise Failure("image_unusable", f"{held} is not there", hint=hint, lasting=True) from None
         except OSError as error:
             raise Failure("disk_after_paying", f"{held} cannot be read: {os_reason(error)}") from None
         except Failure as failure:  # the same bytes will not get better
@@ -3530,12 +3538,16 @@ def explain(evidence: Evidence, failure: Failure, flags: Sequence[str]) -> None:
     if evidence.data.get("response", {}).get("request_id"):
         failure.facts.setdefault("request_id", evidence.data["response"]["request_id"])
     ended = failure.code in TASK_ENDS and failure.code != "outcome_unknown"  # what was lost may be found again
-    goes_on = "task_id" in evidence.data and not link and not ended
+    link_is_dead = failure.code in DEAD_LINK and "lasting" not in failure.facts
+    goes_on = "task_id" in evidence.data and not ended and (link_is_dead or not link)
+    if goes_on and link:
+        failure.facts["hint"] = "run next_command once, free: the service may name a new link for its task"
     is_here = link or held_path(evidence.path).exists()
     if goes_on or (is_here and failure.code not in NO_SECOND_TRY and "lasting" not in failure.facts):
         failure.facts["next_command"] = own_command("--recover", path, *flags, "--print-response")
 
 
+DEAD_LINK = ("link_expired", "link_refused")
 NO_SECOND_TRY = ("link_expired", "hop_refused", "image_too_large")
 
 
@@ -3549,6 +3561,9 @@ def settle(evidence: Evidence, failure: Failure) -> None:
     if is_task_open(evidence) and failure.code not in TASK_ENDS:
         status = "submitted"  # whatever failed was a question; it can be asked again
     evidence.record(status=status, finished_at=timestamp(utc_now()), error=failure.object())
+    if evidence.unwritten and is_task_open(evidence):
+        failure.facts.pop("next_command", None)
+        failure.facts["hint"] = "tell the user the name of the task: no evidence could be written; do not pay again"
     if evidence.unwritten and "image_url" in failure.facts:
         # The file on disk does not hold the link: only the error does.
         failure.facts.pop("next_command", None)
@@ -3645,7 +3660,7 @@ def recover(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str,
         if saved and "source_format" not in evidence.data["image"]:  # the service's own bytes are here
             source = verified(Path(evidence.data["image"]["path"]).read_bytes())
         else:
-            source = fetch_again(evidence, provider, options, clock, env)
+            source = fetch_anew(evidence, provider, clock, lambda: task_of(evidence, provider, options, env))
         image = collect(evidence, source, output, provider, overwrite=options.overwrite, again=True)
         if not saved:  # else this is one more copy, and the evidence goes on naming the first
             finish(evidence, image, clock, start)
@@ -3653,9 +3668,7 @@ def recover(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str,
     return response_of(evidence, image)
 
 
-def fetch_again(
-    evidence: Evidence, provider: Provider, options: Options, clock: Clock, env: Mapping[str, str]
-) -> Picture:
+def fetch_anew(evidence: Evidence, provider: Provider, clock: Clock, task: Callable[[], Task]) -> Picture:
     """The picture of an evidence file; where its link has died and there is a task, the service names a new one, free.
 
     Raises:
@@ -3664,16 +3677,20 @@ def fetch_again(
     try:
         return fetch_source(evidence, provider, clock)
     except Failure as failure:
-        if failure.code not in ("link_expired", "link_refused") or "task_id" not in evidence.data:
+        if failure.code not in DEAD_LINK or "task_id" not in evidence.data:
             raise
         try:
-            generated = task_of(evidence, provider, options, env).ask(clock.end)
+            generated = task().ask(clock.end)
         except Failure:
             generated = None
         if generated is None:
             raise
-        evidence.record(**generated_facts(generated, evidence.data.get("warnings", ()), clock))
+    evidence.update(response=generated_facts(generated, (), clock)["response"])
+    try:
         return fetch_source(evidence, provider, clock)
+    except Failure as failure:
+        failure.facts["lasting"] = failure.code in DEAD_LINK or None
+        raise
 
 
 def task_of(evidence: Evidence, provider: Provider, options: Options, env: Mapping[str, str]) -> Task:
@@ -3994,7 +4011,7 @@ def provider_in(argv: Sequence[str]) -> type[Provider] | None:
     named = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for option in ("--provider", "--replay"):
         named.add_argument(option)
-    with contextlib.suppress(argparse.ArgumentError, Failure, SystemExit, OSError, ValueError):
+    with contextlib.suppress(argparse.ArgumentError, Failure, SystemExit, OSError, ValueError, RecursionError):
         said = named.parse_known_args(argv)[0]
         if said.provider is None and said.replay is not None and os.path.isfile(said.replay):
             with open(said.replay, "rb") as source:

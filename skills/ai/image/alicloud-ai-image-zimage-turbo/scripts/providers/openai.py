@@ -175,9 +175,12 @@ def bytes_in(picture: dict[str, Any]) -> bytes:
     try:
         head, comma, data = str(text).partition(",")
         if comma and is_data(head) and not head.lower().endswith(";base64"):
-            return unquote_to_bytes(data)
+            return unquote_to_bytes(data) or b"\0"  # none of it is a picture
         plain = re.sub(r"\s", "", data if comma else head).rstrip("=").translate(URL_SAFE)
-        return base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+        content = base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+        if not content:
+            raise ValueError("empty")
+        return content
     except (binascii.Error, ValueError):
         link = picture.get("url")
         if text is not link and is_text(link) and not is_data(str(link)):

@@ -84,12 +84,12 @@ def remove_temporary_files(database: sqlite3.Connection, folder: Path) -> None:
 def close_submitting(database: sqlite3.Connection, folder: Path) -> int:
     """Settle the requests that were out when their process died; returns how many are unknown now.
 
-    What was unknown or not downloaded before is taken over too, where somebody has recovered it by its evidence file
-    meanwhile, or where the process died between that file and the database.
+    Whatever else was not saved is taken over too, where somebody has recovered it by its evidence file meanwhile, or
+    where the process died between that file and the database.
     """
     services = read_services(database)
     unknown = 0
-    rows = database.execute("SELECT * FROM pictures WHERE state IN ('submitting', 'generated', 'unknown')").fetchall()
+    rows = database.execute("SELECT * FROM pictures WHERE state NOT IN ('pending', 'saved')").fetchall()
     for row in rows:
         job = job_of(row, folder, services, None)
         adopted = adopt(job)
@@ -128,7 +128,7 @@ def adopt_written(job: Job) -> bool:
         if not same or written["status"] not in ("generated", "saved"):
             return False
         saved = image is not None and file_hash(Path(image["path"])) == image["sha256"]
-        if not saved and (not link or job.state == "generated"):
+        if not saved and (not link or job.state in ("generated", "failed")):
             return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from generate_image import (
+    DEAD_LINK,
     EXIT_SIGNAL,
     EXIT_UNAVAILABLE,
     EXIT_UNKNOWN,
@@ -117,7 +118,7 @@ class Run:
         self.reserve = 0.5 + 4e-5 * sum(states.values())  # seconds to write results and gallery
         self.deadline = math.inf if options.time_limit is None else began + options.time_limit - self.reserve
         thumbs = self.folder if options.gallery else None
-        self._worker = Worker(self._journal, place.key, options.timeout, self.deadline, thumbs)
+        self._worker = Worker(self._journal, place, options.timeout, self.deadline, thumbs)
         self._events: queue.SimpleQueue[Outcome | int] = queue.SimpleQueue()
         self._generators = ThreadPoolExecutor(options.concurrency or CONCURRENCY_RANGE[1], "generate")
         self._askers = ThreadPoolExecutor(POLLS_AT_ONCE, "ask")
@@ -129,6 +130,8 @@ class Run:
         self._known_latency = self._latency_before()
         self._out: dict[int, float] = {}  # number -> when its request left
         self._saving: set[int] = set()
+        self._looking_for: set[int] = set()  # tasks that were lost
+        self._queued: set[int] = set()  # all that this run saves, or has saved
         self._due: list[tuple[float, int, Job]] = []  # to be sent again
         self._feed: deque[Job] = deque()
         self._fed = (-1, -1)  # position and variant of the last pending picture read
@@ -217,6 +220,8 @@ class Run:
 
         The order of the questions matters: whatever ends the run comes before what only delays the next call.
         """
+        if len(self.options.sends) > 1 and self._looking_for and self._stop is None:
+            return TICK  # what is found need not be paid for again
         while self._stop is None:
             job = self._next(now)
             waiting = job is None or self._is_out_of_bounds(job)
@@ -282,6 +287,9 @@ class Run:
     def _work(self, step: Callable[[Job], Outcome], name: str, job: Job) -> None:
         """In a worker thread: report how the step went, whatever happens."""
         began = time.monotonic()
+        if name in ("find", "ask") and self._stop is not None:  # a question can be asked in the next run
+            self._events.put(Outcome(name, job, None, began, 0.0))
+            return
         try:
             outcome = step(job)
         except Exception as error:
@@ -350,15 +358,14 @@ class Run:
         now = time.monotonic()
         if outcome.step == "generate":
             sent = self._out.pop(job.number)
-            self.tally.spent -= job.plan.price.estimate * outcome.free
             if outcome.seconds and (failure is None or failure.billed != "no"):
                 self._latencies.append(outcome.seconds)
             if failure is None or failure.code != "rate_limited":
                 self._pacer.accepted(now, sent)
             before = "submitting"
         elif outcome.step == "find":
-            self._tasks.answered(job)
-            sent, before = outcome.began, "unknown"
+            self._looking_for.discard(job.number)
+            sent, before = outcome.began, job.state_before
         elif outcome.step == "ask":
             self._tasks.answered(job)
             sent, before = outcome.began, "submitted"
@@ -383,6 +390,8 @@ class Run:
                 self._unknown_in_a_row = 0
             return
         self._tell(job, failure)
+        if outcome.step == "find":
+            return  # of an earlier run: says nothing of this one
         if now >= self.deadline:  # it was cut, which says nothing of service or network
             self._halt_for_time()
         elif failure.code == "rate_limited":
@@ -409,7 +418,9 @@ class Run:
         self._failures_in_a_row[step] += 1
         self._unknown_in_a_row += failure.billed == "unknown"
         if self._unknown_in_a_row >= UNKNOWN_IN_A_ROW:
-            self._halt(storm(failure, f"{UNKNOWN_IN_A_ROW} outcomes in a row are unknown", EXIT_UNKNOWN))
+            unfinished = failure.code == "paid_not_downloaded"
+            what = "tasks in a row are not finished in time" if unfinished else "outcomes in a row are unknown"
+            self._halt(storm(failure, f"{UNKNOWN_IN_A_ROW} {what}", EXIT_UNKNOWN))
         elif self._failures_in_a_row[step] >= FAILURES_IN_A_ROW:
             what = {"generate": "calls", "ask": "tasks", "save": "downloads"}[step]
             self._halt(storm(failure, f"{FAILURES_IN_A_ROW} {what} in a row failed", EXIT_UNAVAILABLE))
@@ -445,18 +456,20 @@ class Run:
             task_id = str(job.evidence.data.get("task_id", ""))
             job.task = Task(plan.provider, plan.endpoint, self._worker.key, plan.request, task_id)
             self._tasks.add(job)
-        if not self.options.retry_unknown:  # else they are asked after just before they are paid for again
-            self._look_for_lost()
+        self._look_for_lost()
 
     def _look_for_lost(self) -> None:
-        """Ask once, free, after the tasks that the service did not know in an earlier run."""
+        """Ask once, free, after tasks that the service did not know in an earlier run, or whose link was dead."""
         rows = self.database.execute(
-            "SELECT * FROM pictures WHERE state = 'unknown' AND service = ? ORDER BY number", (self._service,)
+            "SELECT * FROM pictures WHERE state IN ('unknown', 'failed') AND service = ? ORDER BY number",
+            (self._service,),
         ).fetchall()
         for row in rows:
-            if "task_id" in facts_of(row["facts"]):
+            facts = facts_of(row["facts"])
+            had_link = facts.get("error", {}).get("code") in DEAD_LINK
+            if "task_id" in facts and (row["state"] == "unknown" or (had_link and self.options.retry_failed)):
                 job = self._job(row)
-                self._tasks.asked(job)
+                self._looking_for.add(job.number)
                 self._askers.submit(self._work, self._worker.find, "find", job)
 
     def _ask(self, now: float) -> float | None:
@@ -467,12 +480,13 @@ class Run:
             self._tasks.leave()
         while job := self._tasks.due(now):
             self._askers.submit(self._work, self._worker.ask, "ask", job)
-        return self._tasks.next_look(now)
+        return TICK if self._looking_for else self._tasks.next_look(now)
 
     # Saving
 
     def _queue_save(self, job: Job) -> None:
         self._saving.add(job.number)
+        self._queued.add(job.number)
         self._savers.submit(self._work, self._worker.save, "save", job)
 
     def _feed_savers(self) -> None:
@@ -485,7 +499,7 @@ class Run:
                 (self._last_fed_save, DOWNLOADS_AT_ONCE),
             ).fetchall()
             for row in rows:
-                if row["number"] not in self.tally.sent:
+                if row["number"] not in self._queued:
                     self._queue_save(self._job(row))
                 self._last_fed_save = row["number"]
             self._saves_are_fed = not rows
@@ -548,13 +562,15 @@ def storm(failure: Failure, what: str, exit_code: int) -> Failure:
         f"{what}; the last: {failure.message}",
         exit_code=exit_code,
         billed="unknown" if unknown else "no",
-        retryable=not unknown,
+        retryable=not unknown or failure.code == "paid_not_downloaded",
         http_status=failure.facts.get("http_status"),
         service_code=failure.facts.get("service_code"),
         retry_after_s=failure.facts.get("retry_after_s"),
         hint="the rest stays pending; "
         + (
-            "find out what is wrong with the service or the network before the same command goes on with it"
+            "run the same command again: it goes on waiting for what was submitted, free; or give a longer --timeout"
+            if failure.code == "paid_not_downloaded"
+            else "find out what is wrong with the service or the network before the same command goes on with it"
             if unknown
             else "wait a minute, then run the same command again"
         ),

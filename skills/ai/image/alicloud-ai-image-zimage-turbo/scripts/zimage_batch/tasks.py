@@ -28,19 +28,16 @@ class OpenTasks:
     def again(self, job: Job) -> None:
         """Ask after it once more, in a while."""
         assert job.task is not None
-        heapq.heappush(self._waiting, (time.monotonic() + job.task.pause_s, job.number, job))
+        due = min(time.monotonic() + job.task.pause_s, job.give_up_at)
+        heapq.heappush(self._waiting, (due, job.number, job))
 
     def due(self, now: float) -> Job | None:
         """A task to be asked after now; `answered` tells of its answer."""
         if not self._waiting or self._waiting[0][0] > now:
             return None
         job = heapq.heappop(self._waiting)[2]
-        self.asked(job)
-        return job
-
-    def asked(self, job: Job) -> None:
-        """Take note of a question that is out; `answered` tells of its answer."""
         self._asked.add(job.number)
+        return job
 
     def answered(self, job: Job) -> None:
         self._asked.discard(job.number)

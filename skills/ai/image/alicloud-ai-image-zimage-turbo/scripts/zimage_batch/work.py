@@ -17,13 +17,14 @@ from generate_image import (
     Clock,
     Failure,
     Generated,
-    Key,
+    Picture,
     Submitted,
     Task,
     collect,
     drop_held,
     end_generated_attempt,
     explain,
+    fetch_anew,
     fetch_source,
     finish,
     generated_facts,
@@ -31,6 +32,7 @@ from generate_image import (
     internal_error,
     is_task_open,
     os_reason,
+    outside_text,
     send,
     settle,
     submitted_facts,
@@ -38,7 +40,7 @@ from generate_image import (
     utc_now,
 )
 from zimage_batch.gallery import write_thumb
-from zimage_batch.journal import Job, Journal
+from zimage_batch.journal import Job, Journal, Place
 
 
 class Outcome(NamedTuple):
@@ -49,7 +51,6 @@ class Outcome(NamedTuple):
     failure: Failure | None
     began: float
     seconds: float
-    free: bool = False  # nothing was sent that costs
 
 
 def stops_the_run(failure: Failure) -> bool:
@@ -82,18 +83,16 @@ def own_fault(error: Exception, billed: str) -> Failure:
 class Worker:
     """Takes one picture from one state to the next. Every method may run in many threads at once."""
 
-    def __init__(self, journal: Journal, key: Key, timeout: float, until: float, thumbs: Path | None) -> None:
+    def __init__(self, journal: Journal, place: Place, timeout: float, until: float, thumbs: Path | None) -> None:
         self._journal = journal
-        self.key = key
+        self.key = place.key
+        self._endpoint = place.endpoint
         self._timeout = timeout
         self._until = until  # no call lasts longer
         self._thumbs = thumbs
 
     def generate(self, job: Job) -> Outcome:
         """Send the paid request; on disk before it leaves and as soon as the link, picture or task id arrives."""
-        found = self._found_free("generate", job)
-        if found is not None:
-            return found
         plan, evidence, began = job.plan, job.evidence, time.monotonic()
         job.tries += 1
         now = timestamp(utc_now())
@@ -119,40 +118,33 @@ class Worker:
 
     def find(self, job: Job) -> Outcome:
         """Ask once after a task that was lost in an earlier run; where it is not found, nothing changes."""
-        return self._found_free("find", job) or Outcome("find", job, None, time.monotonic(), 0.0, free=True)
-
-    def _found_free(self, step: str, job: Job) -> Outcome | None:
-        """What became of a task that was lost, where the service knows it now; None where it does not."""
-        task_id = job.facts_before.get("task_id")
-        if job.state_before != "unknown" or job.tries or not task_id:
-            return None
-        plan, clock = job.plan, self._clock()
-        job.task = Task(plan.provider, plan.endpoint, self.key, plan.request, task_id)
+        clock = self._clock()
+        job.task = self._task(job, job.facts_before["task_id"])
         made, failed = None, None
         try:
             made = job.task.ask(clock.end)
         except Failure as failure:
             failed = failure
         if job.task.is_strange or (failed and failed.code not in TASK_ENDS):
-            return None
-        job.tries += 1
+            return Outcome("find", job, None, clock.start, 0.0)
         job.evidence.update(**job.facts_before | {"status": "submitted", "error": None})
         if failed is not None:
-            return self._not_generated(step, job, failed, clock.start)._replace(free=True)
+            return self._not_generated("find", job, failed, clock.start)
         if made is not None:
-            return self._generated(step, job, made, clock.start)._replace(free=True)
-        try:
-            self._journal.keep(job, "submitted").result()
-        except Failure as failure:
-            return Outcome(step, job, failure, clock.start, 0.0, free=True)
-        return Outcome(step, job, None, clock.start, 0.0, free=True)
+            return self._generated("find", job, made, clock.start)
+        return self._taken("find", job, clock.start)
+
+    def _task(self, job: Job, task_id: str) -> Task:
+        plan = job.plan
+        return Task(plan.provider, plan.endpoint, self.key, plan.request, task_id)
 
     def ask(self, job: Job) -> Outcome:
         """Ask once after a task that the service works on; it stays `submitted` until it has ended."""
         assert job.task is not None
         clock = self._clock()
         try:
-            made = job.task.ask(min(clock.generate_until, clock.end))
+            is_over = time.monotonic() >= job.give_up_at
+            made = None if is_over and job.task.is_held else job.task.ask(min(clock.generate_until, clock.end))
             if made is None and time.monotonic() >= job.give_up_at:
                 raise job.task.unfinished()
         except Failure as failure:
@@ -164,16 +156,20 @@ class Worker:
         return self._generated("ask", job, made, clock.start)
 
     def _submitted(self, job: Job, submitted: Submitted, began: float) -> Outcome:
-        plan, seconds = job.plan, time.monotonic() - began
         job.evidence.update(**submitted_facts(submitted, job.evidence))
-        job.task = Task(plan.provider, plan.endpoint, self.key, plan.request, submitted.task_id)
+        job.task = self._task(job, submitted.task_id)
+        return self._taken("generate", job, began)
+
+    def _taken(self, step: str, job: Job, began: float) -> Outcome:
+        """Keep that the service works on a task."""
+        seconds = time.monotonic() - began
         try:
             self._journal.keep(job, "submitted").result()
         except Failure as failure:
             failure.facts["billed"] = "unknown"
-            failure.message += f"; the service works on task {submitted.task_id}"
-            return Outcome("generate", job, failure, began, seconds)
-        return Outcome("generate", job, None, began, seconds)
+            failure.message += f"; the service works on task {outside_text(job.evidence.data['task_id'], 100)}"
+            return Outcome(step, job, failure, began, seconds)
+        return Outcome(step, job, None, began, seconds)
 
     def _generated(self, step: str, job: Job, generated: Generated, began: float) -> Outcome:
         seconds = time.monotonic() - began
@@ -208,7 +204,7 @@ class Worker:
         try:
             evidence.path.parent.mkdir(parents=True, exist_ok=True)
             provider = job.plan.provider
-            source = fetch_source(evidence, provider, clock, job.content)
+            source = self._source(job, clock)
             image = collect(evidence, source, output, provider, overwrite=False, again=True)
             if self._thumbs:
                 write_thumb(source, self._thumbs, job.number)
@@ -224,6 +220,12 @@ class Worker:
         except Exception as error:
             failure = own_fault(error, "yes")
         return self._settled("save", job, failure, clock.start, time.monotonic() - clock.start)
+
+    def _source(self, job: Job, clock: Clock) -> Picture:
+        evidence, provider = job.evidence, job.plan.provider
+        if job.content or job.plan.endpoint != self._endpoint:  # another service must not get this one's key
+            return fetch_source(evidence, provider, clock, job.content)
+        return fetch_anew(evidence, provider, clock, lambda: self._task(job, evidence.data["task_id"]))
 
     def _settled(self, step: str, job: Job, failure: Failure, began: float, seconds: float) -> Outcome:
         """Keep what became of a picture; where it is not simply sent again, its evidence file says so too."""
