@@ -60,8 +60,13 @@ def watch(event, arguments):
         raise OSError("no network here")
     if event == "import" and arguments[0] in ("torch", "diffusers"):
         note(f"import {arguments[0]}")
-    if event == "open" and str(arguments[0]).endswith("scheduler_config.json"):
+    if event == "open" and str(arguments[0]).endswith("scheduler_config.json") and not checks(sys._getframe()):
         note("load")
+
+def checks(frame):
+    while frame is not None and frame.f_code.co_name != "damaged_files":
+        frame = frame.f_back
+    return frame is not None
 
 sys.addaudithook(watch)
 hidden = os.environ.get("WATCH_HIDE", "").split()
@@ -378,6 +383,11 @@ def test_too_little_memory_is_told_with_numbers(
     assert words in failure.message
 
 
+def size_of(numbers: int) -> Any:
+    """A tensor of so many numbers."""
+    return SimpleNamespace(numel=lambda: numbers)
+
+
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     failure = failure_of(lambda: place(monkeypatch, "cuda", {"cpu": 64}))
     assert failure.exit_code == 2
@@ -397,7 +407,9 @@ def test_the_pipeline_is_put_where_it_runs(
     monkeypatch: pytest.MonkeyPatch, chosen: tuple[str, str, bool], calls: list[str]
 ) -> None:
     seen: list[str] = []
+    parts = {part: SimpleNamespace(parameters=lambda size=size: [size_of(size)]) for part, size in SIZES.items()}
     pipeline = SimpleNamespace(
+        **parts,
         set_progress_bar_config=lambda disable: None,
         enable_model_cpu_offload=lambda device: seen.append(f"offload {device}"),
         to=lambda device: seen.append(f"to {device}"),
@@ -493,6 +505,8 @@ def test_a_batch_loads_the_model_once(local: Local, whole_model: Path) -> None:
     assert result.json["saved"] == 3
     assert len(list((local.shell.folder / "out" / "images").rglob("*.png"))) == 3
     assert local.log().count("load") == 1
+    assert local.call(*options).code == 0
+    assert local.log().count("load") == 1, "a finished batch needs no model"
 
 
 # Drawing, by the provider --------------------------------------------------------------------------------------------
@@ -587,3 +601,52 @@ def test_the_benchmark_runs_on_a_cpu_with_a_tiny_model(whole_model: Path) -> Non
     report = json.loads(done.stdout)
     assert report["evaluations"] == 8 and report["runs"] == 2
     assert report["eager"]["median_s"] >= report["eager"]["min_s"] > 0
+
+
+# What an outside audit found -----------------------------------------------------------------------------------------
+
+
+def drop_tensors(file: Path, count: int) -> None:
+    """Take the largest tensors out of a file of weights; what is left is a whole file."""
+    files = importlib.import_module("safetensors.torch")
+    tensors = files.load_file(file)
+    for name in sorted(tensors, key=lambda name: -tensors[name].numel())[:count]:
+        del tensors[name]
+    files.save_file(tensors, file, {"format": "pt"})
+
+
+@pytest.mark.parametrize("part", ["text_encoder/model", "transformer/diffusion_pytorch_model"])
+def test_weights_that_lack_tensors_make_no_picture(local: Local, model: Path, part: str) -> None:
+    drop_tensors(next((model / part).parent.glob("*.safetensors")), 2)
+    error = local.run("--model-path", str(model), "--print-response").error
+    assert (error["code"], error["exit_code"], error["billed"]) == ("missing_weights", 2, "no")
+
+
+@pytest.mark.parametrize("name", ["vae/config.json", "tokenizer/tokenizer.json", "scheduler/scheduler_config.json"])
+def test_a_cut_file_is_named_before_anything_is_loaded(local: Local, model: Path, name: str) -> None:
+    os.truncate(model / name, 20)
+    said = local.run("--model-path", str(model), "--dry-run").json
+    assert f"{name} is damaged" in said["problems"][0]["message"]
+
+
+def test_a_saved_picture_is_had_in_another_format_and_missed_where_it_is_gone(local: Local, whole_model: Path) -> None:
+    response = local.run("--model-path", str(whole_model), "--output", "fox.png", "--print-response").json
+    recover = ("--recover", response["evidence_path"])
+    assert local.shell.run(*recover, "--output", "fox.webp").code == 0
+    with Image.open(local.shell.folder / "fox.webp") as picture:
+        assert picture.size == (512, 512)
+    (local.shell.folder / "fox.png").unlink()
+    error = local.shell.run(*recover, "--print-response").error
+    assert (error["code"], error["exit_code"]) == ("link_expired", 8)
+    assert "vanished" in error["message"] and "next_command" not in error
+
+
+def test_killed_work_was_nowhere_else(local: Local, whole_model: Path) -> None:
+    process = local.shell.start(*local.arguments("--model-path", str(whole_model), *LONG))
+    while not local.shell.evidence_files():
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.communicate(timeout=30)
+    error = local.shell.run("--recover", str(local.shell.evidence_files()[0]), "--print-response").error
+    assert (error["code"], error["exit_code"], error["billed"]) == ("nothing_to_recover", 2, "no")

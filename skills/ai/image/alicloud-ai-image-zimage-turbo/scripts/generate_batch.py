@@ -177,7 +177,8 @@ def make(options: BatchOptions, console: Console, env: Mapping[str, str], began:
     stage.merge()
     check_outputs_are_free(folder, options.sends)
     import_libraries()
-    get_ready(options.provider, Clock(options.time_limit or LONGEST_LOADING))
+    if is_anything_to_send(options):
+        get_ready(options.provider, Clock(options.time_limit or LONGEST_LOADING))
     with database_failures(folder / DATABASE):
         run = Run(options, Place(options.provider, stage.endpoint, workspace, key), began, console)
         INTERRUPTIONS.pass_to(run)
@@ -185,6 +186,14 @@ def make(options: BatchOptions, console: Console, env: Mapping[str, str], began:
         conclude(run, failure, console)
     lock.release()
     return failure
+
+
+def is_anything_to_send(options: BatchOptions) -> bool:
+    """Whether a model must be loaded for this run."""
+    with contextlib.closing(open_database(options.folder, read_only=True)) as database:
+        states = ", ".join("?" * len(options.sends))
+        query = f"SELECT 1 FROM pictures WHERE state IN ({states}) AND position IS NOT NULL LIMIT 1"
+        return database.execute(query, options.sends).fetchone() is not None
 
 
 def staged(options: BatchOptions, env: Mapping[str, str], began: float) -> tuple[Stage, str | None]:
@@ -256,7 +265,7 @@ def conclude(run: Run, failure: Failure | None, console: Console) -> None:
         console.note(f"warning: {text}")
     states, spent = totals(database)
     ends = Counter(run.tally.ends.values())
-    this_run = counts(ends) | {"estimated_cost": round(run.tally.spent - run.tally.spent_before, 6)}
+    this_run = counts(ends) | {"estimated_cost": max(0.0, round(run.tally.spent - run.tally.spent_before, 6))}
     summary = counts(states) | {
         "estimated_cost": spent,
         "elapsed_s": round(time.monotonic() - run.began, 3),
@@ -347,7 +356,9 @@ def status(folder: Path) -> dict[str, Any]:
             utc_now() if running and run["finished_at"] is None else moment_of(run["finished_at"] or run["updated_at"])
         )
         result["elapsed_s"] = round((end - moment_of(run["started_at"])).total_seconds(), 1)
-        result |= {"started_at": run["started_at"], "finished_at": run["finished_at"], "exit_code": run["exit_code"]}
+        result["started_at"] = run["started_at"]
+        if not running:  # else they are those of an earlier run, until this one has begun
+            result |= {"finished_at": run["finished_at"], "exit_code": run["exit_code"]}
         result |= json.loads(run["progress"]) if running else {}
     for name, file in (("results", RESULTS), ("gallery", GALLERY)):
         result[name] = str(folder / file) if (folder / file).exists() else None

@@ -366,6 +366,7 @@ INSTALL_HINT = (
 ASK_BEFORE_PAYING = (
     "ask the user before paying again: --replay EVIDENCE makes the same request once more and costs again"
 )
+MAKE_ANEW = "the picture may have been made; --replay EVIDENCE makes it once more, which costs only time"
 RECOVER_FREE = "run next_command: it fetches the picture without paying again"
 GO_ON_FREE = "run next_command: it goes on waiting for the picture without paying again"
 
@@ -2563,7 +2564,7 @@ def ends_as_it_should(kind: str, content: bytes) -> bool:
     if kind == "PNG":
         return b"IEND\xaeB`\x82" in content[-1024:]
     if kind == "JPEG":
-        return b"\xff\xd9" in content[-1024:]
+        return b"\xff\xd9" in content.rstrip(b"\0")[-1024:]
     if kind == "WEBP":
         return len(content) >= 8 + int.from_bytes(content[4:8], "little")
     return True
@@ -2866,6 +2867,8 @@ def checked_settings(provider: type[Provider], recorded: Mapping[str, Any]) -> d
     for name, value in recorded.items():
         try:
             settings[name] = known[name].read(str(value))
+            if settings[name] != value or type(settings[name]) is not type(value):
+                raise ValueError(f"as the command line reads it: {shown(settings[name])}")
         except (KeyError, ValueError) as error:
             what = "is not known" if isinstance(error, KeyError) else f"must be {error}"
             raise Failure("invalid_evidence", f"settings.{outside_text(name, 60)}: {what}") from None
@@ -3390,6 +3393,9 @@ def fetch_source(evidence: Evidence, provider: Provider, clock: Clock, content: 
         try:
             return verified(content or held.read_bytes())
         except FileNotFoundError:
+            if evidence.data["status"] == "saved":
+                message = "the saved file has vanished, and there is no link to fetch the picture again"
+                raise Failure("link_expired", message, lasting=True) from None
             hint = "report it: the picture was handed over, and no disk took it; do not pay again unasked"
             raise Failure("image_unusable", f"{held} is not there", hint=hint, lasting=True) from None
         except OSError as error:
@@ -3540,6 +3546,13 @@ def explain(evidence: Evidence, failure: Failure, flags: Sequence[str]) -> None:
     ended = failure.code in TASK_ENDS and failure.code != "outcome_unknown"  # what was lost may be found again
     link_is_dead = failure.code in DEAD_LINK and "lasting" not in failure.facts
     goes_on = "task_id" in evidence.data and not ended and (link_is_dead or not link)
+    if failure.code == "outcome_unknown" and not evidence.data["billable"]:
+        hint = MAKE_ANEW.replace("EVIDENCE", shlex.quote(path))
+        failure.facts["hint"] = hint
+    if goes_on and failure.code == "outcome_unknown":
+        failure.facts["hint"] = (
+            f"run next_command once, free: it asks after the task again; else {failure.fact('hint')}"
+        )
     if goes_on and link:
         failure.facts["hint"] = "run next_command once, free: the service may name a new link for its task"
     is_here = link or held_path(evidence.path).exists()
@@ -3630,7 +3643,8 @@ def recover(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str,
     saved = is_saved(evidence)
     if saved and options.output is None:
         return response_of(evidence, evidence.data["image"])
-    here = bool(evidence.data.get("response", {}).get("image_url")) or held_path(evidence.path).exists()
+    has_link = bool(evidence.data.get("response", {}).get("image_url"))
+    here = has_link or held_path(evidence.path).exists() or evidence.data["status"] in ("generated", "saved")
     task_is_open = not here and "task_id" in evidence.data and evidence.data["status"] != "failed"
     if not here and not task_is_open:
         failure = unrecoverable(evidence)
@@ -3657,7 +3671,7 @@ def recover(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str,
         elif "response" not in evidence.data:  # killed between the bytes and the evidence
             evidence.update(**generated_facts(Generated(), (), clock))
         start = time.monotonic()
-        if saved and "source_format" not in evidence.data["image"]:  # the service's own bytes are here
+        if saved and not ("source_format" in evidence.data["image"] and has_link):  # the bytes, or all there is of them
             source = verified(Path(evidence.data["image"]["path"]).read_bytes())
         else:
             source = fetch_anew(evidence, provider, clock, lambda: task_of(evidence, provider, options, env))
@@ -3747,7 +3761,8 @@ def file_hash(path: Path) -> str:
 
 def unrecoverable(evidence: Evidence) -> Failure:
     """Why there is nothing to fetch for an evidence file without a link."""
-    failed = evidence.data["status"] == "failed"
+    provider = provider_named(evidence.data["provider"])
+    failed = evidence.data["status"] == "failed" or provider.in_process  # which has left nothing anywhere else
     error = evidence.data.get("error", {"message": "it ended before the service made a picture"})
     if failed or (evidence.data["status"] == "submitting" and evidence.nothing_outstanding):
         kind = KINDS.get(error.get("code", ""))
@@ -3994,7 +4009,8 @@ def add_service_options(group: Any, provider: type[Provider] | None) -> None:
     )
     regions = list((provider or PROVIDERS[DEFAULT_PROVIDER]).roots)
     default = f"{regions[0]} (default)" + "".join(f" or {region}" for region in regions[1:])
-    group.add_argument("--region", metavar="REGION", help=f"{default}; a key belongs to one")
+    one = "; a key belongs to one" if regions[1:] else ""
+    group.add_argument("--region", metavar="REGION", help=default + one)
     group.add_argument(
         "--trust-host", metavar="HOST", action="append", help="send the key to this host too; repeatable"
     )

@@ -18,6 +18,7 @@ import os
 import re
 import shlex
 import struct
+import sys
 import threading
 import time
 import warnings
@@ -117,6 +118,7 @@ class Diffusers(Provider):
     roots: ClassVar = {"local": ""}
     default_region = "local"
     in_process = True
+    long_prompt = sys.maxsize  # what is too long is known in tokens, and said when the picture is made
     calls_at_once = 1
     billable = False
     own_settings = (
@@ -229,7 +231,7 @@ def find_weights(name: str) -> Weights:
             where = "neither a folder nor in the hub's cache" if re.fullmatch(HUB_NAME, name) else "no such folder"
             raise weights_failure(name, f"{where}: {name}")
         folder, is_cached = cached, True
-    faults = [f"{file} is missing" for file in missing_files(folder)] or strange_parts(folder)
+    faults = [f"{file} is missing" for file in missing_files(folder)] or damaged_files(folder) or strange_parts(folder)
     values: dict[str, int] = {}
     for part, component in COMPONENTS.items() if not faults else ():
         for path in weight_files(folder / part, component.weights):
@@ -276,6 +278,21 @@ def missing_files(folder: Path) -> list[str]:
         if component.weights and not any((folder / name).is_file() for name in (whole, f"{whole}.index.json")):
             missing.append(whole)
     return missing
+
+
+def damaged_files(folder: Path) -> list[str]:
+    """What of the small files is not whole JSON."""
+    names = ["model_index.json", *(f"{part}/{component.config}" for part, component in COMPONENTS.items())]
+    names += [f"tokenizer/{name}" for files in TOKENIZER_FILES for name in files if name.endswith(".json")]
+    faults = []
+    for name in names:
+        try:
+            json.loads((folder / name).read_bytes())
+        except FileNotFoundError:
+            continue  # there may be another in its place
+        except (OSError, ValueError, RecursionError):
+            faults.append(f"{name} is damaged")
+    return faults
 
 
 def strange_parts(folder: Path) -> list[str]:
@@ -449,6 +466,11 @@ def load(weights: Weights, place: Place) -> Any:
             **options,
         )
         pipeline.set_progress_bar_config(disable=True)
+        for part, held in weights.values.items():
+            needed = sum(parameter.numel() for parameter in getattr(pipeline, part).parameters())
+            if held < needed:  # what a library does not find, it makes up
+                text = f"the model in {weights.folder} is not complete: {part} holds {held} of {needed} numbers"
+                raise weights_failure(str(weights.folder), text)
         if place.offload:
             pipeline.enable_model_cpu_offload(device=place.device)
         elif not options:
@@ -524,7 +546,7 @@ def draw(pipeline: Any, payload: Mapping[str, Any], until: float, weights: Weigh
     )
 
 
-REPORT = "nothing was billed; report this message, or use another --device or --provider"
+REPORT = "nothing was billed; report this message, or use another --device"
 
 
 def guarded(work: Callable[[], Any], what: str) -> Any:
@@ -536,7 +558,9 @@ def guarded(work: Callable[[], Any], what: str) -> Any:
         failure = error.with_traceback(None)
     except Exception as error:
         reason = f"{what}: {type(error).__name__}: {outside_text(error, 300)}"
-        if isinstance(error, MemoryError) or re.search("out of memory|allocate memory|enough memory", reason):
+        if "meta tensor" in reason:  # how diffusers says that weights are missing
+            failure = Failure("missing_weights", f"{what}: weights are missing ({outside_text(error, 200)})")
+        elif isinstance(error, MemoryError) or re.search("out of memory|allocate memory|enough memory", reason):
             failure = Failure("too_little_memory", reason)
         else:
             failure = Failure("task_failed", reason, retryable=False, hint=REPORT)

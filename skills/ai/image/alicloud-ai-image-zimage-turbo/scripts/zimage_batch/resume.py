@@ -95,6 +95,10 @@ def close_submitting(database: sqlite3.Connection, folder: Path) -> int:
         adopted = adopt(job)
         if row["state"] != "submitting" and not adopted:
             continue
+        if not adopted and job.plan.provider.in_process:  # whatever it was making died with it
+            job.paid -= 1
+            database.execute("UPDATE pictures SET state = 'pending', paid = ? WHERE number = ?", (job.paid, job.number))
+            continue
         if not adopted:
             failure = Failure("outcome_unknown", "the run was cut off while the request was out")
             job.evidence.path.parent.mkdir(parents=True, exist_ok=True)

@@ -124,6 +124,7 @@ class Run:
         self._askers = ThreadPoolExecutor(POLLS_AT_ONCE, "ask")
         self._savers = ThreadPoolExecutor(DOWNLOADS_AT_ONCE, "save")
         self._tasks = OpenTasks(options.timeout)
+        self._ready_at = time.monotonic()
         self._pacer = Pacer(options.rpm, start=self._first_start())
         self._latencies: deque[float] = deque(maxlen=20)
         self._saving_times: deque[float] = deque(maxlen=20)
@@ -334,7 +335,8 @@ class Run:
         """The last moment at which a request may leave and still end, downloaded, before the time limit."""
         if self.latency is not None:
             return self._last_save() - 1.25 * self.latency
-        return self.began + (self.deadline - self.began) / 3  # nothing is known: leave twice the time that has passed
+        # Nothing is known: leave twice the time that has passed since all was loaded.
+        return self._ready_at + (self.deadline - self._ready_at) / 3
 
     def _last_save(self) -> float:
         """The last moment at which a download may begin and still end before the time limit."""
@@ -343,12 +345,13 @@ class Run:
     def _halt_for_time(self) -> None:
         limit = self.options.time_limit or 0.0
         if not self.tally.sent and self._known_latency and self.options.time_limit:
-            least = 1.25 * self._known_latency + 0.5 + self.reserve
+            least = 1.25 * self._known_latency + 0.5 + self.reserve + self._ready_at - self.began
             text = f"--time-limit: {limit:g} s is too short, a picture takes {self._known_latency:.0f} s here"
             if limit < least:
                 self._halt(Failure("usage", text, hint=f"give at least --time-limit {math.ceil(least)}"))
         text = f"the time limit of {limit:g} s ends this run; what is left stays as it is"
-        hint = None if self.tally.ends else "give a longer --time-limit: nothing could be done in this one"
+        progress = {"saved", "generated", "submitted"} & set(self.tally.ends.values())
+        hint = None if progress else "give a longer --time-limit: nothing could be done in this one"
         self._halt(Failure("time_limit", text, hint=hint))
 
     # Reports
@@ -358,7 +361,9 @@ class Run:
         now = time.monotonic()
         if outcome.step == "generate":
             sent = self._out.pop(job.number)
-            if outcome.seconds and (failure is None or failure.billed != "no"):
+            if failure is not None and failure.code == "too_slow":
+                self._latencies.append(2 * outcome.seconds)  # at least: the next run needs more time than this one
+            elif outcome.seconds and (failure is None or failure.billed != "no"):
                 self._latencies.append(outcome.seconds)
             if failure is None or failure.code != "rate_limited":
                 self._pacer.accepted(now, sent)
@@ -543,12 +548,14 @@ def incomplete(database: sqlite3.Connection, bound: str | None) -> Failure | Non
         "submitted": "submitted ones are being made: run the same command again to wait for them, free",
         "generated": "generated ones are paid: run the same command again to download them, free",
         "pending": {
-            "cost": "the rest waits for a higher --max-cost",
+            "cost": "the rest waits for a higher --max-cost: ask the user first",
             "limit": "the rest waits: run the same command again",
         }.get(bound or "", "the rest waits: run the same command again"),
     }
     counts = ", ".join(f"{count} {state}" for state, count in sorted(left.items()))
     hints = [text for state, text in why.items() if left[state]]
+    if bound == "cost" and not left["pending"]:
+        hints.append("--max-cost keeps them from being made again")
     retryable = left["generated"] + left["submitted"] > 0 or (left["pending"] > 0 and bound != "cost")
     return Failure("incomplete", f"not every picture is saved: {counts}", hint="; ".join(hints), retryable=retryable)
 
@@ -566,7 +573,9 @@ def storm(failure: Failure, what: str, exit_code: int) -> Failure:
         http_status=failure.facts.get("http_status"),
         service_code=failure.facts.get("service_code"),
         retry_after_s=failure.facts.get("retry_after_s"),
-        hint="the rest stays pending; "
+        hint=failure.fact("hint")
+        if failure.code == "too_slow"
+        else "what was not sent stays pending; "
         + (
             "run the same command again: it goes on waiting for what was submitted, free; or give a longer --timeout"
             if failure.code == "paid_not_downloaded"
