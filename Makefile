@@ -56,7 +56,7 @@ types: $(VENV)/.checks
 	$(BIN)/mypy $(SKILL)/scripts tests
 
 test: $(VENV)/.checks browser local
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 # The gallery is tested in a real browser. Where it can be installed without asking it is; else those tests are skipped.
 browser:
