@@ -1,37 +1,49 @@
 # make demo   one mock picture, no key, no network beyond installing
 # make check  validation, skill format, lint, types, all tests
+# make install-skill DEST=~/.claude/skills  the skill's folder, directly under DEST
+# make package  the skill as a zip in dist/, the same bytes each time
 # make bench  one picture and batches: speed beside the official client, rate, kills, scale (20 minutes; not a test)
 
-PYTHON ?= python3
 VENV := .venv
+# Windows, in Git Bash: a venv has other names there, and `python3` is a link to a shop.
+ifeq ($(OS),Windows_NT)
+PYTHON ?= python
+BIN := $(VENV)/Scripts
+EXE := .exe
+else
+PYTHON ?= python3
 BIN := $(VENV)/bin
+EXE :=
+endif
 SKILL_NAME := alicloud-ai-image-zimage-turbo
 SKILL := skills/ai/image/$(SKILL_NAME)
 RESULTS := output/$(SKILL_NAME)
+PACKAGE = dist/$(SKILL_NAME)-$(shell sed -n 's/^  version: "\(.*\)"/\1/p' $(SKILL)/SKILL.md).zip
 SOURCES := skills tests
+CLIENTS := @anthropic-ai/claude-code@2.1.329 @openai/codex@0.169.0 skills@1.6.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 export PYTHONUTF8 := 1
 
-.PHONY: help demo check validate skill lint types test browser local bench clean
+.PHONY: help demo check validate skill lint types test browser local clients bench package install-skill clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
 # Two stamps: the demo installs only what the skill needs, the checks install everything.
-$(BIN)/python:
+$(BIN)/python$(EXE):
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.skill: requirements.txt | $(BIN)/python
+$(VENV)/.skill: requirements.txt | $(BIN)/python$(EXE)
 	$(PIP) --constraint requirements.txt requests jsonschema Pillow tqdm
 	@touch $@
 
-$(VENV)/.checks: requirements.txt | $(BIN)/python
+$(VENV)/.checks: requirements.txt | $(BIN)/python$(EXE)
 	$(PIP) --requirement requirements.txt
 	@touch $@ $(VENV)/.skill
 
 demo: $(VENV)/.skill
-	@PATH="$(CURDIR)/$(BIN):$$PATH" sh tests/demo.sh
+	@PATH="$$PWD/$(BIN):$$PATH" sh tests/demo.sh
 
 check: validate skill lint types test
 
@@ -39,7 +51,7 @@ check: validate skill lint types test
 validate:
 	@mkdir -p $(RESULTS)
 	@rm -f $(RESULTS)/validate.txt
-	@for f in $(SKILL)/scripts/*.py $(SKILL)/scripts/*/*.py; do PYTHONPYCACHEPREFIX=$(RESULTS)/pycache $(PYTHON) -m py_compile "$$f" || exit 1; done
+	@for f in $(SKILL)/*/*.py $(SKILL)/scripts/*/*.py; do PYTHONPYCACHEPREFIX=$(RESULTS)/pycache $(PYTHON) -m py_compile "$$f" || exit 1; done
 	@echo "py_compile_ok" > $(RESULTS)/validate.txt
 	@echo "py_compile_ok: $(RESULTS)/validate.txt"
 
@@ -52,10 +64,11 @@ lint: $(VENV)/.checks
 	$(BIN)/ruff check $(SOURCES)
 	$(BIN)/ruff format --check $(SOURCES)
 
+# Held against one system, so that every system gives the same answer: what only POSIX has is guarded when it runs.
 types: $(VENV)/.checks
-	$(BIN)/mypy $(SKILL)/scripts tests
+	$(BIN)/mypy --platform linux $(SKILL)/scripts $(SKILL)/evals tests
 
-test: $(VENV)/.checks browser local
+test: $(VENV)/.checks browser local clients
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 # The gallery is tested in a real browser. Where it can be installed without asking it is; else those tests are skipped.
@@ -73,6 +86,13 @@ $(VENV)/.local: requirements-local.txt $(VENV)/.checks
 	@($(PIP) torch==2.13.0 && $(PIP) --requirement requirements-local.txt && touch $@) || \
 		echo "no torch: the tests that run the model in process will be skipped"
 
+# The agents that the skill is installed into by the tests, 770 MB of them. They run offline and without an account.
+clients: $(VENV)/.clients
+
+$(VENV)/.clients: Makefile
+	@npm install --prefix $(VENV)/clients --no-audit --no-fund --loglevel=error $(CLIENTS) >/dev/null && touch $@ || \
+		echo "no npm, or no registry: the tests that install the skill into agents will be skipped"
+
 bench: $(VENV)/.checks
 	$(BIN)/python tests/benchmarks/one_picture.py
 	$(BIN)/python tests/benchmarks/batch_speed.py
@@ -80,6 +100,17 @@ bench: $(VENV)/.checks
 	$(BIN)/python tests/benchmarks/batch_kills.py
 	$(BIN)/python tests/benchmarks/batch_scale.py
 
+package:
+	@$(PYTHON) tests/package.py $(SKILL) $(PACKAGE)
+
+# What the package holds, with nothing left of an older version; an output/ beside it stays: pictures were paid for.
+install-skill: TO = $(patsubst ~/%,$(HOME)/%,$(DEST))
+install-skill: package
+	@test -n "$(DEST)" || { echo "say where to: make install-skill DEST=~/.claude/skills" >&2; exit 2; }
+	@mkdir -p "$(TO)/$(SKILL_NAME)" && cd "$(TO)/$(SKILL_NAME)" && rm -rf $(filter-out output,$(notdir $(wildcard $(SKILL)/*)))
+	@$(PYTHON) -m zipfile --extract $(PACKAGE) "$(TO)"
+	@echo "installed: $(TO)/$(SKILL_NAME)"
+
 # Leaves output/ alone: pictures in it were paid for.
 clean:
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) dist .mypy_cache .ruff_cache .pytest_cache

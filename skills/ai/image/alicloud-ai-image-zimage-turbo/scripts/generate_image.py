@@ -79,7 +79,7 @@ if sys.version_info < (3, 10):
 # 1. Contract: the numbers and schemas that users and their scripts rely on
 # ═══════════════════════════════════════════════════════════════════════════════════════════════════
 
-VERSION = "0.3.0"
+VERSION = "0.4.0"
 SKILL = "alicloud-ai-image-zimage-turbo"
 REQUIREMENTS = {"requests": "requests>=2.32.3,<3", "jsonschema": "jsonschema>=4.18,<5", "PIL": "Pillow>=10.3,<14"}
 
