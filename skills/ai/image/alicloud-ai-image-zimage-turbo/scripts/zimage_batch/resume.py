@@ -17,7 +17,6 @@ from generate_image import (
     Failure,
     Generated,
     check_space,
-    explain,
     file_hash,
     generated_facts,
     held_path,
@@ -30,6 +29,7 @@ from zimage_batch.contract import DATABASE, EVIDENCE, GALLERY, IMAGES, KEPT_FACT
 from zimage_batch.folder import database_failures, facts_of, open_database
 from zimage_batch.journal import Job, job_of, read_services
 from zimage_batch.plan import settle_moves
+from zimage_batch.work import explain_row
 
 
 def clean_up(folder: Path, console: Console) -> None:
@@ -102,7 +102,7 @@ def close_submitting(database: sqlite3.Connection, folder: Path) -> int:
         if not adopted:
             failure = Failure("outcome_unknown", "the run was cut off while the request was out")
             job.evidence.path.parent.mkdir(parents=True, exist_ok=True)
-            explain(job.evidence, failure, [])
+            explain_row(job, failure)
             settle(job.evidence, failure)
             unknown += 1
         database.execute(

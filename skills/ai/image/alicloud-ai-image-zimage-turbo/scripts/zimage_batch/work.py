@@ -80,6 +80,20 @@ def own_fault(error: Exception, billed: str) -> Failure:
     return internal_error(error, billed=billed, exit_code=EXIT_UNKNOWN)
 
 
+# What a row's user is told to do: the same batch, not a single picture beside it, which it would pay for once more.
+ROW_HINTS = {
+    "outcome_unknown": "ask the user before paying again: the batch with --retry-unknown sends this row once more",
+    "link_expired": "the picture can only be made again: ask the user, then the batch with --retry-failed (costs)",
+}
+
+
+def explain_row(job: Job, failure: Failure) -> None:
+    """Add to a failure what leads back to the picture of a row."""
+    if failure.code in ROW_HINTS:
+        failure.facts["hint"] = ROW_HINTS[failure.code]
+    explain(job.evidence, failure, [])
+
+
 class Worker:
     """Takes one picture from one state to the next. Every method may run in many threads at once."""
 
@@ -236,7 +250,7 @@ class Worker:
         else:
             with contextlib.suppress(OSError):
                 job.evidence.path.parent.mkdir(parents=True, exist_ok=True)
-            explain(job.evidence, failure, [])
+            explain_row(job, failure)
             settle(job.evidence, failure)
         try:
             self._journal.keep(job, state).result()
