@@ -20,6 +20,7 @@ SKILL := skills/ai/image/$(SKILL_NAME)
 RESULTS := output/$(SKILL_NAME)
 PACKAGE = dist/$(SKILL_NAME)-$(shell sed -n 's/^  version: "\(.*\)"/\1/p' $(SKILL)/SKILL.md).zip
 SOURCES := skills tests
+TORCH ?= torch==2.13.0
 CLIENTS := @anthropic-ai/claude-code@2.1.329 @openai/codex@0.169.0 skills@1.6.0
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
@@ -83,7 +84,7 @@ browser:
 local: $(VENV)/.local
 
 $(VENV)/.local: requirements-local.txt $(VENV)/.checks
-	@($(PIP) torch==2.13.0 && $(PIP) --requirement requirements-local.txt && touch $@) || \
+	@($(PIP) $(TORCH) && $(PIP) --requirement requirements-local.txt && touch $@) || \
 		echo "no torch: the tests that run the model in process will be skipped"
 
 # The agents that the skill is installed into by the tests, 770 MB of them. They run offline and without an account.
