@@ -1811,8 +1811,6 @@ def provider_class(name: str) -> type[Provider]:
         return PROVIDERS[name]
     if name not in provider_names():
         raise Failure("usage", f"--provider: must be one of {', '.join(provider_names())}, got {shown(name)}")
-    import importlib.util
-
     # Run as a program this file is __main__: what a provider imports from it must be these very classes.
     sys.modules.setdefault(Path(__file__).stem, sys.modules[__name__])
     spec = importlib.util.spec_from_file_location(f"providers.{name}", _providers_folder() / f"{name}.py")
@@ -2290,16 +2288,11 @@ class Evidence:
         A disk that fails now must not lose a paid picture: `unwritten` tells, the command goes on.
         """
         self.update(**changes)
-        temporary = temporary_name(self.path.parent, self.id)
         try:
-            write_exclusively(temporary, to_json(self.data), mode=OWNER_ONLY)
-            os.replace(temporary, self.path)
+            replace_private(self.path, to_json(self.data))
             self.unwritten = False
         except OSError:
             self.unwritten = True
-        finally:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
 
     def begin_attempt(self) -> None:
         self.record(attempts=[*self.data["attempts"], {"at": timestamp(utc_now())}])
@@ -2339,6 +2332,18 @@ def to_json(value: Any) -> bytes:
 def temporary_name(folder: Path, stem: str) -> Path:
     """A hidden name for a file in the making."""
     return folder / f".{stem}.{os.getpid()}.part"
+
+
+def replace_private(path: Path, content: bytes) -> None:
+    """Write a file for its owner only, in one step, whether it exists or not. Raises OSError."""
+    temporary = temporary_name(path.parent, path.stem)
+    try:
+        temporary.unlink(missing_ok=True)  # of a dead process that had this one's number
+        write_exclusively(temporary, content, mode=OWNER_ONLY)
+        os.replace(temporary, path)
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
 
 
 def remove_leftovers(folder: Path, stem: str) -> None:
@@ -3095,10 +3100,7 @@ def held_path(evidence_path: Path) -> Path:
 def hold(evidence_path: Path, content: bytes) -> None:
     """Raises OSError."""
     evidence_path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = temporary_name(evidence_path.parent, evidence_path.stem)
-    temporary.unlink(missing_ok=True)
-    write_exclusively(temporary, content, mode=OWNER_ONLY)
-    os.replace(temporary, held_path(evidence_path))
+    replace_private(held_path(evidence_path), content)
 
 
 def drop_held(evidence: Evidence) -> None:
@@ -3207,7 +3209,8 @@ def submitted_facts(submitted: Submitted, evidence: Evidence) -> dict[str, Any]:
 
 
 # Failures that say how a task has ended. All others say something of the question, and the task goes on.
-TASK_ENDS = ("task_failed", "blocked", "no_image", "outcome_unknown")
+TASK_IS_DONE = ("task_failed", "blocked", "no_image")
+TASK_ENDS = (*TASK_IS_DONE, "outcome_unknown")  # what was lost may be found again
 
 
 class Task:
@@ -3244,7 +3247,7 @@ class Task:
                 provider.max_answer_bytes,
             )
         except Failure as failure:
-            if failure.code in ("task_failed", "blocked", "no_image"):
+            if failure.code in TASK_IS_DONE:
                 raise
             if failure.exit_code == EXIT_KEY:
                 failure.facts |= {"billed": "unknown", "hint": f"{failure.fact('hint')}; then run next_command, free"}
@@ -3533,22 +3536,25 @@ def is_task_open(evidence: Evidence) -> bool:
     return evidence.data["status"] == "submitted" and "task_id" in evidence.data
 
 
+def outlives(evidence: Evidence, failure: Failure) -> bool:
+    """Whether a task goes on after a failure: what failed was a question, and it can be asked again."""
+    return is_task_open(evidence) and failure.code not in TASK_ENDS
+
+
 def explain(evidence: Evidence, failure: Failure, flags: Sequence[str]) -> None:
     """Add to a failure what leads back to the picture."""
     link = evidence.data.get("response", {}).get("image_url")
     path = str(evidence.path)
     failure.facts["evidence_path"] = path
+    if failure.code == "outcome_unknown" and not evidence.data["billable"]:
+        failure.facts["hint"] = MAKE_ANEW
     failure.facts["hint"] = failure.fact("hint").replace("EVIDENCE", shlex.quote(path))
     if link:
         failure.facts["image_url"] = link
     if evidence.data.get("response", {}).get("request_id"):
         failure.facts.setdefault("request_id", evidence.data["response"]["request_id"])
-    ended = failure.code in TASK_ENDS and failure.code != "outcome_unknown"  # what was lost may be found again
     link_is_dead = failure.code in DEAD_LINK and "lasting" not in failure.facts
-    goes_on = "task_id" in evidence.data and not ended and (link_is_dead or not link)
-    if failure.code == "outcome_unknown" and not evidence.data["billable"]:
-        hint = MAKE_ANEW.replace("EVIDENCE", shlex.quote(path))
-        failure.facts["hint"] = hint
+    goes_on = "task_id" in evidence.data and failure.code not in TASK_IS_DONE and (link_is_dead or not link)
     if goes_on and failure.code == "outcome_unknown":
         failure.facts["hint"] = (
             f"run next_command once, free: it asks after the task again; else {failure.fact('hint')}"
@@ -3571,8 +3577,8 @@ def settle(evidence: Evidence, failure: Failure) -> None:
             "EVIDENCE", shlex.quote(str(evidence.path))
         )
     status = {"no": "failed", "unknown": "unknown", "yes": "generated"}[failure.billed]
-    if is_task_open(evidence) and failure.code not in TASK_ENDS:
-        status = "submitted"  # whatever failed was a question; it can be asked again
+    if outlives(evidence, failure):
+        status = "submitted"
     evidence.record(status=status, finished_at=timestamp(utc_now()), error=failure.object())
     if evidence.unwritten and is_task_open(evidence):
         failure.facts.pop("next_command", None)

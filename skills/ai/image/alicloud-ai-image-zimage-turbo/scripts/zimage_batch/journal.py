@@ -39,8 +39,7 @@ TO_SEND = ("pending", "failed", "unknown")  # states from which a picture may be
 class Job:
     """One picture at work: its plan, its evidence so far (in memory), what was paid, and when it is due."""
 
-    def __init__(self, row: sqlite3.Row, plan: Plan) -> None:
-        facts = facts_of(row["facts"])
+    def __init__(self, row: sqlite3.Row, facts: dict[str, Any], plan: Plan) -> None:
         self.number = int(row["number"])
         self.line = row["line"]
         self.id = row["id"]
@@ -107,9 +106,9 @@ def host_of(url: str) -> str:
 def job_of(row: sqlite3.Row, folder: Path, services: Services, workspace: str | None) -> Job:
     """The work that a row of the database means."""
     provider, endpoint = services[row["service"]]
-    said = facts_of(row["facts"])
-    if row["state"] not in TO_SEND and said.get("settings", provider.known_settings) != provider.known_settings:
-        provider = type(provider)(said["settings"])  # those of the run that sent it
+    facts = facts_of(row["facts"])
+    if row["state"] not in TO_SEND and facts.get("settings", provider.known_settings) != provider.known_settings:
+        provider = type(provider)(facts["settings"])  # those of the run that sent it
     seed = row["seed"] if row["seed"] != NO_SEED else None
     request = ImageRequest(row["prompt"], row["size"], seed, bool(row["prompt_extend"]))
     plan = Plan(
@@ -124,7 +123,7 @@ def job_of(row: sqlite3.Row, folder: Path, services: Services, workspace: str | 
         evidence_path=folder / evidence_name(row["number"]),
         warnings=request_warnings(request, provider),
     )
-    return Job(row, plan)
+    return Job(row, facts, plan)
 
 
 class Journal:

@@ -26,7 +26,6 @@ from generate_image import (
     Console,
     Failure,
     Provider,
-    Task,
     backoff,
     check_space,
     moment_of,
@@ -457,9 +456,7 @@ class Run:
         ).fetchall()
         for row in rows:
             job = self._job(row)
-            plan = job.plan
-            task_id = str(job.evidence.data.get("task_id", ""))
-            job.task = Task(plan.provider, plan.endpoint, self._worker.key, plan.request, task_id)
+            job.task = self._worker.task(job, str(job.evidence.data.get("task_id", "")))
             self._tasks.add(job)
         self._look_for_lost()
 

@@ -30,8 +30,8 @@ from generate_image import (
     generated_facts,
     hold,
     internal_error,
-    is_task_open,
     os_reason,
+    outlives,
     outside_text,
     send,
     settle,
@@ -99,7 +99,7 @@ class Worker:
 
     def __init__(self, journal: Journal, place: Place, timeout: float, until: float, thumbs: Path | None) -> None:
         self._journal = journal
-        self.key = place.key
+        self._key = place.key
         self._endpoint = place.endpoint
         self._timeout = timeout
         self._until = until  # no call lasts longer
@@ -121,7 +121,7 @@ class Worker:
             return Outcome("generate", job, failure, began, 0.0)
         clock = job.clock = self._clock()
         try:
-            made = send(plan, self.key, min(clock.generate_until, clock.end))
+            made = send(plan, self._key, min(clock.generate_until, clock.end))
         except Failure as failure:
             return self._not_generated("generate", job, failure, clock.start)
         except Exception as error:  # the request may have left
@@ -133,7 +133,7 @@ class Worker:
     def find(self, job: Job) -> Outcome:
         """Ask once after a task that was lost in an earlier run; where it is not found, nothing changes."""
         clock = self._clock()
-        job.task = self._task(job, job.facts_before["task_id"])
+        job.task = self.task(job, job.facts_before["task_id"])
         made, failed = None, None
         try:
             made = job.task.ask(clock.end)
@@ -148,9 +148,10 @@ class Worker:
             return self._generated("find", job, made, clock.start)
         return self._taken("find", job, clock.start)
 
-    def _task(self, job: Job, task_id: str) -> Task:
+    def task(self, job: Job, task_id: str) -> Task:
+        """A task of this service, to be asked after."""
         plan = job.plan
-        return Task(plan.provider, plan.endpoint, self.key, plan.request, task_id)
+        return Task(plan.provider, plan.endpoint, self._key, plan.request, task_id)
 
     def ask(self, job: Job) -> Outcome:
         """Ask once after a task that the service works on; it stays `submitted` until it has ended."""
@@ -171,7 +172,7 @@ class Worker:
 
     def _submitted(self, job: Job, submitted: Submitted, began: float) -> Outcome:
         job.evidence.update(**submitted_facts(submitted, job.evidence))
-        job.task = self._task(job, submitted.task_id)
+        job.task = self.task(job, submitted.task_id)
         return self._taken("generate", job, began)
 
     def _taken(self, step: str, job: Job, began: float) -> Outcome:
@@ -239,12 +240,11 @@ class Worker:
         evidence, provider = job.evidence, job.plan.provider
         if job.content or job.plan.endpoint != self._endpoint:  # another service must not get this one's key
             return fetch_source(evidence, provider, clock, job.content)
-        return fetch_anew(evidence, provider, clock, lambda: self._task(job, evidence.data["task_id"]))
+        return fetch_anew(evidence, provider, clock, lambda: self.task(job, evidence.data["task_id"]))
 
     def _settled(self, step: str, job: Job, failure: Failure, began: float, seconds: float) -> Outcome:
         """Keep what became of a picture; where it is not simply sent again, its evidence file says so too."""
-        task_goes_on = is_task_open(job.evidence) and failure.code not in TASK_ENDS
-        state = "submitted" if task_goes_on else state_after(failure)
+        state = "submitted" if outlives(job.evidence, failure) else state_after(failure)
         if state == "pending":
             state = job.take_back(failure)
         else:
