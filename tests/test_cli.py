@@ -23,11 +23,11 @@ import pytest
 import requests
 from PIL import Image
 
-import generate_image
 import mock_server
-import zimage_batch.contract
+import zimage.batch.contract
 from conftest import GENERATE, ROOT, SCRIPTS, SKILL, TEST_KEY, Result, Shell
 from mock_server import MockServer
+from zimage.contract import REQUIREMENTS, SCHEMAS, VERSION
 
 SMALL = ("--prompt", "a cat", "--size", "512x512")
 IMAGES = "output/ai-image-zimage-turbo/images"
@@ -133,7 +133,7 @@ def test_version_is_one_line(shell: Shell) -> None:
     result = shell.run("--version")
     assert (result.code, result.stderr) == (0, "")
     assert re.fullmatch(r"generate_image\.py \d+\.\d+\.\d+\n", result.stdout)
-    assert generate_image.VERSION in result.stdout
+    assert VERSION in result.stdout
 
 
 @pytest.mark.parametrize("option", [o for o in OPTIONS if len(o) > len("--file")])
@@ -653,7 +653,7 @@ def test_the_evidence_holds_what_was_asked_paid_and_saved(shell: Shell, mock: Mo
     assert re.fullmatch(r"\d{8}T\d{6}Z-[0-9a-f]{8}\.json", path.name)
     evidence = shell.evidence()
     assert evidence["schema_version"] == 1
-    assert evidence["tool"] == {"name": "alicloud-ai-image-zimage-turbo", "version": generate_image.VERSION}
+    assert evidence["tool"] == {"name": "alicloud-ai-image-zimage-turbo", "version": VERSION}
     assert evidence["status"] == "saved"
     assert (evidence["provider"], evidence["region"], evidence["endpoint"]) == ("dashscope", "beijing", mock.endpoint)
     assert (evidence["operation"], evidence["billable"]) == ("image.generate", True)
@@ -851,18 +851,24 @@ def test_the_command_of_the_seeds_works_to_the_letter_from_a_clone(shell: Shell,
     assert sent["parameters"]["size"] == "1024*1024"
 
 
-def test_the_script_works_alone_in_an_empty_folder(shell: Shell, mock: MockServer) -> None:
+def test_the_copied_scripts_work_in_an_empty_folder(shell: Shell, mock: MockServer) -> None:
     shell.use(mock)
+    shutil.copytree(SCRIPTS, shell.home / "alone", ignore=shutil.ignore_patterns("__pycache__"))
     shell.script = shell.home / "alone" / "generate_image.py"
-    shell.script.parent.mkdir()
-    shutil.copy(GENERATE, shell.script)
     saved_path(shell.run(*SMALL))
     for arguments in (["--help"], ["--version"], ["--check"], ["--schema", "evidence"], [*SMALL, "--dry-run"]):
         assert shell.run(*arguments).code == 0
-    assert [path.name for path in shell.script.parent.iterdir()] == ["generate_image.py"]
 
 
-REQUIREMENTS = tuple(generate_image.REQUIREMENTS.values())
+def test_the_script_without_its_modules_says_what_it_needs(shell: Shell) -> None:
+    shell.script = Path(shutil.copy(GENERATE, shell.home))
+    result = shell.run(*SMALL)
+    result.assert_one_line_of_advice()
+    assert result.code == 2
+    assert "zimage/" in result.stderr
+
+
+PACKAGES = tuple(REQUIREMENTS.values())
 BLOCKER = """\
 import sys
 
@@ -890,7 +896,7 @@ def assert_says_how_to_install(result: Result) -> None:
     error = result.error
     assert (error["code"], error["billed"]) == ("missing_package", "no")
     advice = result.stderr.strip().splitlines()[-1]
-    for requirement in REQUIREMENTS:
+    for requirement in PACKAGES:
         assert requirement in advice
     assert "uv run --script" in advice
     assert "venv" in advice
@@ -943,7 +949,7 @@ def test_a_broken_package_is_found_before_paying(
     assert shell.files() == []
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *(["--schema", n] for n in generate_image.SCHEMAS)])
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *(["--schema", n] for n in SCHEMAS)])
 def test_what_needs_no_package_imports_none(shell: Shell, arguments: list[str]) -> None:
     block(shell, "requests", "jsonschema", "PIL", "urllib3")
     result = shell.run(*arguments)
@@ -989,8 +995,8 @@ def test_old_pythons_can_read_the_script_and_are_told_which_one_they_need(shell:
 @pytest.mark.parametrize(
     ("script", "requirements"),
     [
-        (GENERATE, generate_image.REQUIREMENTS),
-        (SCRIPTS / "generate_batch.py", zimage_batch.contract.BATCH_REQUIREMENTS),
+        (GENERATE, REQUIREMENTS),
+        (SCRIPTS / "generate_batch.py", zimage.batch.contract.BATCH_REQUIREMENTS),
     ],
     ids=["image", "batch"],
 )

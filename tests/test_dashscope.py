@@ -10,19 +10,30 @@ import pytest
 import requests
 import responses
 
-import generate_image as tool
+import zimage.outside
 from conftest import TEST_KEY
-from zimage_batch.contract import BATCH_KINDS
+from providers.dashscope import DashScope
+from zimage.batch.contract import BATCH_KINDS
+from zimage.errors import KINDS, Failure
+from zimage.evidence import generated_facts, timestamp
+from zimage.keys import Key
+from zimage.outside import remember_secret
+from zimage.provider import Generated, HttpAnswer
+from zimage.request import ImageRequest, normalize
+from zimage.settle import retry_wait
+from zimage.transport import ask
+from zimage.trust import parse_base_url
+from zimage.waiting import Clock, backoff
 
-PROVIDER = tool.DashScope()
+PROVIDER = DashScope()
 ROOT = "https://dashscope.aliyuncs.com/api/v1"
 URL = f"{ROOT}/services/aigc/multimodal-generation/generation"
 LINK = (
     "https://dashscope-result-bj.oss-cn-beijing.aliyuncs.com/x.png?Expires=1767000000&OSSAccessKeyId=a&Signature=b%3D"
 )
 NOW = dt.datetime(2026, 1, 1, tzinfo=dt.timezone.utc)
-REQUEST = tool.normalize({"prompt": "a calm lake", "seed": 7})
-ENDPOINT = tool.parse_base_url(ROOT, "test", PROVIDER)
+REQUEST = normalize({"prompt": "a calm lake", "seed": 7})
+ENDPOINT = parse_base_url(ROOT, "test", PROVIDER)
 
 
 def body(*content: dict[str, Any], **message: Any) -> dict[str, Any]:
@@ -30,17 +41,17 @@ def body(*content: dict[str, Any], **message: Any) -> dict[str, Any]:
     return {"request_id": "r-1", "output": {"choices": [choice]}, "usage": {"image_count": 1}}
 
 
-def answer(status: int, value: Any, **headers: str) -> tool.HttpAnswer:
+def answer(status: int, value: Any, **headers: str) -> HttpAnswer:
     content = value if isinstance(value, bytes) else json.dumps(value).encode()
-    return tool.HttpAnswer(status, {name.replace("_", "-"): text for name, text in headers.items()}, content)
+    return HttpAnswer(status, {name.replace("_", "-"): text for name, text in headers.items()}, content)
 
 
-def read(status: int, value: Any, request: tool.ImageRequest = REQUEST) -> tool.Generated:
+def read(status: int, value: Any, request: ImageRequest = REQUEST) -> Generated:
     return PROVIDER.read(answer(status, value), request, NOW)
 
 
-def failure(status: int, value: Any, **headers: str) -> tool.Failure:
-    with pytest.raises(tool.Failure) as caught:
+def failure(status: int, value: Any, **headers: str) -> Failure:
+    with pytest.raises(Failure) as caught:
         PROVIDER.read(answer(status, value, **headers), REQUEST, NOW)
     return caught.value
 
@@ -52,7 +63,7 @@ def failure(status: int, value: Any, **headers: str) -> tool.Failure:
 def test_sends_exactly_the_documented_request() -> None:
     responses.post(URL, json=body({"image": LINK}))
     call = PROVIDER.submit(PROVIDER.payload(REQUEST), ENDPOINT, TEST_KEY, "ws-1")
-    tool.ask(call, lambda a: PROVIDER.read(a, REQUEST, NOW), tool.Clock(10).end, ENDPOINT)
+    ask(call, lambda a: PROVIDER.read(a, REQUEST, NOW), Clock(10).end, ENDPOINT)
     (sent,) = responses.calls
     assert json.loads(sent.request.body or b"") == {
         "model": "z-image-turbo",
@@ -68,7 +79,7 @@ def test_sends_exactly_the_documented_request() -> None:
 def test_queries_the_model_as_the_official_client_does() -> None:
     responses.get(f"{ROOT}/models", json={"output": {"models": [{"model": "z-image-turbo"}], "total": 1}})
     call = PROVIDER.query(ENDPOINT, TEST_KEY, None)
-    assert tool.ask(call, PROVIDER.read_query, tool.Clock(10).end, ENDPOINT) is True
+    assert ask(call, PROVIDER.read_query, Clock(10).end, ENDPOINT) is True
     assert responses.calls[0].request.url == f"{ROOT}/models?model=z-image-turbo&page_no=1&page_size=1"
     assert responses.calls[0].request.method == "GET"
 
@@ -90,7 +101,7 @@ def test_reads_link_request_id_and_usage() -> None:
 def test_a_repeated_prompt_is_no_rewritten_one() -> None:
     assert read(200, body({"image": LINK}, {"text": "a calm lake"})).rewritten_prompt == ""
     assert read(200, body({"image": LINK}, {"text": "a wide, calm lake"})).rewritten_prompt == "a wide, calm lake"
-    extended = tool.normalize({"prompt": "a calm lake", "prompt_extend": True})
+    extended = normalize({"prompt": "a calm lake", "prompt_extend": True})
     assert read(200, body({"image": LINK}, {"text": "a calm lake"}), extended).rewritten_prompt == "a calm lake"
 
 
@@ -114,14 +125,14 @@ def test_reasoning_is_found_on_the_message_and_among_the_content() -> None:
 def test_a_link_tells_when_it_dies_and_else_24_hours_count(query: str, expires: str) -> None:
     generated = read(200, body({"image": f"https://x.aliyuncs.com/a.png?{query}"}))
     assert generated.expires_at is not None
-    assert tool.timestamp(generated.expires_at) == expires
+    assert timestamp(generated.expires_at) == expires
 
 
 def test_of_several_pictures_the_first_is_taken_with_a_warning() -> None:
     generated = read(200, body({"image": LINK}, {"image": "https://x.aliyuncs.com/2.png"}))
     assert generated.image_url == LINK
     assert generated.other_urls == ("https://x.aliyuncs.com/2.png",)
-    facts = tool.generated_facts(generated, (), tool.Clock(1))
+    facts = generated_facts(generated, (), Clock(1))
     assert "2 pictures" in facts["warnings"][0]
     assert facts["response"]["other_image_urls"] == ["https://x.aliyuncs.com/2.png"]
 
@@ -219,10 +230,10 @@ def test_an_answer_that_is_not_the_services_json(status: int, content: bytes, ex
     ],
 )
 def test_retry_after_is_obeyed_where_it_fits(retry_after: str, waits: float | None) -> None:
-    clock = tool.Clock(100)
+    clock = Clock(100)
     error = failure(429, {"code": "Throttling"}, retry_after=retry_after)
     assert error.facts["retry_after_s"] == float(retry_after)
-    assert tool.retry_wait(error, 0, 4, clock, clock.generate_until) == waits
+    assert retry_wait(error, 0, 4, clock, clock.generate_until) == waits
 
 
 @pytest.mark.parametrize("garbage", ["soon", "-5", "", "1e9", "٣", "Thu, 99 Foo 2026 00:00:00 GMT"])
@@ -233,30 +244,30 @@ def test_a_retry_after_that_says_nothing_is_left_aside(garbage: str) -> None:
 def test_waits_grow_twofold_with_jitter_up_to_twenty_seconds() -> None:
     for attempt in range(12):
         longest = min(20.0, 0.5 * 2**attempt)
-        waits = {tool.backoff(attempt) for _ in range(50)}
+        waits = {backoff(attempt) for _ in range(50)}
         assert len(waits) > 1
         assert all(longest * 0.7 <= wait <= longest for wait in waits)
 
 
-@pytest.mark.parametrize("code", sorted(tool.KINDS.keys() - BATCH_KINDS.keys()))
+@pytest.mark.parametrize("code", sorted(KINDS.keys() - BATCH_KINDS.keys()))
 def test_what_may_have_been_billed_is_never_sent_again(code: str) -> None:
-    clock = tool.Clock(100)
-    wait = tool.retry_wait(tool.Failure(code, "x"), 0, 4, clock, clock.generate_until)
-    if tool.KINDS[code].billed != "no":
+    clock = Clock(100)
+    wait = retry_wait(Failure(code, "x"), 0, 4, clock, clock.generate_until)
+    if KINDS[code].billed != "no":
         assert wait is None
     assert (wait is not None) == (code in ("rate_limited", "service_failing", "unreachable"))
 
 
 def test_max_retries_counts_the_retries() -> None:
-    clock = tool.Clock(100)
-    error = tool.Failure("rate_limited", "x")
-    assert [tool.retry_wait(error, n, 2, clock, clock.generate_until) is None for n in range(4)] == [
+    clock = Clock(100)
+    error = Failure("rate_limited", "x")
+    assert [retry_wait(error, n, 2, clock, clock.generate_until) is None for n in range(4)] == [
         False,
         False,
         True,
         True,
     ]
-    assert tool.retry_wait(error, 0, 0, clock, clock.generate_until) is None
+    assert retry_wait(error, 0, 0, clock, clock.generate_until) is None
 
 
 @responses.activate
@@ -266,8 +277,8 @@ def test_max_retries_counts_the_retries() -> None:
 def test_a_connection_that_breaks_after_the_request_left_is_unknown(broken: Exception) -> None:
     responses.post(URL, body=broken)
     call = PROVIDER.submit(PROVIDER.payload(REQUEST), ENDPOINT, TEST_KEY, None)
-    with pytest.raises(tool.Failure) as caught:
-        tool.ask(call, lambda a: PROVIDER.read(a, REQUEST, NOW), tool.Clock(10).end, ENDPOINT)
+    with pytest.raises(Failure) as caught:
+        ask(call, lambda a: PROVIDER.read(a, REQUEST, NOW), Clock(10).end, ENDPOINT)
     assert (caught.value.code, caught.value.billed) == ("outcome_unknown", "unknown")
     assert len(responses.calls) == 1
 
@@ -276,9 +287,9 @@ def test_a_connection_that_breaks_after_the_request_left_is_unknown(broken: Exce
 
 
 def test_a_key_that_the_service_echoes_is_masked_before_the_text_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tool, "_secrets", set())
+    monkeypatch.setattr(zimage.outside, "_secrets", set())
     key = "plain/Key+0123456789"
-    tool.remember_secret(key)
+    remember_secret(key)
     encoded = key.replace("/", "%2F").replace("+", "%2B")
     message = "x" * 490 + key + encoded
     error = failure(400, {"code": f"Invalid{key}", "message": message, "request_id": key})
@@ -294,4 +305,4 @@ def test_a_key_that_the_service_echoes_is_masked_before_the_text_is_cut(monkeypa
 def test_neither_a_key_nor_a_call_shows_the_key_when_printed() -> None:
     call = PROVIDER.submit(PROVIDER.payload(REQUEST), ENDPOINT, TEST_KEY, None)
     assert TEST_KEY not in repr(call)
-    assert TEST_KEY not in repr(tool.Key(TEST_KEY, "environment"))
+    assert TEST_KEY not in repr(Key(TEST_KEY, "environment"))

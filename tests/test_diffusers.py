@@ -28,11 +28,15 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import generate_image
 from conftest import ROOT, SCRIPTS, Result, Shell
-from generate_image import Endpoint, Failure, Generated, LocalCall
+from zimage import contract
+from zimage.endpoint import Endpoint
+from zimage.errors import Failure
+from zimage.provider import Generated, LocalCall
+from zimage.registry import provider_class
+from zimage.request import ImageRequest
 
-KIND = generate_image.provider_class("diffusers")
+KIND = provider_class("diffusers")
 MODULE: dict[str, Any] = KIND.preflight.__globals__  # the file is loaded by its path, and is no module of the system's
 REQUIREMENTS: dict[str, str] = MODULE["REQUIREMENTS"]
 HERE = Endpoint("in-process", "in-process", "", "local")
@@ -149,7 +153,7 @@ def provider(whole_model: Path) -> Iterator[Any]:
 
 
 def payload(provider: Any, **fields: Any) -> dict[str, Any]:
-    request = generate_image.ImageRequest(prompt="a fox", size="512*512", seed=3)._replace(**fields)
+    request = ImageRequest(prompt="a fox", size="512*512", seed=3)._replace(**fields)
     asked = provider.payload(request)
     assert asked == json.loads(json.dumps(asked))
     assert isinstance(asked, dict)
@@ -191,7 +195,7 @@ def test_missing_packages_are_all_named_with_a_line_that_installs_them(local: Lo
     for name in hidden:
         assert REQUIREMENTS[name] in error["message"]
     (line,) = re.findall(r"\.venv/bin/pip install (.*?) \(", error["hint"])
-    assert shlex.split(line) == [*generate_image.REQUIREMENTS.values(), *REQUIREMENTS.values()]
+    assert shlex.split(line) == [*contract.REQUIREMENTS.values(), *REQUIREMENTS.values()]
     assert "uv run" not in error["hint"]  # it installs what the script names, and torch is not among that
     assert local.shell.files() == [] and local.log() == []
 

@@ -16,12 +16,18 @@ from typing import Any
 import jsonschema
 import pytest
 
-import generate_batch
-import generate_image
-import zimage_batch.contract
+import zimage.batch.contract
+import zimage.batch.options as batch_options
 from conftest import ROOT, SKILL, TEST_KEY, Shell
 from fault_server import PICTURE, Answer, FaultServer, Received, file, json_answer, png
 from mock_server import MockServer
+from providers.dashscope import DashScope
+from zimage import options
+from zimage.contract import ERROR_SCHEMA, RATIO_SIZES, VERSION
+from zimage.errors import KINDS
+from zimage.options import EPILOG
+from zimage.provider import HttpAnswer
+from zimage.request import normalize
 
 SKILL_MD = (SKILL / "SKILL.md").read_text(encoding="utf-8")
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -31,8 +37,8 @@ DOCUMENTS = {"SKILL.md": SKILL_MD, "README.md": README} | REFERENCES
 SOURCES = "".join(path.read_text(encoding="utf-8") for path in sorted((SKILL / "scripts").rglob("*.py")))
 # Each command, the reference that describes it, and options that are described in words there.
 COMMANDS = [
-    (generate_image, "command_line.md", {"--version", "--region", "--base-url", "--provider", "--help"}),
-    (generate_batch, "batch.md", {"--version", "--help"}),
+    (options, "command_line.md", {"--version", "--region", "--base-url", "--provider", "--help"}),
+    (batch_options, "batch.md", {"--version", "--help"}),
 ]
 
 
@@ -77,7 +83,7 @@ def test_versions_in_script_skill_and_changelog_are_one() -> None:
     version = re.search(r'(?m)^  version: "(.*)"$', SKILL_MD)
     newest = re.search(r"(?m)^## (\S+)", CHANGELOG)
     assert version and newest
-    assert version[1] == newest[1] == generate_image.VERSION
+    assert version[1] == newest[1] == VERSION
 
 
 @pytest.mark.parametrize(
@@ -117,7 +123,7 @@ def test_skill_md_names_each_reference_with_when_to_read_it() -> None:
 
 def test_skill_md_tells_what_to_do_after_every_exit_code() -> None:
     told = {int(number) for cells in rows(SKILL_MD, 3) for number in re.findall(r"\b\d+\b", cells[0])}
-    assert told == {0, 130, 143} | {kind.exit_code for kind in generate_image.KINDS.values()} - {128}
+    assert told == {0, 130, 143} | {kind.exit_code for kind in KINDS.values()} - {128}
 
 
 def test_every_file_a_document_names_exists() -> None:
@@ -133,8 +139,8 @@ def test_every_file_a_document_names_exists() -> None:
 
 def test_errors_md_has_a_row_for_every_error_code_and_none_else() -> None:
     documented = {code_spans(cells[0])[0]: cells for cells in rows(REFERENCES["errors.md"], 4) if code_spans(cells[0])}
-    assert set(documented) == set(generate_image.KINDS)
-    for code, kind in generate_image.KINDS.items():
+    assert set(documented) == set(KINDS)
+    for code, kind in KINDS.items():
         if code in ("interrupted", "internal_error"):  # these depend on when
             assert documented[code][2] == "as said" or code == "internal_error"
             continue
@@ -147,7 +153,7 @@ def test_api_reference_lists_the_services_codes_as_the_script_reads_them() -> No
     for cells in rows(REFERENCES["api_reference.md"], 5):
         for code in code_spans(cells[1]):
             listed[re.sub("[_-]", "", code.lower())] = (int(cells[2]), cells[3], cells[4])
-    kinds = {code: generate_image.KINDS[kind] for code, kind in generate_image.DashScope.code_kinds.items()}
+    kinds = {code: KINDS[kind] for code, kind in DashScope.code_kinds.items()}
     assert set(listed) == set(kinds)
     for code, kind in kinds.items():
         retried = "yes" if kind.retryable else "never" if kind.billed == "unknown" else "no"
@@ -159,7 +165,7 @@ def test_api_reference_lists_the_sizes_that_aspect_ratio_picks() -> None:
     for ratios, near_1024, _, _ in rows(REFERENCES["api_reference.md"], 4):
         if re.fullmatch(r"[\d: ·]+", ratios):
             listed.update(zip(ratios.split(" · "), near_1024.replace("\\", "").split(" · "), strict=True))
-    assert listed == generate_image.RATIO_SIZES
+    assert listed == RATIO_SIZES
 
 
 def test_documented_prices_are_the_ones_that_are_estimated() -> None:
@@ -168,9 +174,9 @@ def test_documented_prices_are_the_ones_that_are_estimated() -> None:
         for cells in rows(REFERENCES["api_reference.md"], 4)
         if cells[1].startswith("US$")
     }
-    assert listed == generate_image.DashScope.prices
-    assert f"US${generate_image.DashScope.prices['beijing'][0]}" in SKILL_MD
-    assert f"US${generate_image.DashScope.prices['singapore'][0]}" in SKILL_MD
+    assert listed == DashScope.prices
+    assert f"US${DashScope.prices['beijing'][0]}" in SKILL_MD
+    assert f"US${DashScope.prices['singapore'][0]}" in SKILL_MD
 
 
 @pytest.mark.parametrize(("command", "reference", "in_words"), COMMANDS, ids=["image", "batch"])
@@ -185,7 +191,7 @@ def test_reference_and_help_name_the_same_options(command: Any, reference: str, 
 
 def test_batch_md_describes_every_state_of_a_picture() -> None:
     described = [code_spans(cells[0])[0] for cells in rows(REFERENCES["batch.md"], 3) if code_spans(cells[0])]
-    schema = zimage_batch.contract.DATABASE_SCHEMA.partition("CHECK (state IN")[2]
+    schema = zimage.batch.contract.DATABASE_SCHEMA.partition("CHECK (state IN")[2]
     stated = re.findall(r"'(\w+)'", schema.partition("))")[0])
     assert described == stated
 
@@ -194,7 +200,7 @@ def test_batch_md_has_the_exit_codes_of_help() -> None:
     documented = [
         number for cells in rows(REFERENCES["batch.md"], 2) for number in re.findall(r"^\d[\d, ]*$", cells[0])
     ]
-    told = re.findall(r"\b\d+\b", generate_batch.EPILOG.partition("exit codes:")[2].partition("\n\n")[0])
+    told = re.findall(r"\b\d+\b", batch_options.EPILOG.partition("exit codes:")[2].partition("\n\n")[0])
     assert sorted({n for cell in documented for n in re.findall(r"\d+", cell)}) == sorted(set(told))
 
 
@@ -218,7 +224,7 @@ def test_documented_environment_variables_are_the_ones_that_are_read() -> None:
 
 
 def test_readme_has_the_exit_codes_of_help() -> None:
-    epilog = generate_image.EPILOG + generate_batch.EPILOG
+    epilog = EPILOG + batch_options.EPILOG
     for cells in rows(README, 2):
         if re.fullmatch(r"\d[\d, ]*", cells[0]):
             assert re.search(rf"\b{re.escape(cells[0])}\b", epilog), cells
@@ -230,15 +236,15 @@ def test_readme_has_the_exit_codes_of_help() -> None:
 def test_the_request_example_is_what_is_sent() -> None:
     example = json.loads(blocks(REFERENCES["api_reference.md"], "json")[0])
     prompt = example["input"]["messages"][0]["content"][0]["text"]
-    request = generate_image.normalize({"prompt": prompt, "size": "1024*1024", "seed": 1234})
-    assert generate_image.DashScope().payload(request) == example
+    request = normalize({"prompt": prompt, "size": "1024*1024", "seed": 1234})
+    assert DashScope().payload(request) == example
 
 
 def test_the_response_example_is_understood() -> None:
     body = blocks(REFERENCES["api_reference.md"], "json")[1].encode()
-    request = generate_image.normalize({"prompt": "a calm lake at dawn", "prompt_extend": True})
-    answer = generate_image.HttpAnswer(200, {}, body)
-    generated = generate_image.DashScope().read(answer, request, dt.datetime.now(dt.timezone.utc))
+    request = normalize({"prompt": "a calm lake at dawn", "prompt_extend": True})
+    answer = HttpAnswer(200, {}, body)
+    generated = DashScope().read(answer, request, dt.datetime.now(dt.timezone.utc))
     assert generated.image_url.startswith("https://dashscope-result-")
     assert generated.rewritten_prompt == "the prompt that was drawn"
     assert generated.request_id == "bf37…"
@@ -246,8 +252,8 @@ def test_the_response_example_is_understood() -> None:
 
 def test_the_error_example_is_valid() -> None:
     example = json.loads(blocks(REFERENCES["errors.md"], "json")[0])
-    jsonschema.validate(example["error"], generate_image.ERROR_SCHEMA)
-    kind = generate_image.KINDS[example["error"]["code"]]
+    jsonschema.validate(example["error"], ERROR_SCHEMA)
+    kind = KINDS[example["error"]["code"]]
     assert (kind.exit_code, kind.billed) == (example["error"]["exit_code"], example["error"]["billed"])
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import yaml  # type: ignore[import-untyped]  # PyYAML comes with responses
 
-import generate_image
 from conftest import ROOT, SCRIPTS
+from providers.dashscope import DashScope
 
 GITHUB = ROOT / ".github"
 FORMS = ["bug.yml", "idea.yml"]
@@ -109,7 +109,7 @@ def test_the_bug_form_asks_for_what_tells_most() -> None:
 def test_the_bug_form_lists_the_providers_that_there_are() -> None:
     files = sorted(path.stem for path in (SCRIPTS / "providers").glob("*.py"))
     assert sorted(form("bug.yml")["provider"]["attributes"]["options"]) == sorted(
-        ["mock_server.py", generate_image.DashScope.name, *files]
+        ["mock_server.py", DashScope.name, *files]
     )
 
 

@@ -23,10 +23,10 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import generate_image
 from conftest import ROOT, SCRIPTS, SKILL, Result, Shell
 from mock_server import MockServer
 from package import members
+from zimage.contract import VERSION
 
 NAME = SKILL.name
 PLUGIN = "zimage-turbo@zimage-skills"
@@ -182,7 +182,7 @@ def test_the_manifests_have_the_version_of_the_program(shell: Shell, script: str
     version = shell.run("--version").stdout.split()[-1]
     (entry,) = CLAUDE_MARKETPLACE["plugins"]
     assert [CLAUDE_MARKETPLACE["metadata"]["version"], entry["version"], CODEX_PLUGIN["version"]] == [version] * 3
-    assert version == generate_image.VERSION  # test_documents.py holds it against SKILL.md and CHANGELOG.md
+    assert version == VERSION  # test_documents.py holds it against SKILL.md and CHANGELOG.md
 
 
 def test_the_manifests_name_one_marketplace_and_one_plugin() -> None:
@@ -227,7 +227,7 @@ def test_claude_code_installs_the_plugin(agents: Shell, mock: MockServer, reposi
     output(agents, "claude", "plugin", "marketplace", "add", source, folder=repository)
     output(agents, "claude", "plugin", "install", PLUGIN)
     (plugin,) = json.loads(output(agents, "claude", "plugin", "list", "--json"))
-    assert (plugin["id"], plugin["version"], plugin["enabled"]) == (PLUGIN, generate_image.VERSION, True)
+    assert (plugin["id"], plugin["version"], plugin["enabled"]) == (PLUGIN, VERSION, True)
     assert claude_skills(agents) == [f"zimage-turbo:{NAME}"]
     installed = Path(plugin["installPath"])
     assert [path.name for path in installed.iterdir() if not path.name.startswith(".")] == [NAME]
@@ -240,7 +240,7 @@ def test_codex_installs_the_plugin(agents: Shell, mock: MockServer, repository: 
     assert codex_skills(agents) == []
     output(agents, "codex", "plugin", "marketplace", "add", source, folder=repository)
     plugin = json.loads(output(agents, "codex", "plugin", "add", PLUGIN, "--json"))
-    assert (plugin["pluginId"], plugin["version"]) == (PLUGIN, generate_image.VERSION)
+    assert (plugin["pluginId"], plugin["version"]) == (PLUGIN, VERSION)
     (skill,) = codex_skills(agents)
     assert (skill["name"], skill["enabled"]) == (f"zimage-turbo:{NAME}", True)
     shown = skill["interface"]
@@ -295,7 +295,7 @@ def packed(shell: Shell, clone: Path) -> Path:
     """The zip that `make package` leaves in the clone."""
     output(shell, "make", "package", folder=clone)
     (archive,) = (clone / "dist").glob("*.zip")
-    assert archive.name == f"{NAME}-{generate_image.VERSION}.zip"
+    assert archive.name == f"{NAME}-{VERSION}.zip"
     return archive
 
 

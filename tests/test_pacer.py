@@ -8,7 +8,7 @@ from collections import deque
 
 import pytest
 
-from zimage_batch.pacer import Pacer
+from zimage.batch.pacer import Pacer
 
 
 class Limit:

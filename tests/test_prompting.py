@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 
 import fill_template
-import generate_image
 from conftest import GENERATE, SCRIPTS, SKILL, Result, Shell
 from mock_server import MockServer
+from zimage.contract import LONG_PROMPT, RATIO_SIZES
+from zimage.errors import Failure
+from zimage.request import request_problems
 
 FILL = SCRIPTS / "fill_template.py"
 BATCH = SCRIPTS / "generate_batch.py"
@@ -88,10 +90,10 @@ def test_there_are_a_dozen_worked_prompts_in_both_languages() -> None:
 @pytest.mark.parametrize("request_", REQUESTS, ids=range(len(REQUESTS)))
 def test_a_worked_prompt_is_a_valid_request(shell: Shell, mock: MockServer, request_: dict[str, Any]) -> None:
     shell.use(mock)
-    assert generate_image.request_problems(request_) == []
+    assert request_problems(request_) == []
     assert set(request_) <= {"prompt", "aspect_ratio", "prompt_extend"}
     plan = dry_run(shell, json.dumps(request_, ensure_ascii=False))
-    assert plan["request"]["size"] == generate_image.RATIO_SIZES[request_["aspect_ratio"]]
+    assert plan["request"]["size"] == RATIO_SIZES[request_["aspect_ratio"]]
 
 
 @pytest.mark.parametrize("request_", REQUESTS, ids=range(len(REQUESTS)))
@@ -105,7 +107,7 @@ def test_a_worked_prompt_follows_the_guide(request_: dict[str, Any]) -> None:
         assert 120 <= len(prompt) <= 300
     else:
         assert 60 <= len(prompt.split()) <= 130
-    assert len(prompt) <= generate_image.LONG_PROMPT
+    assert len(prompt) <= LONG_PROMPT
 
 
 def test_one_example_shows_when_prompt_extend_is_worth_double() -> None:
@@ -120,7 +122,7 @@ def test_the_mock_draws_every_worked_prompt(shell: Shell, mock: MockServer) -> N
 
 
 def test_the_guide_names_only_ratios_that_exist_and_all_of_them() -> None:
-    assert set(re.findall(r"\b\d+:\d+\b", GUIDE)) == set(generate_image.RATIO_SIZES)
+    assert set(re.findall(r"\b\d+:\d+\b", GUIDE)) == set(RATIO_SIZES)
 
 
 def test_negative_prompts_are_nowhere_a_field() -> None:
@@ -164,8 +166,8 @@ def test_a_template_uses_every_field_that_it_describes_and_no_other(name: str) -
 def test_the_examples_of_a_template_become_valid_requests_of_good_length(name: str) -> None:
     for row in fill_template.fill(TEMPLATES[name], examples(name)):
         request = {field: value for field, value in row.items() if field not in ("id", "output")}
-        assert generate_image.request_problems(request) == []
-        assert 350 <= len(row["prompt"]) <= generate_image.LONG_PROMPT
+        assert request_problems(request) == []
+        assert 350 <= len(row["prompt"]) <= LONG_PROMPT
         assert row["prompt"].count('"') % 2 == 0
 
 
@@ -178,7 +180,7 @@ def test_a_template_of_one_picture_is_planned_and_drawn(shell: Shell, mock: Mock
     drawn = shell.run("--file", "-", "--print-response", stdin=filled.stdout.encode())
     assert drawn.code == 0, drawn.stderr
     size = f"{drawn.json['width']}*{drawn.json['height']}"
-    assert size == generate_image.RATIO_SIZES[filled.json["aspect_ratio"]]
+    assert size == RATIO_SIZES[filled.json["aspect_ratio"]]
     assert mock.stats()["billed"] == 1
 
 
@@ -214,7 +216,7 @@ def test_the_rows_of_a_set_share_all_but_what_they_show(name: str) -> None:
 def test_a_missing_field_is_named(name: str, field: str) -> None:
     values = examples(name)
     del values[field]
-    with pytest.raises(generate_image.Failure, match=rf"^{field}: missing \(") as caught:
+    with pytest.raises(Failure, match=rf"^{field}: missing \(") as caught:
         fill_template.fill(TEMPLATES[name], values)
     assert caught.value.exit_code == 2
 
@@ -250,7 +252,7 @@ def test_all_that_is_wrong_with_the_values_is_told_at_once(shell: Shell) -> None
     ],
 )
 def test_a_wrong_value_is_named(field: str, value: Any, told: str) -> None:
-    with pytest.raises(generate_image.Failure) as caught:
+    with pytest.raises(Failure) as caught:
         fill_template.fill(TEMPLATES["icon-set"], examples("icon-set") | {field: value})
     assert caught.value.message.startswith(told)
 

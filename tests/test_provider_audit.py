@@ -20,7 +20,6 @@ from urllib.parse import parse_qs, quote, urlsplit
 
 import pytest
 
-import generate_image as tool
 from batch_helpers import SMALL_PNG
 from conftest import Result, Shell
 from fault_server import PICTURE, Answer, FaultServer, Received, drawn, html, json_answer, noise_png, png
@@ -36,6 +35,9 @@ from test_providers import (
     needs_kill,
     own_address,
 )
+from zimage.errors import Failure
+from zimage.keys import NO_KEY
+from zimage.trust import telling_of_withheld
 
 Course = Callable[[str, Received], Answer]
 UNKNOWN_TASK = json_answer({"code": 404, "message": "task not found", "data": None}, 404)
@@ -401,13 +403,13 @@ def test_a_check_that_is_answered_with_no_list_of_models_is_not_good(oa: Lab, bo
 
 
 def test_a_refusal_without_the_key_that_was_kept_back_says_so() -> None:
-    key = tool.NO_KEY._replace(warning="THE_KEY is not sent there")
+    key = NO_KEY._replace(warning="THE_KEY is not sent there")
     for code, told in (("key_rejected", True), ("balance", False)):
-        with pytest.raises(tool.Failure) as caught, tool.telling_of_withheld(key):
-            raise tool.Failure(code, "no")
+        with pytest.raises(Failure) as caught, telling_of_withheld(key):
+            raise Failure(code, "no")
         assert (caught.value.fact("hint") == key.warning) == told
-    with pytest.raises(tool.Failure) as caught, tool.telling_of_withheld(tool.NO_KEY):
-        raise tool.Failure("key_rejected", "no")
+    with pytest.raises(Failure) as caught, telling_of_withheld(NO_KEY):
+        raise Failure("key_rejected", "no")
     assert "THE_KEY" not in caught.value.fact("hint")
 
 

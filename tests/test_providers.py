@@ -31,8 +31,9 @@ import jsonschema
 import pytest
 from PIL import Image
 
-import generate_image as tool
+import generate_image
 import mock_server
+import zimage.outside
 from batch_helpers import BATCH, SMALL_PNG, Batch, assert_counts
 from conftest import GENERATE as SCRIPT
 from conftest import SCRIPTS, Result, Shell
@@ -70,6 +71,17 @@ from provider_cases import (
     changed,
     envelope,
 )
+from zimage.contract import ERROR_SCHEMA, EVIDENCE_SCHEMA, RATIO_SIZES, RESPONSE_SCHEMA
+from zimage.endpoint import Endpoint
+from zimage.errors import Failure
+from zimage.evidence import utc_now
+from zimage.keys import NO_KEY, find_key
+from zimage.picture import size_warning, verified
+from zimage.provider import Generated, HttpAnswer
+from zimage.registry import provider_class, provider_named, provider_names
+from zimage.request import ImageRequest, normalize
+from zimage.task import Task
+from zimage.trust import check_trust, key_for, parse_base_url
 
 over_all = pytest.mark.parametrize("case", CASES, ids=str)
 over_all_with_links = pytest.mark.parametrize("case", LINKED_CASES, ids=str)
@@ -147,7 +159,7 @@ def elsewhere() -> Iterator[FaultServer]:
 def assert_error(result: Result, exit_code: int, billed: str, *, code: str | None = None) -> dict[str, Any]:
     """The run ended with an error of this kind, in the contract's form."""
     error = result.error
-    jsonschema.validate(error, tool.ERROR_SCHEMA)
+    jsonschema.validate(error, ERROR_SCHEMA)
     assert (error["exit_code"], error["billed"]) == (exit_code, billed), error
     assert code is None or error["code"] == code, error
     return error
@@ -157,9 +169,9 @@ def assert_saved(lab: Lab, result: Result, content: bytes | None = None) -> dict
     """The picture is there and whole, evidence and response agree, and one call was paid for."""
     assert result.code == 0, (result.stdout, result.stderr)
     response = result.json
-    jsonschema.validate(response, tool.RESPONSE_SCHEMA)
+    jsonschema.validate(response, RESPONSE_SCHEMA)
     evidence = lab.shell.evidence()
-    jsonschema.validate(evidence, tool.EVIDENCE_SCHEMA)
+    jsonschema.validate(evidence, EVIDENCE_SCHEMA)
     assert evidence["status"] == "saved"
     path = Path(response["image_path"])
     with Image.open(path) as image:
@@ -189,17 +201,19 @@ def assert_recovers_free(lab: Lab, calls: int = 1) -> dict[str, Any]:
 
 
 def killed_in(lab: Lab, function: str, body: str = "die()") -> None:
-    """Make a picture with a script that dies, as by kill -9, where it would call a function of generate_image."""
+    """Make a picture with a script that dies, as by kill -9, where it would call a function of zimage."""
+    module = "evidence" if "." in function else "make"
     wrapper = lab.shell.home / "dying.py"
     lines = [
         "import os, signal, sys",
         f"sys.path.insert(0, {str(SCRIPTS)!r})",
-        "import generate_image as tool",
+        "import generate_image",
+        f"import zimage.{module} as module",
         "def die(): os.kill(os.getpid(), signal.SIGKILL)",
-        f"real = tool.{function}",
+        f"real = module.{function}",
         f"def instead(*arguments, **options):\n    {body}\n    return real(*arguments, **options)",
-        f"tool.{function} = instead",
-        "sys.exit(tool.main())",
+        f"module.{function} = instead",
+        "sys.exit(generate_image.main())",
     ]
     wrapper.write_text("\n".join(lines))
     lab.shell.script = wrapper
@@ -213,17 +227,17 @@ def killed_in(lab: Lab, function: str, body: str = "die()") -> None:
 
 
 def test_every_provider_has_a_row_or_a_table_of_its_own() -> None:
-    assert {case.provider for case in CASES} | OTHER_TABLES >= set(tool.provider_names())
-    assert set(tool.provider_names()) >= {case.provider for case in CASES}
+    assert {case.provider for case in CASES} | OTHER_TABLES >= set(provider_names())
+    assert set(provider_names()) >= {case.provider for case in CASES}
 
 
-@pytest.mark.parametrize("name", sorted(tool.provider_names()))
+@pytest.mark.parametrize("name", sorted(provider_names()))
 def test_what_a_provider_says_of_itself_fits_the_contract(name: str) -> None:
-    kind = tool.provider_class(name)
+    kind = provider_class(name)
     provider = kind()
     assert (kind.name, kind.default_region in kind.roots) == (name, True)
     assert not any(provider.owns(host) for host in ("example.com", "localhost", "127.0.0.1", ""))
-    request = tool.ImageRequest("x", "1024*1024", 5 if kind.takes_seed else None)
+    request = ImageRequest("x", "1024*1024", 5 if kind.takes_seed else None)
     assert provider.cannot(request) == []
     assert (provider.price(request, kind.default_region).estimate > 0) == kind.billable
     json.dumps(provider.payload(request))
@@ -232,7 +246,7 @@ def test_what_a_provider_says_of_itself_fits_the_contract(name: str) -> None:
             assert setting.read(str(setting.default)) == setting.default, setting.name
     roots = [root for root in kind.roots.values() if root]
     for root in roots:
-        assert provider.owns(tool.parse_base_url(root, "root", provider).host)
+        assert provider.owns(parse_base_url(root, "root", provider).host)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -657,11 +671,11 @@ def in_process(
                 patch.delenv(name)
         for name, value in (KEYS | env).items():
             patch.setenv(name, value)
-        patch.setattr(tool, "_secrets", set())
+        patch.setattr(zimage.outside, "_secrets", set())
         patch.setattr(socket.socket, "connect", unreachable)
         patch.setattr(socket, "getaddrinfo", unreachable)
         capsys.readouterr()
-        code = tool.main(list(arguments))
+        code = generate_image.main(list(arguments))
         result = Result(code, *capsys.readouterr())
     for signum, handler in handlers.items():
         signal.signal(signum, handler)
@@ -703,7 +717,7 @@ def test_the_owner_is_asked_over_https(
 
 
 def test_zimageturbo_trusts_one_host_and_none_below_it() -> None:
-    provider = tool.provider_named("zimageturbo")
+    provider = provider_named("zimageturbo")
     assert provider.owns("zimageturbo.ai")
     strangers = ("www.zimageturbo.ai", "api.zimageturbo.ai", "zimageturbo.ai.", "zimageturbo.aix", "xzimageturbo.ai")
     assert not any(provider.owns(host) for host in (*strangers, "zimageturbo", "dashscope.aliyuncs.com"))
@@ -738,12 +752,12 @@ KEY_GOES = [  # endpoint, OPENAI_BASE_URL, --trust-host, whether the key goes
 def test_an_optional_key_goes_only_where_the_user_sent_it(
     url: str, named: str | None, trusted: str, goes: bool
 ) -> None:
-    provider = tool.provider_named("openai")
-    endpoint = tool.parse_base_url(url, "--base-url", provider)
+    provider = provider_named("openai")
+    endpoint = parse_base_url(url, "--base-url", provider)
     hosts = frozenset(filter(None, [trusted]))
-    tool.check_trust(endpoint, "--base-url", provider, hosts)
+    check_trust(endpoint, "--base-url", provider, hosts)
     env = KEYS | ({"OPENAI_BASE_URL": named} if named else {})
-    key = tool.key_for(provider, endpoint, hosts, env)
+    key = key_for(provider, endpoint, hosts, env)
     if goes:
         assert (key.value, key.source) == (KEYS["OPENAI_API_KEY"], "environment OPENAI_API_KEY")
     else:
@@ -754,24 +768,24 @@ def test_an_optional_key_goes_only_where_the_user_sent_it(
 
 
 def test_no_key_and_no_warning_where_there_is_no_key() -> None:
-    provider = tool.provider_named("openai")
-    endpoint = tool.parse_base_url(f"https://{GPU}/v1", "--base-url", provider)
+    provider = provider_named("openai")
+    endpoint = parse_base_url(f"https://{GPU}/v1", "--base-url", provider)
     others = {name: key for name, key in KEYS.items() if name != "OPENAI_API_KEY"}
-    assert tool.key_for(provider, endpoint, frozenset(), others) == tool.NO_KEY
+    assert key_for(provider, endpoint, frozenset(), others) == NO_KEY
 
 
-@pytest.mark.parametrize("name", sorted(tool.provider_names()))
+@pytest.mark.parametrize("name", sorted(provider_names()))
 def test_no_key_of_another_provider_steps_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     monkeypatch.chdir(tmp_path)
-    provider = tool.provider_named(name)
+    provider = provider_named(name)
     places = provider.key_places
     if places is None:
-        assert tool.key_for(provider, tool.Endpoint("", "", "127.0.0.1", ""), frozenset(), KEYS) == tool.NO_KEY
+        assert key_for(provider, Endpoint("", "", "127.0.0.1", ""), frozenset(), KEYS) == NO_KEY
         return
     others = {variable: key for variable, key in KEYS.items() if variable != places.variable}
     assert len(others) == len(KEYS) - 1
-    with pytest.raises(tool.Failure) as caught:
-        tool.find_key(places, others | {"HOME": str(tmp_path)})
+    with pytest.raises(Failure) as caught:
+        find_key(places, others | {"HOME": str(tmp_path)})
     assert caught.value.code == "key_missing"
 
 
@@ -895,10 +909,10 @@ def test_a_task_is_asked_after_until_it_is_done_and_its_id_is_on_disk_before_the
 
 
 def test_questions_begin_after_a_second_and_come_to_be_five_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tool, "ask", lambda *arguments, **options: None)
-    provider = tool.provider_named("zimageturbo")
-    endpoint = tool.parse_base_url("http://127.0.0.1:9/api", "test", provider)
-    task = tool.Task(provider, endpoint, tool.NO_KEY, tool.ImageRequest("x", "1024*1024", None), "t")
+    monkeypatch.setattr("zimage.task.ask", lambda *arguments, **options: None)
+    provider = provider_named("zimageturbo")
+    endpoint = parse_base_url("http://127.0.0.1:9/api", "test", provider)
+    task = Task(provider, endpoint, NO_KEY, ImageRequest("x", "1024*1024", None), "t")
     pauses = [task.pause_s]
     for _ in range(8):
         assert task.ask(time.monotonic() + 60) is None
@@ -963,11 +977,11 @@ def test_a_task_that_failed_for_its_content_is_blocked(zt: Lab) -> None:
     assert (zt.status(), len(zt.paid)) == ("failed", 1)
 
 
-def read_poll(**data: Any) -> tool.Generated | None:
+def read_poll(**data: Any) -> Generated | None:
     """What the provider makes of an answer to a question after a task."""
     body = json.dumps({"code": 200, "message": "success", "data": data}).encode()
-    request = tool.ImageRequest("x", "1024*1024", None)
-    return tool.provider_named("zimageturbo").read_poll(tool.HttpAnswer(200, {}, body), request, tool.utc_now())
+    request = ImageRequest("x", "1024*1024", None)
+    return provider_named("zimageturbo").read_poll(HttpAnswer(200, {}, body), request, utc_now())
 
 
 @pytest.mark.parametrize(
@@ -975,7 +989,7 @@ def read_poll(**data: Any) -> tool.Generated | None:
     [("NSFW detected", "blocked"), ("内容违规", "blocked"), ("GPU fell off", "task_failed"), (None, "task_failed")],
 )
 def test_why_a_task_failed(text: str | None, code: str) -> None:
-    with pytest.raises(tool.Failure) as caught:
+    with pytest.raises(Failure) as caught:
         read_poll(status="FAILED", error_message=text)
     assert (caught.value.code, caught.value.billed) == (code, "no")
 
@@ -1093,7 +1107,7 @@ def test_a_task_that_succeeded_without_a_picture_is_no_success(zt: Lab) -> None:
 
 @pytest.mark.parametrize("response", [[], None, [""], "", [None], 7, ["no link"]])
 def test_a_success_without_links_is_none(response: object) -> None:
-    with pytest.raises(tool.Failure) as caught:
+    with pytest.raises(Failure) as caught:
         read_poll(status="SUCCESS", response=response)
     assert caught.value.code == "no_image"
 
@@ -1125,10 +1139,10 @@ def test_of_a_size_only_the_ratio_is_asked_for(zt: Lab) -> None:
     ],
 )
 def test_only_the_ratio_of_the_size_is_checked(size: str, width: int, height: int, fits: bool) -> None:
-    picture = tool.verified(png(width, height))
-    assert (tool.size_warning(size, picture, tool.provider_named("zimageturbo")) is None) == fits
+    picture = verified(png(width, height))
+    assert (size_warning(size, picture, provider_named("zimageturbo")) is None) == fits
     for name in ("dashscope", "openai"):
-        assert tool.size_warning(size, picture, tool.provider_named(name)) is not None
+        assert size_warning(size, picture, provider_named(name)) is not None
 
 
 def test_all_that_zimageturbo_cannot_do_is_told_at_once_before_anything_is_sent(zt: Lab) -> None:
@@ -1143,10 +1157,10 @@ def test_all_that_zimageturbo_cannot_do_is_told_at_once_before_anything_is_sent(
 RATIOS = {"1:1", "4:3", "3:4", "16:9", "9:16"}
 
 
-@pytest.mark.parametrize("ratio", tool.RATIO_SIZES)
+@pytest.mark.parametrize("ratio", RATIO_SIZES)
 def test_zimageturbo_draws_five_ratios_and_refuses_the_others(ratio: str) -> None:
-    provider = tool.provider_named("zimageturbo")
-    request = tool.normalize({"prompt": "x" * 1000, "aspect_ratio": ratio}, with_seed=provider.takes_seed)
+    provider = provider_named("zimageturbo")
+    request = normalize({"prompt": "x" * 1000, "aspect_ratio": ratio}, with_seed=provider.takes_seed)
     sentences = provider.cannot(request)
     if ratio in RATIOS:
         assert sentences == []
@@ -1179,13 +1193,13 @@ ROOTS = [
 
 @pytest.mark.parametrize(("name", "url", "endpoint"), ROOTS)
 def test_a_base_url_is_the_endpoint_the_root_or_the_host(name: str, url: str, endpoint: str | None) -> None:
-    provider = tool.provider_named(name)
+    provider = provider_named(name)
     if endpoint is None:
-        with pytest.raises(tool.Failure) as caught:
-            tool.parse_base_url(url, "--base-url", provider)
+        with pytest.raises(Failure) as caught:
+            parse_base_url(url, "--base-url", provider)
         assert caught.value.code == "invalid_base_url"
     else:
-        assert tool.parse_base_url(url, "--base-url", provider).url == endpoint
+        assert parse_base_url(url, "--base-url", provider).url == endpoint
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1431,7 +1445,7 @@ def test_a_batch_settles_every_row_by_the_same_rules(lab: Lab, case: Case, batch
     assert batch.run("--retry-unknown", "--retry-failed").code == 0
     assert Counter(lab.prompts) == calls | {"invalid": 2, "blocked": 2, "lost": 2}
     for evidence in batch.evidence().values():
-        jsonschema.validate(evidence, tool.EVIDENCE_SCHEMA)
+        jsonschema.validate(evidence, EVIDENCE_SCHEMA)
         assert (evidence["status"], evidence["provider"]) == ("saved", case.provider)
     assert_nothing_half(batch)
 
@@ -1473,7 +1487,7 @@ def test_a_batch_killed_between_a_step_and_its_note_never_pays_again(
     lines = [
         "import os, signal, sys",
         f"sys.path.insert(0, {str(SCRIPTS)!r})",
-        "import generate_batch, zimage_batch.journal as journal",
+        "import generate_batch, zimage.batch.journal as journal",
         "real = journal.Journal.keep",
         "def keep(self, job, state):",
         f"    if state == {state!r}: os.kill(os.getpid(), signal.SIGKILL)",
@@ -1711,27 +1725,26 @@ def test_other_settings_on_an_existing_folder_ask_instead_of_paying_again(lab: L
 
 
 def shared_lines(path: Path) -> dict[int, str]:
-    """The lines of a script by number, without the registry and the one provider that stands in it."""
+    """The lines of a module by number, without the one that says which provider is the default."""
     text = path.read_text(encoding="utf-8")
     lines = dict(enumerate(text.splitlines(), 1))
     for node in ast.parse(text).body:
         targets = (
             [node.target] if isinstance(node, ast.AnnAssign) else node.targets if isinstance(node, ast.Assign) else []
         )
-        registry = {target.id for target in targets if isinstance(target, ast.Name)} & {"PROVIDERS", "DEFAULT_PROVIDER"}
-        if registry or (isinstance(node, ast.ClassDef) and node.name == "DashScope"):
+        if {target.id for target in targets if isinstance(target, ast.Name)} & {"DEFAULT_PROVIDER"}:
             for number in range(node.lineno, (node.end_lineno or node.lineno) + 1):
                 del lines[number]
     return lines
 
 
-SHARED = [SCRIPT, BATCH, *sorted((SCRIPTS / "zimage_batch").glob("*.py"))]
+SHARED = [SCRIPT, BATCH, *sorted((SCRIPTS / "zimage").rglob("*.py"))]
 
 
 @pytest.mark.parametrize("path", SHARED, ids=lambda path: path.name)
 def test_no_providers_name_stands_in_the_shared_code(path: Path) -> None:
     """Not as a word, not inside an identifier, an environment variable or a host name, in no case."""
-    names = set(tool.provider_names()) | OTHER_TABLES
+    names = set(provider_names()) | OTHER_TABLES
     variables = {name for case in CASES for name in (case.key_variable, case.url_variable)}
     hosts = {*OWNERS.values(), "aliyuncs.com"}
     pattern = re.compile("|".join(re.escape(word) for word in sorted({*names, *variables, *hosts})), re.IGNORECASE)
@@ -1742,7 +1755,9 @@ def test_no_providers_name_stands_in_the_shared_code(path: Path) -> None:
 
 PIGEON = '''
 """A made-up service: it answers with the picture in hexadecimal digits."""
-from generate_image import Generated, KeyPlaces, Price, Provider, json_post, read_json, service_failure
+from zimage.answers import json_post, read_json, service_failure
+from zimage.keys import KeyPlaces
+from zimage.provider import Generated, Price, Provider
 
 
 class Pigeon(Provider):
@@ -1824,7 +1839,7 @@ def test_help_lists_every_provider_and_the_settings_of_the_one_that_is_named(she
         text = shell.run("--help").stdout
         listed = re.search(r"one of ([a-z0-9_,\s]+)\(default", text)
         assert listed
-        assert sorted(name.strip() for name in listed[1].split(",")) == sorted(tool.provider_names())
+        assert sorted(name.strip() for name in listed[1].split(",")) == sorted(provider_names())
         assert "--steps" not in text
         assert "--steps" in shell.run("--provider", "openai", "--help").stdout
 

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from PIL import Image
 
-import generate_image as tool
 from conftest import Result, Shell
 from fault_server import (
     BLOCK,
@@ -32,6 +31,10 @@ from fault_server import (
     oss_error,
     png,
 )
+from zimage.contract import SKILL
+from zimage.provider import HttpCall
+from zimage.transport import exchange, request_target
+from zimage.waiting import Interrupted, Signals
 
 RUN = ("--prompt", "x", "--output", "out.png", "--print-response")
 
@@ -82,7 +85,7 @@ def test_a_link_is_fetched_byte_by_byte(shell: Shell, service: FaultServer, targ
 
 
 def test_a_link_with_letters_beyond_ascii_is_encoded() -> None:
-    assert tool.request_target("https://h/画/a.png?q=é%2F#part") == "/%E7%94%BB/a.png?q=%C3%A9%2F"
+    assert request_target("https://h/画/a.png?q=é%2F#part") == "/%E7%94%BB/a.png?q=%C3%A9%2F"
 
 
 def test_retry_after_is_obeyed_by_downloads(shell: Shell, service: FaultServer) -> None:
@@ -212,7 +215,7 @@ def test_what_a_killed_recovery_leaves_does_not_stand_in_the_way(shell: Shell, s
     gone = subprocess.Popen(["true"])
     gone.wait()
     leftovers = [
-        shell.folder / f".{tool.SKILL}-{path.stem}.{gone.pid}.part",
+        shell.folder / f".{SKILL}-{path.stem}.{gone.pid}.part",
         path.parent / f".{path.stem}.{gone.pid}.part",
     ]
     for leftover in leftovers:
@@ -313,12 +316,12 @@ def test_evidence_is_its_owners_whatever_the_umask(shell: Shell, service: FaultS
 
 
 def test_a_signal_before_the_request_leaves_is_known_not_to_be_billed(monkeypatch: pytest.MonkeyPatch) -> None:
-    signals = tool.Signals()
-    monkeypatch.setattr(tool, "SIGNALS", signals)
+    signals = Signals()
+    monkeypatch.setattr("zimage.transport.SIGNALS", signals)
     signals._handle(signal.SIGTERM, None)
-    call = tool.HttpCall("POST", "http://127.0.0.1:9/", {}, b"{}")
-    with pytest.raises(tool.Interrupted) as caught:
-        tool.exchange(call, until=time.monotonic() + 5, limit=1000, reach="loopback")
+    call = HttpCall("POST", "http://127.0.0.1:9/", {}, b"{}")
+    with pytest.raises(Interrupted) as caught:
+        exchange(call, until=time.monotonic() + 5, limit=1000, reach="loopback")
     assert caught.value.request_left is False
 
 

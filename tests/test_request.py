@@ -16,9 +16,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-import generate_image
 from conftest import Result, Shell
 from mock_server import MockServer
+from zimage.contract import MAX_PIXELS, MIN_PIXELS, REQUEST_SCHEMA
+from zimage.request import normalize, request_problems
 
 MAX_SEED = 2147483647
 MIB = 1024 * 1024
@@ -40,12 +41,12 @@ RATIO_SIZES = {  # facts.md, the column of about 1024*1024 pixels
 
 
 def problems(raw: Any) -> list[str]:
-    return [problem.text for problem in generate_image.request_problems(raw)]
+    return [problem.text for problem in request_problems(raw)]
 
 
 def normalized(raw: dict[str, Any]) -> dict[str, Any]:
     assert problems(raw) == []
-    return generate_image.normalize(raw).as_dict()
+    return normalize(raw).as_dict()
 
 
 def refusal(result: Result) -> dict[str, Any]:
@@ -130,7 +131,7 @@ def test_every_ratio_of_the_vendor_picks_its_recommended_size(ratio: str, size: 
 
 
 def test_no_other_ratios_exist() -> None:
-    schema = generate_image.REQUEST_SCHEMA["properties"]["aspect_ratio"]
+    schema = REQUEST_SCHEMA["properties"]["aspect_ratio"]
     assert sorted(schema["enum"]) == sorted(RATIO_SIZES)
 
 
@@ -249,7 +250,7 @@ def valid_requests(count: int) -> list[dict[str, Any]]:
         shape = rng.choice(["size", "ratio", "neither"])
         if shape == "size":
             width = rng.randint(256, 4096)
-            heights = -(-generate_image.MIN_PIXELS // width), generate_image.MAX_PIXELS // width
+            heights = -(-MIN_PIXELS // width), MAX_PIXELS // width
             raw["size"] = f"{width}{rng.choice('*xX×')}{rng.choice([*heights, rng.randint(*heights)])}"
         if shape == "ratio":
             raw["aspect_ratio"] = rng.choice(list(RATIO_SIZES))
@@ -264,7 +265,7 @@ def valid_requests(count: int) -> list[dict[str, Any]]:
 
 
 def test_the_normalized_form_is_valid_and_normalizing_it_changes_nothing() -> None:
-    schema = jsonschema.Draft202012Validator(generate_image.REQUEST_SCHEMA)
+    schema = jsonschema.Draft202012Validator(REQUEST_SCHEMA)
     for raw in valid_requests(300):
         once = normalized(raw)
         schema.validate(once)
@@ -296,7 +297,7 @@ def hostile_requests(count: int) -> list[dict[str, Any]]:
 
 
 def test_nothing_passes_that_the_schema_refuses() -> None:
-    schema = jsonschema.Draft202012Validator(generate_image.REQUEST_SCHEMA)
+    schema = jsonschema.Draft202012Validator(REQUEST_SCHEMA)
     blanks = [
         chr(code) for code in range(0x110000) if not chr(code).strip() or unicodedata.category(chr(code))[0] == "Z"
     ]

@@ -24,6 +24,7 @@ import pytest
 
 import generate_image
 import mock_server
+import zimage.outside
 from conftest import TEST_KEY, Result, Shell
 from mock_server import MockServer
 
@@ -78,7 +79,7 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
             monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(generate_image, "_secrets", set())
+    monkeypatch.setattr(zimage.outside, "_secrets", set())
     found = Inside(monkeypatch, capsys)
 
     def unreachable(*arguments: Any, **options: Any) -> Any:

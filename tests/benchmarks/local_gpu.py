@@ -23,10 +23,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "skills/ai/image/alicloud-ai-image-zimage-turbo/scripts"), str(ROOT / "tests")]
 
-import generate_image
 import tiny_model
+from zimage.registry import provider_class
+from zimage.request import ImageRequest
 
-MODULE: dict[str, Any] = generate_image.provider_class("diffusers").preflight.__globals__
+MODULE: dict[str, Any] = provider_class("diffusers").preflight.__globals__
 PROMPT = "A red fox in fresh snow at dawn, low sun behind birches, its breath a small cloud, photograph, 85 mm"
 PARTS = ("text_encoder", "transformer", "vae")
 PUBLISHED_S = 1.0
@@ -111,8 +112,8 @@ class Subject:
         self.pipeline = pipeline
         self.torch, *_ = libraries()
         self.is_cuda = device == "cuda"
-        provider = generate_image.provider_class("diffusers")({"steps": steps})
-        self._payload = provider.payload(generate_image.ImageRequest(prompt=PROMPT, size=size, seed=1))
+        provider = provider_class("diffusers")({"steps": steps})
+        self._payload = provider.payload(ImageRequest(prompt=PROMPT, size=size, seed=1))
         dtype = str(pipeline.transformer.dtype).removeprefix("torch.")
         self._where = MODULE["Weights"](Path(), None, {}), MODULE["Place"](device, dtype)
 

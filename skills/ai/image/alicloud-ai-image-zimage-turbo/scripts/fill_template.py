@@ -24,20 +24,12 @@ from typing import Any
 if (_folder := os.path.dirname(os.path.realpath(__file__))) not in sys.path:  # PYTHONSAFEPATH leaves it out
     sys.path.insert(0, _folder)
 
-from generate_image import (
-    DEFAULT_TIMEOUT,
-    MAX_REQUEST_BYTES,
-    MAX_SEED,
-    Console,
-    Failure,
-    Parser,
-    decode_json_file,
-    json_kind,
-    os_reason,
-    read_input,
-    shown,
-    without_surrogates,
-)
+from zimage.console import Console
+from zimage.contract import DEFAULT_TIMEOUT, MAX_REQUEST_BYTES, MAX_SEED
+from zimage.errors import Failure, os_reason
+from zimage.options import Parser
+from zimage.outside import json_kind, shown, without_surrogates
+from zimage.request import decode_json_file, read_input
 
 TEMPLATES = Path(_folder).parent / "assets" / "templates"
 PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")

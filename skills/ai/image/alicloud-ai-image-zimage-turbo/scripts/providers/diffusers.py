@@ -26,24 +26,22 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
-import generate_image
-from generate_image import (
+from zimage import contract
+from zimage.endpoint import Endpoint
+from zimage.errors import Failure, os_reason
+from zimage.outside import at, outside_text
+from zimage.provider import (
     OWN_HARDWARE,
-    Endpoint,
-    Failure,
     Generated,
-    ImageRequest,
     LocalCall,
     Price,
     Provider,
     Setting,
-    at,
-    os_reason,
-    outside_text,
     real_number,
     what_the_model_cannot,
     whole_number,
 )
+from zimage.request import ImageRequest
 
 # The same bounds stand in requirements-local.txt; a test compares them. What else is imported comes with these.
 REQUIREMENTS = {
@@ -210,7 +208,7 @@ def check_packages() -> None:
 
 
 def packages_failure(message: str) -> Failure:
-    every = [*generate_image.REQUIREMENTS.values(), *REQUIREMENTS.values()]
+    every = [*contract.REQUIREMENTS.values(), *REQUIREMENTS.values()]
     hint = (
         f"make an environment: python3 -m venv .venv && .venv/bin/pip install {shlex.join(every)} (then call "
         ".venv/bin/python; torch from PyPI is built for CUDA on Linux, pytorch.org has the other builds)"

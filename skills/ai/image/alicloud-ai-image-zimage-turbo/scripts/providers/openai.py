@@ -12,33 +12,25 @@ import re
 from typing import Any, ClassVar
 from urllib.parse import unquote_to_bytes
 
-from generate_image import (
-    MAX_IMAGE_BYTES,
-    MIB,
+from zimage.answers import bearer, json_post, link_expiry, read_json, request_id, service_failure
+from zimage.contract import MAX_IMAGE_BYTES, MIB
+from zimage.endpoint import Endpoint
+from zimage.errors import Failure
+from zimage.keys import KeyPlaces
+from zimage.outside import at, kept_text, outside_json
+from zimage.provider import (
     OWN_HARDWARE,
-    Endpoint,
-    Failure,
     Generated,
     HttpAnswer,
     HttpCall,
-    ImageRequest,
-    KeyPlaces,
     Price,
     Provider,
     Setting,
-    at,
-    bearer,
-    json_post,
-    kept_text,
-    link_expiry,
-    outside_json,
-    read_json,
     real_number,
-    request_id,
-    service_failure,
     what_the_model_cannot,
     whole_number,
 )
+from zimage.request import ImageRequest
 
 LINK_LIFETIME = dt.timedelta(hours=1)  # OpenAI's own; engines that link to themselves say nothing
 BLOCKED = ("content_policy_violation", "moderation_blocked", "content_filter")

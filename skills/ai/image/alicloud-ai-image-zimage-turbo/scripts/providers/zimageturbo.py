@@ -13,30 +13,14 @@ import re
 from typing import Any, ClassVar
 from urllib.parse import quote
 
-from generate_image import (
-    Endpoint,
-    Failure,
-    Generated,
-    HttpAnswer,
-    HttpCall,
-    ImageRequest,
-    KeyPlaces,
-    Price,
-    Provider,
-    Submitted,
-    at,
-    bearer,
-    is_task_id,
-    json_post,
-    kept_text,
-    link_expiry,
-    outside_json,
-    outside_text,
-    read_json,
-    request_id,
-    service_failure,
-    shown,
-)
+from zimage.answers import bearer, json_post, link_expiry, read_json, request_id, service_failure
+from zimage.endpoint import Endpoint
+from zimage.errors import Failure
+from zimage.keys import KeyPlaces
+from zimage.outside import at, kept_text, outside_json, outside_text, shown
+from zimage.provider import Generated, HttpAnswer, HttpCall, Price, Provider, Submitted
+from zimage.request import ImageRequest
+from zimage.task import is_task_id
 
 RATIOS = ("1:1", "4:3", "3:4", "16:9", "9:16")
 MAX_PROMPT = 1000  # characters

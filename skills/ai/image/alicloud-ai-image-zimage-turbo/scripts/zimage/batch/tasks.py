@@ -5,8 +5,8 @@ from __future__ import annotations
 import heapq
 import time
 
-from zimage_batch.contract import TICK
-from zimage_batch.journal import Job
+from zimage.batch.contract import TICK
+from zimage.batch.journal import Job
 
 
 class OpenTasks:

@@ -16,27 +16,21 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from generate_image import (
-    VERSION,
-    Failure,
-    Picture,
-    flattened,
-    no_more_waiting,
-    os_reason,
-    own_command,
-    temporary_name,
-    timestamp,
-    utc_now,
-    verified,
-)
-from zimage_batch.contract import GALLERY, PENDING_SHOWN, THUMB_SIDE
-from zimage_batch.names import evidence_name, thumb_name
-from zimage_batch.results import counts, listed_pictures, replace_file, totals
+from zimage.batch.contract import GALLERY, PENDING_SHOWN, THUMB_SIDE
+from zimage.batch.names import evidence_name, thumb_name
+from zimage.batch.results import counts, listed_pictures, replace_file, totals
+from zimage.contract import SCRIPTS, VERSION
+from zimage.errors import Failure, os_reason
+from zimage.evidence import timestamp, utc_now
+from zimage.files import temporary_name
+from zimage.picture import Picture, flattened, verified
+from zimage.settle import own_command
+from zimage.waiting import no_more_waiting
 
 if TYPE_CHECKING:
     import PIL.Image
 
-TEMPLATE = Path(__file__).resolve().parents[2] / "assets" / "gallery.html"
+TEMPLATE = SCRIPTS.parent / "assets" / "gallery.html"
 SHOWN_FIELDS = (
     "number",
     "id",

@@ -17,23 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from generate_image import (
-    DEAD_LINK,
-    EXIT_SIGNAL,
-    EXIT_UNAVAILABLE,
-    EXIT_UNKNOWN,
-    MIN_FREE_BYTES,
-    Console,
-    Failure,
-    Provider,
-    backoff,
-    check_space,
-    moment_of,
-    no_more_waiting,
-    timestamp,
-    utc_now,
-)
-from zimage_batch.contract import (
+from zimage.batch.contract import (
     ASSUMED_LATENCY,
     CONCURRENCY_RANGE,
     DATABASE,
@@ -50,13 +34,21 @@ from zimage_batch.contract import (
     UNKNOWN_IN_A_ROW,
     UNPACED_CONCURRENCY,
 )
-from zimage_batch.folder import facts_of, open_database
-from zimage_batch.journal import Job, Journal, Place, job_of, read_services
-from zimage_batch.pacer import Pacer
-from zimage_batch.progress import Progress, Tally
-from zimage_batch.results import totals
-from zimage_batch.tasks import OpenTasks
-from zimage_batch.work import Outcome, Worker, own_fault, state_after, stops_the_run
+from zimage.batch.folder import facts_of, open_database
+from zimage.batch.journal import Job, Journal, Place, job_of, read_services
+from zimage.batch.pacer import Pacer
+from zimage.batch.progress import Progress, Tally
+from zimage.batch.results import totals
+from zimage.batch.tasks import OpenTasks
+from zimage.batch.work import Outcome, Worker, own_fault, state_after, stops_the_run
+from zimage.console import Console
+from zimage.contract import EXIT_SIGNAL, EXIT_UNAVAILABLE, EXIT_UNKNOWN, MIN_FREE_BYTES
+from zimage.download import DEAD_LINK
+from zimage.errors import Failure
+from zimage.evidence import moment_of, timestamp, utc_now
+from zimage.files import check_space
+from zimage.provider import Provider
+from zimage.waiting import backoff, no_more_waiting
 
 
 class BatchOptions(NamedTuple):

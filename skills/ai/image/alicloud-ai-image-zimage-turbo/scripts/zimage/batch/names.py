@@ -9,17 +9,12 @@ import unicodedata
 from pathlib import Path
 from typing import NoReturn
 
-from generate_image import (
-    Failure,
-    ImageRequest,
-    Problem,
-    checked_output,
-    format_problems,
-    outside_text,
-    raise_problems,
-    slug_of,
-)
-from zimage_batch.contract import DATABASE, EVIDENCE, FOLDER_SIZE, GALLERY, IMAGES, LOCK, RESULTS, THUMBS
+from zimage.batch.contract import DATABASE, EVIDENCE, FOLDER_SIZE, GALLERY, IMAGES, LOCK, RESULTS, THUMBS
+from zimage.errors import Failure, Problem, raise_problems
+from zimage.files import checked_output, slug_of
+from zimage.outside import outside_text
+from zimage.plan import format_problems
+from zimage.request import ImageRequest
 
 
 def numbered(number: int) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from generate_image import EXIT_INVALID, KINDS, MIB, REQUEST_SCHEMA, REQUIREMENTS, SKILL, Kind
+from zimage.contract import EXIT_INVALID, MIB, REQUEST_SCHEMA, REQUIREMENTS, SKILL
+from zimage.errors import KINDS, Kind
 
 BATCH_REQUIREMENTS = REQUIREMENTS | {"tqdm": "tqdm>=4.66,<5"}
 

@@ -10,10 +10,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from generate_image import Failure, os_reason, temporary_name
-from zimage_batch.contract import LISTED, NO_SEED, RESULTS
-from zimage_batch.folder import facts_of
-from zimage_batch.names import evidence_name
+from zimage.batch.contract import LISTED, NO_SEED, RESULTS
+from zimage.batch.folder import facts_of
+from zimage.batch.names import evidence_name
+from zimage.errors import Failure, os_reason
+from zimage.files import temporary_name
 
 
 def totals(database: sqlite3.Connection) -> tuple[dict[str, int], float]:

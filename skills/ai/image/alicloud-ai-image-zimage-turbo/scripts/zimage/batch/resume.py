@@ -10,26 +10,19 @@ import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
-from generate_image import (
-    SKILL,
-    Clock,
-    Console,
-    Failure,
-    Generated,
-    check_space,
-    file_hash,
-    generated_facts,
-    held_path,
-    moment_of,
-    remove_if_left_over,
-    settle,
-    utc_now,
-)
-from zimage_batch.contract import DATABASE, EVIDENCE, GALLERY, IMAGES, KEPT_FACTS, PROBLEMS_TOLD, RESULTS, THUMBS
-from zimage_batch.folder import database_failures, facts_of, open_database
-from zimage_batch.journal import Job, job_of, read_services
-from zimage_batch.plan import settle_moves
-from zimage_batch.work import explain_row
+from zimage.batch.contract import DATABASE, EVIDENCE, GALLERY, IMAGES, KEPT_FACTS, PROBLEMS_TOLD, RESULTS, THUMBS
+from zimage.batch.folder import database_failures, facts_of, open_database
+from zimage.batch.journal import Job, job_of, read_services
+from zimage.batch.plan import settle_moves
+from zimage.batch.work import explain_row
+from zimage.console import Console
+from zimage.contract import SKILL
+from zimage.errors import Failure
+from zimage.evidence import generated_facts, held_path, moment_of, utc_now
+from zimage.files import check_space, file_hash, remove_if_left_over
+from zimage.provider import Generated
+from zimage.settle import settle
+from zimage.waiting import Clock
 
 
 def clean_up(folder: Path, console: Console) -> None:

@@ -7,40 +7,19 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
-from generate_image import (
-    EXIT_BALANCE,
-    EXIT_DISK,
-    EXIT_KEY,
-    EXIT_UNAVAILABLE,
-    EXIT_UNKNOWN,
-    TASK_ENDS,
-    Clock,
-    Failure,
-    Generated,
-    Picture,
-    Submitted,
-    Task,
-    collect,
-    drop_held,
-    end_generated_attempt,
-    explain,
-    fetch_anew,
-    fetch_source,
-    finish,
-    generated_facts,
-    hold,
-    internal_error,
-    os_reason,
-    outlives,
-    outside_text,
-    send,
-    settle,
-    submitted_facts,
-    timestamp,
-    utc_now,
-)
-from zimage_batch.gallery import write_thumb
-from zimage_batch.journal import Job, Journal, Place
+from zimage.batch.gallery import write_thumb
+from zimage.batch.journal import Job, Journal, Place
+from zimage.contract import EXIT_BALANCE, EXIT_DISK, EXIT_KEY, EXIT_UNAVAILABLE, EXIT_UNKNOWN
+from zimage.download import fetch_anew, fetch_source
+from zimage.errors import Failure, internal_error, os_reason
+from zimage.evidence import drop_held, end_generated_attempt, generated_facts, hold, submitted_facts, timestamp, utc_now
+from zimage.make import collect, finish, send
+from zimage.outside import outside_text
+from zimage.picture import Picture
+from zimage.provider import Generated, Submitted
+from zimage.settle import explain, outlives, settle
+from zimage.task import TASK_ENDS, Task
+from zimage.waiting import Clock
 
 
 class Outcome(NamedTuple):

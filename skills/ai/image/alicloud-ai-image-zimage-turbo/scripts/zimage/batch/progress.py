@@ -9,9 +9,10 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Any
 
-from generate_image import Console, timestamp, utc_now
-from zimage_batch.contract import REPORT_EVERY
-from zimage_batch.journal import Job, Journal
+from zimage.batch.contract import REPORT_EVERY
+from zimage.batch.journal import Job, Journal
+from zimage.console import Console
+from zimage.evidence import timestamp, utc_now
 
 
 class Tally:

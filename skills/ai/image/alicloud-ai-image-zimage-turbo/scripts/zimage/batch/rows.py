@@ -17,21 +17,11 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from generate_image import (
-    MIB,
-    Failure,
-    ImageRequest,
-    is_plainly_valid,
-    json_kind,
-    normalize,
-    os_reason,
-    outside_text,
-    parse_json,
-    request_problems,
-    shown,
-    without_surrogates,
-)
-from zimage_batch.contract import INPUTS, MAX_ID_LENGTH, MAX_LINE_BYTES, ROW_SCHEMA
+from zimage.batch.contract import INPUTS, MAX_ID_LENGTH, MAX_LINE_BYTES, ROW_SCHEMA
+from zimage.contract import MIB
+from zimage.errors import Failure, os_reason
+from zimage.outside import json_kind, outside_text, shown, without_surrogates
+from zimage.request import ImageRequest, is_plainly_valid, normalize, parse_json, request_problems
 
 
 class Row(NamedTuple):

@@ -15,22 +15,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from generate_image import (
-    MAX_SEED,
-    Endpoint,
-    Evidence,
-    Failure,
-    Problem,
-    Provider,
-    file_hash,
-    outside_text,
-    pick_seed,
-    shown,
-)
-from zimage_batch.contract import DATABASE, DATABASE_SCHEMA, NO_SEED, PROBLEMS_TOLD
-from zimage_batch.folder import check_version, database_failures, database_uri, facts_of, open_database
-from zimage_batch.names import Names, default_output_name, evidence_name, numbered, output_key, variant_output
-from zimage_batch.rows import Row, WrongRow
+from zimage.batch.contract import DATABASE, DATABASE_SCHEMA, NO_SEED, PROBLEMS_TOLD
+from zimage.batch.folder import check_version, database_failures, database_uri, facts_of, open_database
+from zimage.batch.names import Names, default_output_name, evidence_name, numbered, output_key, variant_output
+from zimage.batch.rows import Row, WrongRow
+from zimage.contract import MAX_SEED
+from zimage.endpoint import Endpoint
+from zimage.errors import Failure, Problem
+from zimage.evidence import Evidence
+from zimage.files import file_hash
+from zimage.outside import outside_text, shown
+from zimage.provider import Provider
+from zimage.request import pick_seed
 
 STAGE_SCHEMA = """
 CREATE TABLE rows (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from zimage_batch.contract import (
+from zimage.batch.contract import (
     HOLD_WITHOUT_WORD,
     LONGEST_HOLD_WITHOUT_WORD,
     QUIET_STEP,

@@ -14,24 +14,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from generate_image import (
-    Clock,
-    Endpoint,
-    Evidence,
-    Failure,
-    ImageRequest,
-    Key,
-    Plan,
-    Provider,
-    Task,
-    internal_error,
-    provider_named,
-    request_warnings,
-    utc_now,
-)
-from zimage_batch.contract import DATABASE, KEPT_FACTS, NO_SEED
-from zimage_batch.folder import database_failures, facts_of, open_database
-from zimage_batch.names import evidence_name, output_key
+from zimage.batch.contract import DATABASE, KEPT_FACTS, NO_SEED
+from zimage.batch.folder import database_failures, facts_of, open_database
+from zimage.batch.names import evidence_name, output_key
+from zimage.endpoint import Endpoint
+from zimage.errors import Failure, internal_error
+from zimage.evidence import Evidence, utc_now
+from zimage.keys import Key
+from zimage.plan import Plan, request_warnings
+from zimage.provider import Provider
+from zimage.registry import provider_named
+from zimage.request import ImageRequest
+from zimage.task import Task
+from zimage.waiting import Clock
 
 TO_SEND = ("pending", "failed", "unknown")  # states from which a picture may be sent, the latter two where asked for
 

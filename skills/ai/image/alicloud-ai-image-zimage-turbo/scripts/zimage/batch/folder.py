@@ -12,8 +12,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from generate_image import OWNER_ONLY, Failure, os_reason, outside_text, temporary_name, write_exclusively
-from zimage_batch.contract import DATABASE, DATABASE_SCHEMA, DATABASE_VERSION, LOCK, PRIVATE_FILES
+from zimage.batch.contract import DATABASE, DATABASE_SCHEMA, DATABASE_VERSION, LOCK, PRIVATE_FILES
+from zimage.errors import Failure, os_reason
+from zimage.files import OWNER_ONLY, temporary_name, write_exclusively
+from zimage.outside import outside_text
 
 
 class FolderLock:

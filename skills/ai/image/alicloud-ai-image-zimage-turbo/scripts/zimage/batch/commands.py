@@ -1,0 +1,333 @@
+"""Commands: make, dry run, status, gallery."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import signal
+import sqlite3
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from zimage.batch.contract import (
+    ASSUMED_LATENCY,
+    BATCH_REQUIREMENTS,
+    CONCURRENCY_RANGE,
+    DATABASE,
+    EVIDENCE,
+    GALLERY,
+    IMAGES,
+    LOCK,
+    LONGEST_LOADING,
+    RESULTS,
+    SPACING,
+    THUMBS,
+    UNPACED_CONCURRENCY,
+)
+from zimage.batch.folder import FolderLock, create_database, database_failures, open_database
+from zimage.batch.gallery import write_gallery
+from zimage.batch.journal import Place
+from zimage.batch.names import Names
+from zimage.batch.plan import Stage
+from zimage.batch.results import counts, totals, write_results
+from zimage.batch.resume import check_outputs_are_free, clean_up
+from zimage.batch.rows import checked_row, read_rows
+from zimage.batch.run import BatchOptions, Run, interrupted_run
+from zimage.console import Console
+from zimage.contract import (
+    EXIT_OK,
+    SCRIPTS,
+)
+from zimage.errors import (
+    Failure,
+    missing_packages,
+    os_reason,
+    raise_problems,
+)
+from zimage.evidence import moment_of, utc_now
+from zimage.files import check_space, check_working_folder, check_writable, to_json
+from zimage.make import get_ready, import_libraries
+from zimage.plan import workspace_of
+from zimage.trust import choose_endpoint, key_for
+from zimage.waiting import Clock, Interrupted
+
+
+def make(options: BatchOptions, console: Console, env: Mapping[str, str], began: float) -> Failure | None:
+    """Make the pictures of an input; prints the summary and returns why not every picture is saved."""
+    folder = options.folder
+    lock = FolderLock(folder)
+    locked = (folder / LOCK).exists() and not options.dry_run
+    if locked:
+        take_lock(lock, folder)
+    stage, workspace = staged(options, env, began)
+    if options.dry_run:
+        console.answer(dry_run(options, stage, env))
+        return None
+    key = key_for(options.provider, stage.endpoint, options.trusted, env)
+    if key.warning:
+        console.note(f"warning: {key.warning}")
+    prepare_folder(folder)
+    if not locked:
+        take_lock(lock, folder)
+    if not (folder / DATABASE).exists():
+        if any((folder / EVIDENCE).glob("*/*.json")):
+            raise Failure(
+                "batch_unreadable",
+                f"{folder} holds pictures that were paid for, but no {DATABASE}: they would be paid for again",
+                hint=f"put {DATABASE} back, or use another --output-dir",
+            )
+        create_database(folder)
+    clean_up(folder, console)
+    survey = stage.survey(retry_failed=options.retry_failed, retry_unknown=options.retry_unknown, read_only=False)
+    changed = stage.changed_rows(survey)
+    if changed and not options.accept_changes:
+        raise changed
+    stage.merge()
+    check_outputs_are_free(folder, options.sends)
+    import_libraries()
+    if is_anything_to_send(options):
+        get_ready(options.provider, Clock(options.time_limit or LONGEST_LOADING))
+    with database_failures(folder / DATABASE):
+        run = Run(options, Place(options.provider, stage.endpoint, workspace, key), began, console)
+        INTERRUPTIONS.pass_to(run)
+        failure = run()
+        conclude(run, failure, console)
+    lock.release()
+    return failure
+
+
+def is_anything_to_send(options: BatchOptions) -> bool:
+    """Whether a model must be loaded for this run."""
+    with contextlib.closing(open_database(options.folder, read_only=True)) as database:
+        states = ", ".join("?" * len(options.sends))
+        query = f"SELECT 1 FROM pictures WHERE state IN ({states}) AND position IS NOT NULL LIMIT 1"
+        return database.execute(query, options.sends).fetchone() is not None
+
+
+def staged(options: BatchOptions, env: Mapping[str, str], began: float) -> tuple[Stage, str | None]:
+    """The input, validated as a whole, and the workspace.
+
+    Raises:
+        Failure: of exit code 2.
+    """
+    workspace, problems = workspace_of(options.provider, env)
+    raise_problems(problems)
+    endpoint = choose_endpoint(
+        options.provider,
+        flag=options.base_url,
+        request_url=None,
+        region=options.region,
+        env=env,
+        trusted=options.trusted,
+    )
+    stage = Stage(options.provider, endpoint, options.variants, options.folder)
+    if options.prompt is not None:
+        stage.load([checked_row(1, {"prompt": options.prompt})])
+    else:
+        stage.load(read_rows(options.input or "", options.timeout, began + (options.time_limit or math.inf)))
+    return stage, workspace
+
+
+def take_lock(lock: FolderLock, folder: Path) -> None:
+    """Raise already_running, with its progress, where another process works on the folder."""
+    try:
+        taken = lock.take()
+    except OSError as error:
+        raise Failure("disk", f"{folder / LOCK} cannot be written: {os_reason(error)}") from None
+    if not taken:
+        progress = None
+        with contextlib.suppress(Failure):
+            progress = status(folder)
+        raise Failure("already_running", f"another batch works on {folder}", progress=progress)
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder and its own subfolders, and see that they can be written.
+
+    Raises:
+        Failure: invalid_output, disk.
+    """
+    names = Names(folder)
+    for name in ("", IMAGES, EVIDENCE, THUMBS):
+        links = [] if names.stays_inside(name) else [folder / name]
+        for link in [*links, *(names.linked_folders(name) if name else [])]:
+            raise Failure("invalid_output", f"{link} is a symbolic link; the batch writes only into its own folder")
+    for name in ("", IMAGES, EVIDENCE):
+        check_writable(folder / name, "batch")
+
+
+def conclude(run: Run, failure: Failure | None, console: Console) -> None:
+    """Write the results and print the summary; what cannot be written now does not undo what is saved."""
+    folder, database = run.folder, run.database
+    warnings = []
+    files: dict[str, str] = {}
+    writers: dict[str, Any] = {"results": lambda: write_results(database, folder)}
+    if run.options.gallery:
+        writers["gallery"] = lambda: write_gallery(database, folder, run.deadline)
+    for name, write in writers.items():
+        try:
+            files[name] = str(write())
+        except Failure as trouble:
+            warnings.append(trouble.message)
+    for text in warnings:
+        console.note(f"warning: {text}")
+    states, spent = totals(database)
+    ends = Counter(run.tally.ends.values())
+    this_run = counts(ends) | {"estimated_cost": max(0.0, round(run.tally.spent - run.tally.spent_before, 6))}
+    summary = counts(states) | {
+        "estimated_cost": spent,
+        "elapsed_s": round(time.monotonic() - run.began, 3),
+        **files,
+        "this_run": this_run,
+    }
+    if warnings:
+        summary["warnings"] = warnings
+    if failure is not None:
+        console.tell(failure)
+        summary["error"] = failure.object()
+    run.close(failure.exit_code if failure else EXIT_OK)
+    if not console.data(summary):
+        console.note(f"warning: standard output cannot be written; --status {folder} gives the counts")
+
+
+def dry_run(options: BatchOptions, stage: Stage, env: Mapping[str, str]) -> dict[str, Any]:
+    """What a run would make and cost, and everything that would stop it; nothing is sent, asked for or written."""
+    survey = stage.survey(retry_failed=options.retry_failed, retry_unknown=options.retry_unknown, read_only=True)
+    changed = stage.changed_rows(survey)
+    problems = []
+    for check in (
+        lambda: key_for(options.provider, stage.endpoint, options.trusted, env),
+        options.provider.preflight,
+        lambda: check_space(options.folder),
+    ):
+        try:
+            check()
+        except Failure as failure:
+            problems.append(failure.object())
+    if changed and not options.accept_changes:
+        problems.append(changed.object())
+    limit = sys.maxsize if options.limit is None else options.limit
+    budget = math.inf if options.max_cost is None else options.max_cost - survey.spent
+    pictures, cost = stage.first(limit, budget, with_changed=options.accept_changes)
+    plan = {
+        "ok": not problems,
+        "rows": survey.rows,
+        "variants": options.variants,
+        "pictures": survey.rows * options.variants,
+        "to_make": pictures,
+        "estimated_cost": cost,
+        "estimated_duration_s": round(duration(options, pictures)),
+        "left_pending": survey.made(with_changed=options.accept_changes)[0] - pictures,
+        "spent_before": survey.spent,
+        "max_cost": options.max_cost,
+        "rpm": options.rpm,
+        "provider": options.provider.name,
+        "region": stage.endpoint.region,
+        "endpoint": stage.endpoint.url,
+        "settings": options.provider.known_settings or None,
+        "output_dir": str(options.folder),
+        "billable": options.provider.billable and pictures > 0,
+        "problems": problems,
+    }
+    return {name: value for name, value in plan.items() if value is not None}
+
+
+def duration(options: BatchOptions, pictures: int) -> float:
+    """Seconds that so many pictures take, at the rate limit or else at the number of requests that are out at once."""
+    spacing = SPACING * 60 / options.rpm if options.rpm else 0.0
+    at_once = options.concurrency or (CONCURRENCY_RANGE[1] if spacing else UNPACED_CONCURRENCY)
+    return pictures * max(spacing, ASSUMED_LATENCY / at_once) + (ASSUMED_LATENCY if pictures else 0.0)
+
+
+def existing_batch(folder: Path) -> sqlite3.Connection:
+    """The database of a batch that has been started, to read.
+
+    Raises:
+        Failure: no_batch, batch_unreadable.
+    """
+    if not (folder / DATABASE).is_file():
+        raise Failure("no_batch", f"{folder} holds no {DATABASE}")
+    database = open_database(folder, read_only=True)
+    database.row_factory = sqlite3.Row
+    return database
+
+
+def status(folder: Path) -> dict[str, Any]:
+    """How far a batch is, read beside the process that works on it; nothing is written."""
+    with contextlib.closing(existing_batch(folder)) as database, database_failures(folder / DATABASE):
+        states, spent = totals(database)
+        run = database.execute("SELECT * FROM runs ORDER BY number DESC LIMIT 1").fetchone()
+    running = FolderLock(folder).is_taken()
+    result: dict[str, Any] = {"running": running, **counts(states), "estimated_cost": spent}
+    if run is not None:
+        end = (
+            utc_now() if running and run["finished_at"] is None else moment_of(run["finished_at"] or run["updated_at"])
+        )
+        result["elapsed_s"] = round((end - moment_of(run["started_at"])).total_seconds(), 1)
+        result["started_at"] = run["started_at"]
+        if not running:  # else they are those of an earlier run, until this one has begun
+            result |= {"finished_at": run["finished_at"], "exit_code": run["exit_code"]}
+        result |= json.loads(run["progress"]) if running else {}
+    for name, file in (("results", RESULTS), ("gallery", GALLERY)):
+        result[name] = str(folder / file) if (folder / file).exists() else None
+    return {name: value for name, value in result.items() if value is not None}
+
+
+def gallery_only(folder: Path) -> dict[str, Any]:
+    """Write the gallery of a folder as it is now."""
+    with contextlib.closing(existing_batch(folder)) as database, database_failures(folder / DATABASE):
+        path = write_gallery(database, folder, math.inf)
+        states, spent = totals(database)
+    return counts(states) | {"estimated_cost": spent, "gallery": str(path)}
+
+
+class Interruptions:
+    """SIGINT and SIGTERM. Before a run they end the command; a run ends in order at the first, then at once."""
+
+    def __init__(self) -> None:
+        self._run: Run | None = None
+        self._count = 0
+
+    def install(self) -> None:
+        for signum in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(signum, self._handle)
+
+    def pass_to(self, run: Run) -> None:
+        self._run = run
+
+    def _handle(self, signum: int, _frame: FrameType | None) -> None:
+        self._count += 1
+        if self._run is None:
+            raise Interrupted(signum)
+        if self._count == 1:
+            self._run.interrupt(signum)
+            os.write(2, b"interrupted: nothing new is sent; waiting for requests that are out (again: stop at once)\n")
+        else:
+            failure = interrupted_run(signum, "stopped at once")
+            os.write(2, f"error: interrupted: {failure.message}\nnext: {failure.fact('hint')}\n".encode())
+            with contextlib.suppress(OSError):
+                os.write(1, to_json({"error": failure.object()}))
+            os._exit(failure.exit_code)
+
+
+INTERRUPTIONS = Interruptions()
+
+
+def run_command(options: BatchOptions, console: Console, env: Mapping[str, str], began: float) -> Failure | None:
+    """Do what the options say and print its answer."""
+    missing_packages(BATCH_REQUIREMENTS, SCRIPTS / "generate_batch.py")
+    check_working_folder()
+    if options.mode == "status":
+        console.answer(status(options.folder))
+    elif options.mode == "gallery":
+        console.answer(gallery_only(options.folder))
+    else:
+        return make(options, console, env, began)
+    return None

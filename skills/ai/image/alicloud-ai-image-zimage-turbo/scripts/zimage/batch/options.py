@@ -1,0 +1,193 @@
+"""Options: the command line of a batch."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from zimage.batch.run import BatchOptions
+from zimage.contract import (
+    DEFAULT_MAX_RETRIES,
+    DEFAULT_TIMEOUT,
+    MAX_RETRIES_RANGE,
+    TIMEOUT_RANGE,
+    VERSION,
+)
+from zimage.errors import (
+    Failure,
+    Problem,
+    noting,
+    os_reason,
+    raise_problems,
+)
+from zimage.options import (
+    Parser,
+    add_service_options,
+    chosen_mode,
+    flag,
+    number_option,
+    provider_in,
+    read_settings,
+    region_option,
+    unknown_sentences,
+)
+from zimage.outside import outside_text, without_surrogates
+from zimage.provider import Provider
+from zimage.registry import DEFAULT_PROVIDER, provider_class
+from zimage.trust import trusted_hosts
+
+DESCRIPTION = "Turn a list of prompts into pictures with Z-Image Turbo. Run it again to go on; --dry-run costs nothing."
+
+
+EPILOG = """\
+input: .jsonl (an object a line: prompt, size or aspect_ratio, seed, prompt_extend, id, output), .csv (the same
+names as columns), .txt (a prompt a line), or - for JSON lines on standard input.
+
+exit codes:
+  0  every picture saved                 6  rate limited, failing or not reachable
+  1  some are not; run it again          7  too many unknown outcomes in a row
+  2  invalid rows, usage or folder       9  the local disk
+  3  key missing, wrong, no permission   11 time limit reached: run the same command again
+  4  balance or quota used up            130, 143  interrupted: run the same command again
+
+stdout carries one JSON object, the summary or the error. Progress and warnings go to stderr; after an error its
+last line says what to do next.
+"""
+
+
+def build_parser(provider: type[Provider] | None = None) -> Parser:
+    """The command line of the contract. Values stay text here: `read_options` checks them all at once."""
+    parser = Parser(
+        prog="generate_batch.py",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    mode = parser.add_argument_group("what to do (exactly one)")
+    mode.add_argument("--input", metavar="FILE", help="the rows: .jsonl, .csv or .txt; - for JSON lines on stdin")
+    mode.add_argument("--prompt", metavar="TEXT", help="one row: this prompt (see --variants)")
+    mode.add_argument("--status", metavar="DIR", help="how far the batch in this folder is; also while it runs")
+    mode.add_argument("--gallery-only", metavar="DIR", help="write the gallery of this folder again")
+
+    what = parser.add_argument_group("pictures")
+    what.add_argument("--output-dir", metavar="DIR", help="folder for state, images, results and gallery")
+    what.add_argument("--variants", metavar="N", help="pictures of each row, with seed, seed+1, … (default 1)")
+    what.add_argument("--limit", metavar="N", help="send at most N pictures in this run")
+    what.add_argument("--max-cost", metavar="USD", help="never spend more on this folder, over all its runs")
+    what.add_argument("--retry-failed", action="store_true", help="make failed pictures again (costs)")
+    what.add_argument("--retry-unknown", action="store_true", help="pay again for pictures whose outcome is unknown")
+    what.add_argument("--accept-changes", action="store_true", help="make pictures of changed rows again (costs)")
+
+    pace = parser.add_argument_group("pace")
+    pace.add_argument("--rpm", metavar="N", help="requests a minute; 0: no limit (default: the account's limit)")
+    pace.add_argument("--concurrency", metavar="N", help="requests out at once (default: as the rate needs)")
+    pace.add_argument("--time-limit", metavar="S", help="end within S seconds, exit 11; the same command goes on")
+    pace.add_argument("--timeout", metavar="S", help=f"seconds for one picture (default {DEFAULT_TIMEOUT:g})")
+    pace.add_argument("--max-retries", metavar="N", help=f"of a call surely not billed (default {DEFAULT_MAX_RETRIES})")
+
+    service = parser.add_argument_group("service")
+    service.add_argument("--base-url", metavar="URL", help="whole endpoint, API root or bare host")
+    add_service_options(service, provider)
+
+    result = parser.add_argument_group("result")
+    result.add_argument("--dry-run", action="store_true", help="count, cost and duration; send and write nothing")
+    result.add_argument("--no-gallery", action="store_true", help="no index.html and no thumbnails")
+    result.add_argument("--quiet", action="store_true", help="no progress and no warnings on stderr")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
+    return parser
+
+
+MODES = ("input", "prompt", "status", "gallery_only")
+
+
+def read_options(argv: Sequence[str], env: Mapping[str, str]) -> BatchOptions:
+    """Check the command line as a whole.
+
+    Raises:
+        Failure: usage, naming every problem.
+    """
+    chosen = provider_in(argv)
+    arguments, unknown = build_parser(chosen).parse_known_args(argv)
+    given = {name: value for name, value in vars(arguments).items() if value is not None and value is not False}
+    problems = [Problem("usage", text) for text in unknown_sentences(unknown)]
+    mode = chosen_mode(given, MODES, problems)
+    looking = mode in ("status", "gallery_only")
+    if looking:
+        strange = [name for name in given if name not in (mode, "quiet")]
+        problems += [Problem("usage", f"{flag(name)} does not go with {flag(mode)}") for name in strange]
+    elif not arguments.output_dir:
+        problems.append(Problem("usage", "--output-dir: required, the folder for state, images, results and gallery"))
+
+    def number(name: str, default: float, bounds: tuple[float, float]) -> float | None:
+        """The number of an option; None where it is not given."""
+        text = getattr(arguments, name)
+        if text is None:
+            return None
+        with noting(problems):
+            return number_option(flag(name), text, default, bounds)
+        return None
+
+    kind, region = provider_class(DEFAULT_PROVIDER), None
+    with noting(problems):
+        kind = provider_class(DEFAULT_PROVIDER if arguments.provider is None else arguments.provider)
+    with noting(problems):
+        region = region_option(arguments.region, kind)
+    provider = kind(read_settings(kind, given, problems))
+    trusted, more = trusted_hosts(arguments.trust_host or [], env)
+    problems += more
+    variants = number("variants", 1, (1, 10_000))
+    concurrency = number("concurrency", 1, (1, 256))
+    limit = number("limit", 1, (0, 10**9 - 1))
+    rpm = number("rpm", 0.0, (0, 1_000_000))
+    max_cost = number("max_cost", 0.0, (0, 1_000_000))
+    time_limit = number("time_limit", 0.0, (1, 10_000_000))
+    timeout = number("timeout", DEFAULT_TIMEOUT, TIMEOUT_RANGE)
+    max_retries = number("max_retries", DEFAULT_MAX_RETRIES, MAX_RETRIES_RANGE)
+    name = getattr(arguments, mode) if looking else arguments.output_dir
+    folder = Path(os.path.abspath(name or "."))
+    with noting(problems):
+        if name is not None:
+            check_folder_name(flag(mode) if looking else "--output-dir", name, folder)
+    raise_problems(problems)
+    return BatchOptions(
+        mode={"status": "status", "gallery_only": "gallery"}.get(mode, "make"),
+        input=arguments.input,
+        prompt=arguments.prompt,
+        folder=folder,
+        variants=int(variants or 1),
+        concurrency=provider.calls_at_once if concurrency is None else int(concurrency),
+        rpm=provider.requests_per_minute if rpm is None else rpm,
+        max_cost=max_cost,
+        time_limit=time_limit,
+        limit=None if limit is None else int(limit),
+        provider=provider,
+        region=region,
+        base_url=arguments.base_url,
+        trusted=trusted,
+        timeout=DEFAULT_TIMEOUT if timeout is None else timeout,
+        max_retries=DEFAULT_MAX_RETRIES if max_retries is None else int(max_retries),
+        retry_failed=arguments.retry_failed,
+        retry_unknown=arguments.retry_unknown,
+        accept_changes=arguments.accept_changes,
+        dry_run=arguments.dry_run,
+        gallery=not arguments.no_gallery,
+    )
+
+
+def check_folder_name(option: str, name: str, folder: Path) -> None:
+    """Raise `usage` for what cannot be a folder here, or would make paths that no JSON and no database can hold."""
+    if not name or name != outside_text(name, len(name) + 1) or str(folder) != without_surrogates(str(folder)):
+        hint = "use a name in UTF-8 without control characters, or set PYTHONUTF8=1"
+        raise Failure("usage", f"{option}: must be the path of a folder, in plain text", hint=hint)
+    try:
+        if stat.S_ISDIR(os.stat(folder).st_mode):
+            return
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise Failure("usage", f"{option}: {outside_text(name, 200)}: {os_reason(error)}") from None
+    raise Failure("usage", f"{option}: {folder} is not a folder")

@@ -1,0 +1,107 @@
+"""Check: the free commands, dry run and connection check."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from zimage.errors import Failure, raise_problems
+from zimage.files import check_free_name, check_space
+from zimage.keys import NO_KEY, Key
+from zimage.plan import planned_endpoint, planned_provider, workspace_of
+from zimage.settle import retry_wait
+from zimage.transport import ask
+from zimage.trust import key_for, telling_of_withheld
+from zimage.waiting import pause
+
+if TYPE_CHECKING:
+    from zimage.plan import Options, Plan
+    from zimage.waiting import Clock
+
+
+def dry_run(plan: Plan, trusted: frozenset[str], env: Mapping[str, str]) -> dict[str, Any]:
+    """The whole plan, and everything that would stop it; nothing is sent, asked for or written."""
+    checks: list[Callable[[], object]] = [
+        lambda: key_for(plan.provider, plan.endpoint, trusted, env),
+        plan.provider.preflight,
+        lambda: check_free_name(plan.output, plan.overwrite),
+        lambda: check_space(plan.output.parent),
+        lambda: check_space(plan.evidence_path.parent),
+    ]
+    found: list[object] = []
+    problems: list[Failure] = []
+    for local_check in checks:
+        try:
+            found.append(local_check())
+        except Failure as failure:
+            if failure.message not in [problem.message for problem in problems]:
+                problems.append(failure)
+    key = next((result for result in found if isinstance(result, Key)), NO_KEY)
+    plan_of_it = {
+        "ok": not problems,
+        "request": plan.request.as_dict(),
+        "provider": plan.provider.name,
+        "region": plan.endpoint.region,
+        "endpoint": plan.endpoint.url,
+        "payload": plan.payload,
+        "settings": plan.provider.known_settings,
+        "output": str(plan.output),
+        "billable": plan.provider.billable,
+        "estimated_cost": plan.price.estimate,
+        "cost_basis": plan.price.basis,
+        "key_source": key.source or None,
+        "warnings": [*plan.warnings, *filter(None, [key.warning])],
+        "problems": [failure.object() for failure in problems],
+    }
+    return {name: value for name, value in plan_of_it.items() if value != {}}
+
+
+def check(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str, Any]:
+    """One free, read-only query that shows whether host, key and permission work.
+
+    Raises:
+        Failure: never billed, so what would be unknown for a paid call is only a failing service here.
+    """
+    provider = planned_provider(options, None)
+    workspace, problems = workspace_of(provider, env)
+    raise_problems(problems)
+    endpoint = planned_endpoint(options, None, None, provider, env)
+    key = key_for(provider, endpoint, options.trusted, env)
+    provider.preflight()
+    call = provider.query(endpoint, key.value, workspace)
+    attempt = 0
+    while True:
+        try:
+            with telling_of_withheld(key):
+                listed = ask(call, provider.read_query, clock.end, endpoint)
+            break
+        except Failure as error:
+            failure = free_of_charge(error)
+            wait = retry_wait(failure, attempt, options.max_retries, clock, clock.end)
+            if wait is None:
+                raise failure from None
+        pause(wait)
+        attempt += 1
+    return {
+        "ok": True,
+        "provider": provider.name,
+        "region": endpoint.region,
+        "endpoint": endpoint.url,
+        "key_source": key.source or None,
+        "model_listed": listed,
+        **({"warnings": [key.warning]} if key.warning else {}),
+    }
+
+
+def free_of_charge(failure: Failure) -> Failure:
+    """The failure of a call that costs nothing: what would be unknown for a paid one is only a fault here."""
+    failure.facts["billed"] = "no"
+    if failure.code == "outcome_unknown" and 300 <= failure.facts.get("http_status", 0) < 400:
+        failure.code = "answer_unusable"
+    if failure.code == "outcome_unknown":
+        failure.code = "service_failing"
+    if failure.code == "service_failing":
+        failure.facts.pop("retryable", None)
+    if failure.code in ("answer_unusable", "no_image"):
+        failure.facts["hint"] = "check the base URL: what answers there is not the service"
+    return failure

@@ -1,0 +1,103 @@
+"""Console: stdout carries data only, everything else goes to stderr."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from zimage.errors import Failure
+from zimage.files import to_json
+from zimage.outside import SHORTEST_SECRET, remember_secret
+from zimage.waiting import abandoned_work
+
+
+class Console:
+    """stdout carries data only, in UTF-8; everything else goes to stderr. A closed stream never ends a command."""
+
+    def __init__(self, *, json_mode: bool, quiet: bool = False) -> None:
+        self.json_mode = json_mode
+        self.quiet = quiet
+        self._warned: set[str] = set()
+
+    def warn(self, warnings: Sequence[str]) -> None:
+        """Tell each warning once."""
+        for text in warnings:
+            if text not in self._warned:
+                self._warned.add(text)
+                self.note(f"warning: {text}")
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            self._write("stderr", text.encode("utf-8", "backslashreplace") + b"\n")
+
+    def answer(self, value: dict[str, Any]) -> None:
+        """Data that is all that a command has to give: if nobody takes it, the command has failed."""
+        if not self.data(value):
+            raise Failure("disk", "standard output cannot be written", hint="give the command a place to write to")
+
+    def data(self, value: dict[str, Any]) -> bool:
+        return self._write("stdout", to_json(value))
+
+    def path(self, path: str) -> bool:
+        return self._write("stdout", os.fsencode(path) + b"\n")
+
+    def failure(self, failure: Failure) -> None:
+        """The error for a person on stderr, its advice on the last line; as JSON on stdout where asked for."""
+        self.tell(failure)
+        if self.json_mode:
+            self.data({"error": failure.object()})
+
+    def tell(self, failure: Failure) -> None:
+        """The error for a person on stderr."""
+        error = failure.object()
+        lines = [f"error: {error['code']}: {error['message']}"]
+        if len(error.get("problems", [])) > 1:
+            shown_of = f", the first {len(error['problems'])} are" if "problem_count" in error else ""
+            lines = [f"error: {error['code']}: {error.get('problem_count', len(error['problems']))} problems{shown_of}"]
+            lines += [f"  {problem}" for problem in error["problems"]]
+        lines += [
+            f"{name}: {error[name]}" for name in ("evidence_path", "next_command", "retry_after_s") if name in error
+        ]
+        lines.append(f"next: {error['hint']}")
+        self._write("stderr", ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
+
+    def flush(self) -> bool:
+        return self._write("stdout", b"")
+
+    def _write(self, name: str, content: bytes) -> bool:
+        """Whether the stream took the content."""
+        stream = getattr(sys, name)
+        if stream is None:
+            return False
+        try:
+            stream.flush()
+            stream.buffer.write(content)
+            stream.buffer.flush()
+        except OSError:  # nobody reads it any more; keep the interpreter from complaining at its end
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            return False
+        return True
+
+
+def prepare_output(env: Mapping[str, str]) -> None:
+    """Before anything is printed: both streams take every text, and no key of the environment gets into one."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(AttributeError, ValueError):
+            stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
+    for name, value in env.items():
+        if name.endswith("_API_KEY") and len(value.strip()) >= SHORTEST_SECRET:
+            remember_secret(value.strip())
+
+
+def leave(exit_code: int) -> NoReturn:
+    """End the process; at once where a thread still works at what nobody waits for any more."""
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, signal.SIG_IGN)  # a late signal must not make a success look like an interruption
+    if abandoned_work.is_set():
+        os._exit(exit_code)  # both streams are flushed; the interpreter's end would wait for, or break, that work
+    sys.exit(exit_code)

@@ -1,0 +1,196 @@
+"""Download: the picture behind a link, fetched without the key over checked hops."""
+
+from __future__ import annotations
+
+import datetime as dt
+import ipaddress
+import re
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NoReturn
+from urllib.parse import urljoin, urlsplit, urlunsplit
+
+from zimage.answers import retry_after
+from zimage.contract import CORRUPT_DOWNLOAD_RETRIES, DOWNLOAD_RETRIES, MAX_HOPS, MAX_IMAGE_BYTES, MIB
+from zimage.endpoint import _is_address, is_loopback_host, is_loopback_url, is_public_address, origin_of, split_netloc
+from zimage.errors import Failure, os_reason
+from zimage.evidence import generated_facts, held_path, moment_of, utc_now
+from zimage.outside import without_surrogates
+from zimage.picture import ends_as_it_should, verified
+from zimage.provider import HttpCall
+from zimage.transport import AnswerLost, AnswerTooLarge, NotSent, exchange
+from zimage.waiting import backoff, pause
+
+if TYPE_CHECKING:
+    from zimage.evidence import Evidence
+    from zimage.picture import Picture
+    from zimage.provider import HttpAnswer, Provider
+    from zimage.task import Task
+    from zimage.waiting import Clock
+
+
+def checked_link(link: str, *, loopback: bool, provider: Provider, origin: str = "") -> tuple[str, str]:
+    """A link that a picture may be fetched from, and the reach (key of REACH) that holds for it.
+
+    `origin` is the `scheme://host:port` of a server that may link to itself, even where it is not public.
+
+    Raises:
+        Failure: hop_refused.
+    """
+
+    def refuse(what: str) -> NoReturn:
+        raise Failure("hop_refused", f"the link to the picture {what}")
+
+    if re.search(r"[\x00-\x20\x7f\\]", link) or link != without_surrogates(link):
+        refuse("has blanks, backslashes or control characters in it")
+    try:
+        parts = urlsplit(link)
+        host, port = split_netloc(parts.netloc)
+    except ValueError:
+        refuse("does not name a plain host")
+    if is_loopback_host(host):
+        if not loopback or parts.scheme not in ("http", "https"):
+            refuse("leads to this machine")
+        return link, "loopback"
+    if origin and origin_of(link) == origin:
+        return link, "service"
+    if _is_address(host) and not is_public_address(ipaddress.ip_address(host)):
+        refuse("leads to a private address")
+    domain = provider.https_links_under
+    if parts.scheme == "http" and domain and (host == domain or host.endswith(f".{domain}")):
+        netloc = host if port in (None, 80) else f"{host}:{port}"
+        parts = parts._replace(scheme="https", netloc=netloc)
+    if parts.scheme != "https":
+        refuse("is not an https link")
+    return urlunsplit(parts), "public"
+
+
+def fetch(link: str, *, until: float, loopback: bool, provider: Provider, origin: str = "") -> HttpAnswer:
+    """Follow a link, over checked hops, to an answer that is not a redirect. The key is never sent.
+
+    Raises:
+        Failure: hop_refused. NotSent, AnswerLost, AnswerTooLarge, Interrupted.
+    """
+    for _ in range(MAX_HOPS + 1):
+        link, reach = checked_link(link, loopback=loopback, provider=provider, origin=origin)
+        loopback = reach == "loopback"  # once on the open internet, there is no way back
+        origin = origin if reach == "service" else ""
+        answer = exchange(HttpCall("GET", link, {"Accept": "image/*"}), until=until, limit=MAX_IMAGE_BYTES, reach=reach)
+        target = answer.headers.get("location", "").strip()
+        if not (300 <= answer.status < 400 and target):
+            return answer
+        try:  # header bytes come as Latin-1; what is not UTF-8 becomes surrogates, which no link may hold
+            link = urljoin(link, target.encode("latin-1").decode("utf-8", "surrogateescape"))
+        except ValueError:
+            raise Failure("hop_refused", "the link to the picture is redirected to what is no link") from None
+    raise Failure("hop_refused", f"the link to the picture was redirected more than {MAX_HOPS} times")
+
+
+def download(link: str, *, clock: Clock, endpoint: str, provider: Provider, expires_at: dt.datetime) -> Picture:
+    """The verified picture behind a link, tried again (it is free) while time is left.
+
+    `endpoint` is the URL that was asked for the picture.
+
+    Raises:
+        Failure: paid_not_downloaded, link_expired, link_refused, hop_refused, image_unusable, image_too_large.
+    """
+    loopback = is_loopback_url(endpoint)
+    origin = origin_of(endpoint) if provider.links_to_itself else ""
+    for attempt in range(DOWNLOAD_RETRIES + 1):
+        try:
+            answer = fetch(link, until=clock.end, loopback=loopback, provider=provider, origin=origin)
+            return verified(picture_bytes(answer, expires_at))
+        except AnswerTooLarge:
+            raise Failure("image_too_large", f"the picture is larger than {MAX_IMAGE_BYTES // MIB} MiB") from None
+        except (NotSent, AnswerLost) as error:
+            failure = Failure("paid_not_downloaded", f"the picture was not downloaded: {error.reason}")
+            if isinstance(error, NotSent) and error.refused:
+                raise Failure("hop_refused", f"the link to the picture is refused: {error.reason}") from None
+        except Failure as refused:
+            failure = refused
+        final = failure.code not in ("paid_not_downloaded", "image_unusable")
+        spent = failure.code == "image_unusable" and attempt >= CORRUPT_DOWNLOAD_RETRIES
+        wait = failure.facts.get("retry_after_s", backoff(attempt))
+        if final or spent or attempt == DOWNLOAD_RETRIES or time.monotonic() + wait >= clock.end:
+            break
+        pause(wait)
+    raise failure
+
+
+def picture_bytes(answer: HttpAnswer, expires_at: dt.datetime) -> bytes:
+    """The body of a successful download.
+
+    Raises:
+        Failure: paid_not_downloaded where trying again may help, else link_expired or link_refused.
+    """
+    status = answer.status
+    if 200 <= status < 300:
+        if answer.whole or ends_as_it_should("PNG", answer.body):  # a whole PNG, whatever length was announced
+            return answer.body
+        raise Failure("paid_not_downloaded", "the picture was not downloaded: it broke off", http_status=status)
+    if status in (408, 425, 429) or status >= 500:
+        message = f"the picture was not downloaded: HTTP {status}"
+        raise Failure("paid_not_downloaded", message, http_status=status, retry_after_s=retry_after(answer))
+    said_expired = status in (403, 410) and b"expired" in answer.body[:4096].lower()
+    if said_expired or (status in (401, 403, 404, 410) and expires_at <= utc_now()):
+        raise Failure("link_expired", f"the link to the picture has expired (HTTP {status})", http_status=status)
+    raise Failure("link_refused", f"the link to the picture is answered with HTTP {status}", http_status=status)
+
+
+def fetch_source(evidence: Evidence, provider: Provider, clock: Clock, content: bytes = b"") -> Picture:
+    """The picture as the service made it: `content`, else what was handed over earlier, else by its link.
+
+    Raises:
+        Failure: as `verified` and `download`; disk_after_paying.
+    """
+    link = evidence.data["response"].get("image_url")
+    held = held_path(evidence.path)
+    if content or not link:
+        try:
+            return verified(content or held.read_bytes())
+        except FileNotFoundError:
+            if evidence.data["status"] == "saved":
+                message = "the saved file has vanished, and there is no link to fetch the picture again"
+                raise Failure("link_expired", message, lasting=True) from None
+            hint = "report it: the picture was handed over, and no disk took it; do not pay again unasked"
+            raise Failure("image_unusable", f"{held} is not there", hint=hint, lasting=True) from None
+        except OSError as error:
+            raise Failure("disk_after_paying", f"{held} cannot be read: {os_reason(error)}") from None
+        except Failure as failure:  # the same bytes will not get better
+            failure.facts |= {"lasting": True, "hint": f"report it, do not rerun unasked; what came is kept as {held}"}
+            raise
+    return download(
+        link,
+        clock=clock,
+        endpoint=evidence.data["endpoint"],
+        provider=provider,
+        expires_at=moment_of(evidence.data["response"].get("expires_at")),
+    )
+
+
+DEAD_LINK = ("link_expired", "link_refused")
+
+
+def fetch_anew(evidence: Evidence, provider: Provider, clock: Clock, task: Callable[[], Task]) -> Picture:
+    """The picture of an evidence file; where its link has died and there is a task, the service names a new one, free.
+
+    Raises:
+        Failure: as `fetch_source`.
+    """
+    try:
+        return fetch_source(evidence, provider, clock)
+    except Failure as failure:
+        if failure.code not in DEAD_LINK or "task_id" not in evidence.data:
+            raise
+        try:
+            generated = task().ask(clock.end)
+        except Failure:
+            generated = None
+        if generated is None:
+            raise
+    evidence.update(response=generated_facts(generated, (), clock)["response"])
+    try:
+        return fetch_source(evidence, provider, clock)
+    except Failure as failure:
+        failure.facts["lasting"] = failure.code in DEAD_LINK or None
+        raise

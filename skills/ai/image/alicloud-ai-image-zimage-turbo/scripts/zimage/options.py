@@ -1,0 +1,291 @@
+"""Options: the command line of one picture."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from zimage.contract import (
+    DEFAULT_MAX_RETRIES,
+    DEFAULT_TIMEOUT,
+    MAX_EVIDENCE_BYTES,
+    MAX_RETRIES_RANGE,
+    MAX_SEED,
+    RATIO_SIZES,
+    SCHEMAS,
+    TIMEOUT_RANGE,
+    VERSION,
+)
+from zimage.errors import Failure, Problem, noting, raise_problems
+from zimage.outside import at, outside_text, shown
+from zimage.plan import Options
+from zimage.registry import DEFAULT_PROVIDER, provider_class, provider_names
+from zimage.trust import trusted_hosts
+
+if TYPE_CHECKING:
+    from zimage.provider import Provider
+
+
+MODES = ("request", "file", "prompt", "replay", "recover", "check", "schema")
+REQUEST_FLAGS = ("size", "aspect_ratio", "seed", "prompt_extend", "base_url")
+ALWAYS_ALLOWED = {"print_response", "quiet"}
+ALLOWED: dict[str, set[str]] = {  # the flags that mean something in a mode; those not named here allow all
+    "recover": ALWAYS_ALLOWED | {"output", "overwrite", "timeout", "trust_host"},
+    "check": ALWAYS_ALLOWED | {"base_url", "region", "provider", "timeout", "max_retries", "trust_host"},
+    "schema": ALWAYS_ALLOWED,
+}
+
+DESCRIPTION = (
+    "Turn words into one picture with Z-Image Turbo. Only --request, --file, --prompt and --replay cost money."
+)
+EPILOG = """\
+exit codes:
+  0  image saved                        6  rate limited, failing or not reachable
+  2  invalid request, usage or file     7  outcome unknown, or paid and not downloaded yet
+  3  key missing, wrong, no permission  8  the answer or the image cannot be used
+  4  balance or quota used up           9  the local disk
+  5  refused by content safety          130, 143  interrupted
+
+stdout carries data only: the path of the saved image, or one JSON object. The last line on stderr
+of every error says what to do next. Key: {key}.
+"""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse whose errors are failures like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        hint = None
+        if "expected one argument" in message:
+            hint = "give it a value; one that begins with - goes behind an equals sign: --prompt=-text"
+        raise Failure("usage", outside_text(message), hint=hint)
+
+
+def build_parser(provider: type[Provider] | None = None) -> Parser:
+    """The command line of the contract. Values stay text here: `read_options` checks them all at once."""
+    parser = Parser(
+        prog="generate_image.py",
+        description=DESCRIPTION,
+        epilog=EPILOG.format(key=(provider or provider_class(DEFAULT_PROVIDER)).key_hint()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    mode = parser.add_argument_group("what to do (exactly one)")
+    mode.add_argument("--request", metavar="JSON", help="the request as a JSON object")
+    mode.add_argument("--file", metavar="PATH", help="the request in a JSON file, - for standard input")
+    mode.add_argument("--prompt", metavar="TEXT", help="the request's prompt alone")
+    mode.add_argument("--replay", metavar="EVIDENCE", help="make the picture of an evidence file again (paid again)")
+    mode.add_argument("--recover", metavar="EVIDENCE", help="finish a paid picture without paying")
+    mode.add_argument("--check", action="store_true", help="one free query: does host, key and permission work?")
+    mode.add_argument("--schema", metavar="WHAT", help="print a JSON Schema: request, response or evidence")
+
+    request = parser.add_argument_group("request (wins over the request's own fields)")
+    request.add_argument("--size", metavar="W*H", help="pixels, such as 1280x720; 512*512 to 2048*2048 in total")
+    request.add_argument("--aspect-ratio", metavar="R", help=f"one of {' '.join(RATIO_SIZES)}")
+    request.add_argument("--seed", metavar="N", help=f"0 to {MAX_SEED}; -1 or left out: one is picked and recorded")
+    request.add_argument(
+        "--prompt-extend",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="let the service rewrite the prompt: slower, about twice the price",
+    )
+    request.add_argument("--base-url", metavar="URL", help="whole endpoint, API root or bare host")
+
+    service = parser.add_argument_group("service")
+    add_service_options(service, provider)
+    service.add_argument("--timeout", metavar="S", help=f"seconds for the whole command (default {DEFAULT_TIMEOUT:g})")
+    service.add_argument(
+        "--max-retries", metavar="N", help=f"of calls surely not billed (default {DEFAULT_MAX_RETRIES})"
+    )
+
+    result = parser.add_argument_group("result")
+    result.add_argument("--output", metavar="PATH", help="file to save: .png, .jpg or .webp")
+    result.add_argument("--overwrite", action="store_true", help="replace the file if it exists")
+    result.add_argument("--print-response", action="store_true", help="print the response as JSON instead of the path")
+    result.add_argument(
+        "--dry-run", action="store_true", help="print the whole plan and its cost; send and write nothing"
+    )
+    result.add_argument("--quiet", action="store_true", help="no warnings and no evidence path on stderr")
+    parser.add_argument("--version", action="version", version=f"%(prog)s {VERSION}")
+    return parser
+
+
+def add_service_options(group: Any, provider: type[Provider] | None) -> None:
+    """The options that say which service is asked, the same for one picture and for many."""
+    group.add_argument(
+        "--provider",
+        metavar="NAME",
+        help=f"one of {', '.join(provider_names())} (default {DEFAULT_PROVIDER}); with --help, its own options too",
+    )
+    regions = list((provider or provider_class(DEFAULT_PROVIDER)).roots)
+    default = f"{regions[0]} (default)" + "".join(f" or {region}" for region in regions[1:])
+    one = "; a key belongs to one" if regions[1:] else ""
+    group.add_argument("--region", metavar="REGION", help=default + one)
+    group.add_argument(
+        "--trust-host", metavar="HOST", action="append", help="send the key to this host too; repeatable"
+    )
+    for setting in provider.own_settings if provider else ():
+        default = "" if setting.default is None else f" (default {setting.default})"
+        group.add_argument(flag(setting.name), metavar=setting.metavar, help=f"{setting.help}{default}")
+
+
+def provider_in(argv: Sequence[str]) -> type[Provider] | None:
+    """The provider that arguments name, or that of a replayed evidence file, so that its own options are known.
+
+    What is wrong with name or file is told later.
+    """
+    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    for option in ("--provider", "--replay"):
+        named.add_argument(option)
+    with contextlib.suppress(argparse.ArgumentError, Failure, SystemExit, OSError, ValueError, RecursionError):
+        said = named.parse_known_args(argv)[0]
+        if said.provider is None and said.replay is not None and os.path.isfile(said.replay):
+            with open(said.replay, "rb") as source:
+                said.provider = at(json.loads(source.read(MAX_EVIDENCE_BYTES)), "provider")
+        return None if said.provider is None else provider_class(str(said.provider))
+    return None
+
+
+def read_settings(provider: type[Provider], given: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
+    """The provider's own options that are given, as values."""
+    settings = {}
+    for setting in provider.own_settings:
+        if setting.name in given:
+            try:
+                settings[setting.name] = setting.read(given[setting.name])
+            except ValueError as error:
+                text = f"{flag(setting.name)}: must be {error}, got {shown(given[setting.name])}"
+                problems.append(Problem("usage", text))
+    return settings
+
+
+def chosen_mode(given: Mapping[str, Any], modes: Sequence[str], problems: Sequence[Problem]) -> str:
+    """The one mode that is given.
+
+    Raises:
+        Failure: usage where it is none or several, with the problems found before.
+    """
+    named = [name for name in modes if name in given]
+    if len(named) != 1:
+        names = " ".join(flag(name) for name in named or modes)
+        text = f"give only one of {names}" if named else f"give one of {names}"
+        raise_problems([*problems, Problem("usage", text)])
+    return named[0]
+
+
+def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
+    """Check the command line as a whole; what is wrong with it is raised now, or with what is wrong with the request.
+
+    Raises:
+        Failure: usage, naming every problem.
+    """
+    provider: type[Provider] | None = provider_in(argv)
+    arguments, unknown = build_parser(provider).parse_known_args(argv)
+    given = {
+        name: value
+        for name, value in vars(arguments).items()
+        if value is not None and (value is not False or name == "prompt_extend")  # which can be switched off
+    }
+    problems = [Problem("usage", text) for text in unknown_sentences(unknown)]
+    mode = chosen_mode(given, MODES, problems)
+    allowed = ALLOWED.get(mode)
+    if allowed is not None:
+        allowed = allowed | ({setting.name for setting in provider.own_settings} if provider else set())
+        strange = [name for name in given if name not in allowed and name not in MODES]
+        problems += [Problem("usage", f"{flag(name)} does not go with {flag(mode)}") for name in strange]
+    if mode == "schema" and arguments.schema not in SCHEMAS:
+        problems.append(
+            Problem("usage", f"--schema: must be one of {', '.join(SCHEMAS)}, got {shown(arguments.schema)}")
+        )
+    timeout, max_retries, region = DEFAULT_TIMEOUT, float(DEFAULT_MAX_RETRIES), None
+    with noting(problems):
+        timeout = number_option("--timeout", arguments.timeout, DEFAULT_TIMEOUT, TIMEOUT_RANGE)
+    with noting(problems):
+        max_retries = number_option("--max-retries", arguments.max_retries, DEFAULT_MAX_RETRIES, MAX_RETRIES_RANGE)
+    settings = read_settings(provider, given, problems) if provider else {}
+    with noting(problems):
+        provider = None if arguments.provider is None else provider_class(arguments.provider)
+    with noting(problems):
+        region = region_option(arguments.region, provider or provider_class(DEFAULT_PROVIDER))
+    trusted, more = trusted_hosts(arguments.trust_host or [], env)
+    problems += more
+    if mode in ALLOWED:
+        raise_problems(problems)
+    return Options(
+        mode=mode,
+        source="" if mode == "check" else getattr(arguments, mode),
+        overrides=request_overrides(given),
+        base_url=arguments.base_url,
+        region=region,
+        provider=provider,
+        settings=settings,
+        output=arguments.output,
+        overwrite=arguments.overwrite,
+        dry_run=arguments.dry_run,
+        timeout=timeout,
+        max_retries=int(max_retries),
+        trusted=trusted,
+        problems=tuple(problems),
+    )
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def unknown_sentences(unknown: Sequence[str]) -> list[str]:
+    """Arguments that are not known. What may be an unknown option's value could be a key: it is not repeated."""
+    sentences = []
+    previous = ""
+    for text in unknown:
+        if text.startswith("-"):
+            sentences.append(f"{outside_text(text.partition('=')[0], 60)}: unknown option")
+        elif not previous.startswith("-") or "=" in previous:
+            advice = "a prompt must be quoted; shells expand *, use x in sizes"
+            sentences.append(f"{shown(text)}: stray argument ({advice})")
+        previous = text
+    return sentences
+
+
+def number_option(name: str, text: str | None, default: float, bounds: tuple[float, float]) -> float:
+    """The number that an option gives.
+
+    Raises:
+        Failure: usage.
+    """
+    if text is None:
+        return default
+    least, most = bounds
+    form = r"[0-9]{1,9}(\.[0-9]{1,9})?" if isinstance(default, float) else "[0-9]{1,9}"
+    if not re.fullmatch(form, text) or not least <= float(text) <= most:
+        raise Failure("usage", f"{name}: must be a number from {least:g} to {most:g}, got {shown(text)}")
+    return float(text)
+
+
+def region_option(name: str | None, provider: type[Provider]) -> str | None:
+    """The provider's own name for the region that --region gives.
+
+    Raises:
+        Failure: usage.
+    """
+    if name is None:
+        return None
+    region = provider.region_aliases.get(name.lower(), name.lower())
+    if region not in provider.roots:
+        known = ", ".join([*provider.roots, *provider.region_aliases])
+        raise Failure("usage", f"--region: must be one of {known}, got {shown(name)}")
+    return region
+
+
+def request_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
+    """The request fields that flags set. A seed that is no number stays text: the schema refuses it."""
+    overrides = {name: given[name] for name in REQUEST_FLAGS if name in given}
+    seed = overrides.get("seed")
+    if isinstance(seed, str) and re.fullmatch(r"-?[0-9]{1,18}", seed):
+        overrides["seed"] = int(seed)
+    return overrides

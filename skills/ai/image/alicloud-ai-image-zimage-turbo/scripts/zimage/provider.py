@@ -1,0 +1,244 @@
+"""Provider: how one service is asked and understood."""
+
+from __future__ import annotations
+
+import datetime as dt
+import re
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+from zimage.contract import LONG_PROMPT, MAX_ANSWER_BYTES
+
+if TYPE_CHECKING:
+    from zimage.endpoint import Endpoint
+    from zimage.keys import KeyPlaces
+    from zimage.request import ImageRequest
+
+
+class HttpCall(NamedTuple):
+    """One HTTP request, ready to be sent; `body` is JSON."""
+
+    method: str
+    url: str
+    headers: dict[str, str]
+    body: bytes | None = None
+
+    def __repr__(self) -> str:  # without the headers: they hold the key
+        return f"HttpCall({self.method} {self.url})"
+
+
+class HttpAnswer(NamedTuple):
+    """One HTTP answer; header names are lower case. `whole` is false where the body was cut off."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+    whole: bool = True
+
+
+class LocalCall(NamedTuple):
+    """Work in this process, in place of an HTTP request; `work` gets the moment of time.monotonic() to end by."""
+
+    work: Callable[[float], Any]
+
+
+class Generated(NamedTuple):
+    """A picture that was made, and billed: its link or its bytes, and what the service said of it."""
+
+    image_url: str = ""
+    content: bytes = b""  # where the provider hands the picture over
+    expires_at: dt.datetime | None = None  # of the link
+    request_id: str = ""
+    rewritten_prompt: str = ""
+    reasoning: str = ""
+    usage: Mapping[str, Any] = {}
+    other_urls: tuple[str, ...] = ()  # of further pictures in the same answer
+    warnings: tuple[str, ...] = ()
+
+
+class Submitted(NamedTuple):
+    """A task that the service works on; it is billed once it succeeds."""
+
+    task_id: str
+    request_id: str = ""
+
+
+class Price(NamedTuple):
+    """US$ for one picture, and what the number rests on."""
+
+    estimate: float
+    basis: str
+    price_list_date: str
+
+
+OWN_HARDWARE = Price(0.0, "own hardware", "none")
+
+
+class Setting(NamedTuple):
+    """A command line option of one provider alone: `model_path` is --model-path."""
+
+    name: str
+    metavar: str
+    help: str
+    default: Any
+    read: Callable[[str], Any]  # the value that a text means; raises ValueError with what it must be
+
+
+def whole_number(least: int, most: int) -> Callable[[str], int]:
+    """A reader of settings: a whole number within bounds."""
+
+    def read(text: str) -> int:
+        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
+            raise ValueError(f"a whole number from {least} to {most}")
+        return int(text)
+
+    return read
+
+
+def real_number(least: float, most: float) -> Callable[[str], float]:
+    """A reader of settings: a decimal number within bounds."""
+
+    def read(text: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not least <= float(text) <= most:
+            raise ValueError(f"a number from {least:g} to {most:g}")
+        return float(text)
+
+    return read
+
+
+SIDE_STEP = 16  # pixels; the open model's card and pipeline: both sides are multiples of it
+
+
+def what_the_model_cannot(request: ImageRequest, name: str) -> list[str]:
+    """What a valid request asks for that the open model, without a service around it, cannot do."""
+    sentences = []
+    if any(side % SIDE_STEP for side in request.width_height):
+        sentences.append(f"size: {request.size}; {name} draws only sides that are multiples of {SIDE_STEP}")
+    if request.prompt_extend:
+        sentences.append(f"prompt_extend: {name} does not rewrite prompts; leave it out")
+    return sentences
+
+
+class Provider:
+    """One way to the model: its key places, hosts, prices, limits, one call and what its answer means.
+
+    A provider never sleeps, retries, opens files or reads the environment: it only builds and reads. What it cannot
+    do is said by the class attributes. references/providers.md tells how to add one.
+    """
+
+    name: ClassVar[str]
+    key_places: ClassVar[KeyPlaces | None] = None  # None: there is no key
+    roots: ClassVar[dict[str, str]]  # region -> API root; empty text where only the user can name one
+    region_aliases: ClassVar[dict[str, str]] = {}
+    default_region: ClassVar[str]
+    base_url_variables: ClassVar[tuple[str, ...]] = ()
+    workspace_variable: ClassVar[str | None] = None
+    default_root: ClassVar[str] = ""  # path of the API root
+    generate_path: ClassVar[str] = ""  # below the root
+    in_process: ClassVar[bool] = False  # there is no endpoint: calls are LocalCalls
+    requests_per_minute: ClassVar[float] = 0.0  # the account's published limit; 0 where there is none
+    calls_at_once: ClassVar[int | None] = None  # more than that wait for each other
+    max_answer_bytes: ClassVar[int] = MAX_ANSWER_BYTES
+    https_links_under: ClassVar[str | None] = None  # http links below this domain work over https too
+    links_to_itself: ClassVar[bool] = False  # a link may lead to the server that is asked, and name only its path
+    billable: ClassVar[bool] = True
+    takes_seed: ClassVar[bool] = True
+    sizes_are_ratios: ClassVar[bool] = False  # of a size only the ratio can be asked for
+    long_prompt: ClassVar[int] = LONG_PROMPT  # characters; longer ones may be cut
+    own_settings: ClassVar[tuple[Setting, ...]] = ()
+
+    def __init__(self, settings: Mapping[str, Any] | None = None) -> None:
+        self.settings = {setting.name: setting.default for setting in self.own_settings} | dict(settings or {})
+
+    @property
+    def known_settings(self) -> dict[str, Any]:
+        """The settings that have a value, as JSON."""
+        return {name: value for name, value in self.settings.items() if value is not None}
+
+    @classmethod
+    def key_hint(cls) -> str:
+        """Where users keep the key, in words."""
+        places = cls.key_places
+        if places is None:
+            return "none"
+        return places.variable + (f", or {places.ini_option} in ~/{places.ini_file}" if places.ini_file else "")
+
+    def root_of(self, path: str) -> str | None:
+        """The path of the API root that a base URL's path means; None where it means none."""
+        if path in ("", self.default_root):
+            return self.default_root
+        root = path.removesuffix(self.generate_path)
+        return root if root.endswith(self.default_root) else None
+
+    def region_of(self, host: str) -> str | None:
+        """The region that a host belongs to; None where the host does not tell."""
+        return None
+
+    def owns(self, host: str) -> bool:
+        """Whether the host belongs to the owner of the key."""
+        return False
+
+    def cannot(self, request: ImageRequest) -> list[str]:
+        """What a valid request asks for that this provider cannot do: sentences that begin with the field."""
+        return []
+
+    def preflight(self) -> None:
+        """What must be there on this machine, found out without loading it.
+
+        Raises:
+            Failure: missing_package, missing_weights, too_little_memory.
+        """
+
+    def prepare(self) -> None:
+        """Load what the call needs, so that nothing breaks after it began.
+
+        Raises:
+            Failure: as `preflight`.
+        """
+
+    def price(self, request: ImageRequest, region: str) -> Price:
+        """What one picture costs."""
+        raise NotImplementedError
+
+    def payload(self, request: ImageRequest) -> dict[str, Any]:
+        """The JSON body that asks for the picture."""
+        raise NotImplementedError
+
+    def submit(
+        self, payload: dict[str, Any], endpoint: Endpoint, key: str, workspace: str | None
+    ) -> HttpCall | LocalCall:
+        """The one call that costs money. An empty key is not sent. A LocalCall's work returns a Generated."""
+        raise NotImplementedError
+
+    def read(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated | Submitted:
+        """What the answer to `submit` means.
+
+        Raises:
+            Failure: by the provider's error table.
+        """
+        raise NotImplementedError
+
+    def poll(self, task_id: str, endpoint: Endpoint, key: str) -> HttpCall:
+        """A free question after a submitted task."""
+        raise NotImplementedError
+
+    def read_poll(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated | None:
+        """What the answer to `poll` means; None where the service still works on the task.
+
+        Raises:
+            Failure: task_failed, blocked or no_image where the task has ended so; not_found where it is not known;
+                else by the provider's error table.
+        """
+        raise NotImplementedError
+
+    def query(self, endpoint: Endpoint, key: str, workspace: str | None) -> HttpCall | LocalCall:
+        """A read-only call that costs nothing, to check connection and permission. Local work returns a bool."""
+        raise NotImplementedError
+
+    def read_query(self, answer: HttpAnswer) -> bool:
+        """Whether the answer to `query` lists the model.
+
+        Raises:
+            Failure: by the provider's error table.
+        """
+        raise NotImplementedError

@@ -1,0 +1,133 @@
+"""Recover: finish a picture that has been paid for, without paying."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zimage.contract import SKILL
+from zimage.download import fetch_anew
+from zimage.errors import Failure, Problem, noting, raise_problems
+from zimage.evidence import (
+    Evidence,
+    drop_held,
+    end_generated_attempt,
+    generated_facts,
+    held_path,
+    keep_generated,
+    response_of,
+)
+from zimage.files import check_free_name, check_writable, checked_output, file_hash, remove_leftovers
+from zimage.make import collect, finish, import_libraries
+from zimage.picture import verified
+from zimage.provider import Generated, Provider
+from zimage.registry import provider_named
+from zimage.request import normalize, request_problems
+from zimage.settle import explain, settling, unrecoverable
+from zimage.task import Task, is_task_id
+from zimage.trust import check_trust, key_for, parse_base_url
+
+if TYPE_CHECKING:
+    from zimage.plan import Options
+    from zimage.waiting import Clock
+
+
+def recover(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str, Any]:
+    """Finish a picture that has been paid for, without paying; returns the response.
+
+    Raises:
+        Failure: 2 where nothing was billed, 7 where the outcome is unknown, 8 where the link has died.
+    """
+    evidence = Evidence.load("--recover", options.source, clock.timeout)
+    provider = provider_named(evidence.data["provider"])
+    output = recovery_output(evidence, options)
+    saved = is_saved(evidence)
+    if saved and options.output is None:
+        return response_of(evidence, evidence.data["image"])
+    has_link = bool(evidence.data.get("response", {}).get("image_url"))
+    here = has_link or held_path(evidence.path).exists() or evidence.data["status"] in ("generated", "saved")
+    task_is_open = not here and "task_id" in evidence.data and evidence.data["status"] != "failed"
+    if not here and not task_is_open:
+        failure = unrecoverable(evidence)
+        explain(evidence, failure, [])
+        raise failure
+    remove_leftovers(evidence.path.parent, evidence.id)
+    remove_leftovers(output.parent, f"{SKILL}-{evidence.id}")
+    check_writable(output.parent, evidence.id)
+    flags = ["--output", str(output)] if options.output else []
+    flags += [word for host in sorted(options.trusted) for word in ("--trust-host", host)] if task_is_open else []
+    try:
+        task = task_of(evidence, provider, options, env) if task_is_open else None
+    except Failure as failure:
+        failure.facts["billed"] = "unknown"
+        explain(evidence, failure, flags)
+        raise
+    import_libraries()
+    with settling(evidence, flags=[*flags, *["--overwrite"] * options.overwrite], saved=saved):
+        if task is not None:
+            evidence.update(status="submitted", error=None)
+            generated = task.wait_for(clock.generate_until)
+            end_generated_attempt(evidence, provider)
+            keep_generated(evidence, generated, evidence.data.get("warnings", ()), clock)
+        elif "response" not in evidence.data:  # killed between the bytes and the evidence
+            evidence.update(**generated_facts(Generated(), (), clock))
+        start = time.monotonic()
+        if saved and not ("source_format" in evidence.data["image"] and has_link):  # the bytes, or all there is of them
+            source = verified(Path(evidence.data["image"]["path"]).read_bytes())
+        else:
+            source = fetch_anew(evidence, provider, clock, lambda: task_of(evidence, provider, options, env))
+        image = collect(evidence, source, output, provider, overwrite=options.overwrite, again=True)
+        if not saved:  # else this is one more copy, and the evidence goes on naming the first
+            finish(evidence, image, clock, start)
+            drop_held(evidence)
+    return response_of(evidence, image)
+
+
+def task_of(evidence: Evidence, provider: Provider, options: Options, env: Mapping[str, str]) -> Task:
+    """The submitted task of an evidence file, to be asked after where it was submitted.
+
+    Raises:
+        Failure: invalid_evidence, host_not_trusted, key_missing, key_malformed.
+    """
+    if type(provider).poll is Provider.poll or not is_task_id(evidence.data["task_id"]):
+        raise Failure("invalid_evidence", f"{evidence.path.name}: task_id: not one of {provider.name}")
+    endpoint = parse_base_url(evidence.data["endpoint"], "endpoint", provider)
+    check_trust(endpoint, "endpoint", provider, options.trusted)
+    key = key_for(provider, endpoint, options.trusted, env)
+    request = normalize(evidence.data["request"], with_seed=provider.takes_seed)
+    return Task(provider, endpoint, key, request, evidence.data["task_id"])
+
+
+def recovery_output(evidence: Evidence, options: Options) -> Path:
+    """Where a recovered picture goes; the evidence is checked as far as it will be used."""
+    said = evidence.data["request"]
+    problems = request_problems(said)
+    if not problems and said != normalize(said, with_seed="seed" in said).as_dict():
+        problems = [Problem("invalid_request", "request: is not normalized")]
+    recorded = None
+    with noting(problems):
+        recorded = checked_output(evidence.data["output"], "output")
+    if problems or recorded is None or not os.path.isabs(evidence.data["output"]):
+        texts = [problem.text for problem in problems] or ["output: is not an absolute path"]
+        raise Failure("invalid_evidence", f"{evidence.path.name}: {'; '.join(texts)}", problems=texts)
+    if options.output is None:
+        return recorded
+    with noting(problems):
+        recorded = checked_output(options.output, "--output")
+    raise_problems(problems)
+    check_free_name(recorded, options.overwrite)
+    return recorded
+
+
+def is_saved(evidence: Evidence) -> bool:
+    """Whether the picture of this evidence lies, unchanged, where the evidence says."""
+    image = evidence.data.get("image")
+    if not image or evidence.data["status"] != "saved":
+        return False
+    try:
+        return file_hash(Path(image["path"])) == str(image["sha256"])
+    except (OSError, ValueError):
+        return False

@@ -1,0 +1,236 @@
+"""Request: what the user asks for, validated and normalized."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import secrets
+import stat
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, NoReturn
+
+from zimage.contract import DEFAULT_SIZE, MAX_PIXELS, MAX_SEED, MIB, MIN_PIXELS, RATIO_SIZES, REQUEST_SCHEMA
+from zimage.errors import Failure, Problem, os_reason
+from zimage.outside import json_kind, outside_text, shown, without_surrogates
+from zimage.waiting import SIGNALS, Late, in_thread
+
+
+class ImageRequest(NamedTuple):
+    """A normalized request: size `width*height` in pixels is filled in, and the seed where one can be sent."""
+
+    prompt: str
+    size: str
+    seed: int | None
+    prompt_extend: bool = False
+    base_url: str | None = None
+
+    @property
+    def width_height(self) -> tuple[int, int]:
+        return parse_size(self.size)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The request as JSON; itself valid, and normalizing it changes nothing."""
+        return {name: value for name, value in self._asdict().items() if value is not None}
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Width and height, in pixels, of a size that has passed the schema."""
+    width, height = re.split("[*xX×]", text)
+    return int(width), int(height)
+
+
+def pick_seed() -> int:
+    return secrets.randbelow(MAX_SEED + 1)
+
+
+_validators: dict[str, Any] = {}  # by the title of their schema: building one costs as much as ten checks
+
+
+def request_problems(raw: Any, schema: Mapping[str, Any] = REQUEST_SCHEMA) -> list[Problem]:
+    """Everything wrong with a request as written; an empty list means that `normalize` takes it.
+
+    `schema` may be one that adds to REQUEST_SCHEMA or takes from it, under a title of its own.
+    """
+    if schema is REQUEST_SCHEMA and is_plainly_valid(raw):
+        return []
+    import jsonschema
+
+    if not isinstance(raw, dict):
+        return [Problem("invalid_request", f"request: must be a JSON object, got {json_kind(raw)}")]
+    title = schema["title"]
+    if title not in _validators:
+        _validators[title] = jsonschema.Draft202012Validator(schema)
+    texts = [text for error in _validators[title].iter_errors(raw) for text in schema_sentences(error, raw)]
+    return [Problem("invalid_request", text) for text in sorted(texts) + rule_sentences(raw)]
+
+
+def is_plainly_valid(raw: Any) -> bool:
+    """Whether a request surely is valid, told without jsonschema, whose import is a fifth of a whole run.
+
+    It may say no to a valid request, never yes to another: then the schema has the word, and names what is wrong.
+    """
+    checks: dict[str, Callable[[Any], bool]] = {
+        "prompt": lambda value: isinstance(value, str) and value.strip() != "",
+        "size": lambda value: isinstance(value, str) and "aspect_ratio" not in raw,
+        "aspect_ratio": lambda value: isinstance(value, str) and value in RATIO_SIZES,
+        "seed": lambda value: type(value) is int and -1 <= value <= MAX_SEED,
+        "prompt_extend": lambda value: isinstance(value, bool),
+        "base_url": lambda value: isinstance(value, str) and value != "",
+    }
+    return (
+        isinstance(raw, dict)
+        and "prompt" in raw
+        and all(name in checks and checks[name](value) for name, value in raw.items())
+        and not rule_sentences(raw)
+    )
+
+
+def schema_sentences(error: Any, raw: dict[str, Any]) -> list[str]:
+    """One schema error as sentences that name the field, what was expected and what was given."""
+    name = ".".join(str(part) for part in error.absolute_path)
+    given = shown(error.instance)
+    rule = error.schema
+    if error.validator == "additionalProperties":
+        known = rule["properties"]
+        return [f"{shown(field)}: unknown field; known are {', '.join(known)}" for field in raw if field not in known]
+    if error.validator == "required":
+        return [f"{field}: required" for field in rule["required"] if field not in raw]
+    if error.validator == "not":
+        return ["size, aspect_ratio: give one of the two, not both"]
+    if error.validator == "type":
+        kind = json_kind(error.instance)
+        return [f"{name}: must be of type {rule['type']}, got {kind if kind == given else f'{kind} {given}'}"]
+    if error.validator in ("minimum", "maximum"):
+        return [f"{name}: must be from {rule['minimum']} to {rule['maximum']}, got {given}"]
+    if error.validator == "enum":
+        return [f"{name}: must be one of {' '.join(rule['enum'])}, got {given}"]
+    if name == "size":
+        return []  # size_sentences checks its form, to the last character
+    return [f"{name}: must not be blank"]
+
+
+def rule_sentences(raw: dict[str, Any]) -> list[str]:
+    """What a schema cannot say (or says too loosely): text that no encoding can carry, and the size."""
+    sentences = []
+    for name in ("prompt", "base_url"):
+        if isinstance(raw.get(name), str) and raw[name] != without_surrogates(raw[name]):
+            sentences.append(f"{name}: holds a lone surrogate, which is not text; write it again in UTF-8")
+    size = raw.get("size")
+    if isinstance(size, str):
+        sentences += size_sentences(size)
+    return sentences
+
+
+def size_sentences(size: str) -> list[str]:
+    """What is wrong with a size, checked to its last character (`$` in a pattern lets a newline pass)."""
+    if not re.fullmatch("[1-9][0-9]{0,6}[*xX×][1-9][0-9]{0,6}", size):
+        return [f"size: must be width*height such as 1024*1024, got {shown(size)}"]
+    width, height = parse_size(size)
+    if MIN_PIXELS <= width * height <= MAX_PIXELS:
+        return []
+    return [
+        f"size: {width}*{height} is {width * height} pixels; "
+        f"the total must be from {MIN_PIXELS} (512*512) to {MAX_PIXELS} (2048*2048)"
+    ]
+
+
+def normalize(raw: dict[str, Any], *, with_seed: bool = True) -> ImageRequest:
+    """The normalized form of a request that has no problems; `with_seed`: one is picked where none is given."""
+    if "aspect_ratio" in raw:
+        size = RATIO_SIZES[raw["aspect_ratio"]]
+    else:
+        size = "{}*{}".format(*parse_size(raw.get("size", DEFAULT_SIZE)))
+    seed = int(raw.get("seed", -1))
+    return ImageRequest(
+        prompt=raw["prompt"],
+        size=size,
+        seed=seed if seed != -1 else pick_seed() if with_seed else None,
+        prompt_extend=raw.get("prompt_extend", False),
+        base_url=raw.get("base_url"),
+    )
+
+
+def parse_json(text: str) -> Any:
+    """Strict JSON: no repeated fields, no NaN.
+
+    Raises:
+        ValueError: with a sentence that says what is wrong and where.
+    """
+
+    def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in fields:
+                raise ValueError(f"{shown(name)} stands in it twice")
+            fields[name] = value
+        return fields
+
+    def bounded(digits: str) -> int:
+        return int(digits[:300])  # out of every range all the same, and Python takes no longer ones
+
+    def no_constants(name: str) -> NoReturn:
+        raise ValueError(f"{name} is not a JSON value")
+
+    try:
+        return json.loads(text, object_pairs_hook=no_repeats, parse_constant=no_constants, parse_int=bounded)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{error.msg} at line {error.lineno}, column {error.colno}") from None
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_input(option: str, name: str, limit: int, wait: float) -> bytes:
+    """The bytes of the file that an option names; what does not arrive within `wait` seconds is an error.
+
+    Raises:
+        Failure: file_unreadable.
+    """
+    label = f"{option} {outside_text(name, 200)}".strip()
+    try:
+        if name == "-":
+            if sys.stdin is None or sys.stdin.isatty():
+                raise Failure("file_unreadable", f"{label}: nothing is piped into standard input")
+            # Not sys.stdin itself: a thread that still reads it would crash the interpreter's end.
+            content = _read_in_time(sys.stdin.fileno(), limit, wait)
+        elif stat.S_ISREG(os.stat(name).st_mode):
+            with open(name, "rb") as source:
+                content = source.read(limit + 1)
+        elif os.path.isdir(name):
+            raise Failure("file_unreadable", f"{label}: is a folder")
+        else:
+            content = _read_in_time(name, limit, wait)
+    except (OSError, ValueError) as error:
+        raise Failure("file_unreadable", f"{label}: cannot be read: {os_reason(error)}") from None
+    if len(content) > limit:
+        raise Failure("file_unreadable", f"{label}: is larger than {limit // MIB} MiB")
+    return content
+
+
+def _read_in_time(source: str | int, limit: int, wait: float) -> bytes:
+    """Read a descriptor, or the file of that name: one that nobody writes to must not hang the command."""
+
+    def read() -> bytes:
+        with open(source, "rb", closefd=isinstance(source, str)) as stream:
+            return stream.read(limit + 1)
+
+    try:
+        with SIGNALS.breakable():
+            return in_thread(read, wait)
+    except Late:
+        raise OSError(f"nothing complete arrived within {wait:g} s") from None
+
+
+def decode_json_file(label: str, data: bytes) -> Any:
+    """Parse JSON in UTF-8 (with or without BOM) or UTF-16.
+
+    Raises:
+        Failure: invalid_request, with the position of the fault.
+    """
+    try:
+        return parse_json(data.decode(json.detect_encoding(data)))
+    except UnicodeDecodeError:
+        raise Failure("invalid_request", f"{outside_text(label)}: is not text in UTF-8 or UTF-16") from None
+    except ValueError as error:
+        raise Failure("invalid_request", f"{outside_text(label)}: is not valid JSON: {outside_text(error)}") from None

@@ -1,0 +1,121 @@
+"""Task: what a service works on, asked after until it is done."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from zimage.contract import (
+    EXIT_KEY,
+    LAST_POLL,
+    LOST_AFTER,
+    POLL_FIRST,
+    POLL_GROWTH,
+    POLL_LONGEST,
+    POLL_SHARE,
+    POLL_TIMEOUT,
+)
+from zimage.errors import GO_ON_FREE, Failure
+from zimage.evidence import utc_now
+from zimage.outside import mask, outside_text, without_surrogates
+from zimage.transport import ask
+from zimage.waiting import pause
+
+if TYPE_CHECKING:
+    from zimage.endpoint import Endpoint
+    from zimage.keys import Key
+    from zimage.provider import Generated, Provider
+    from zimage.request import ImageRequest
+
+
+# Failures that say how a task has ended. All others say something of the question, and the task goes on.
+TASK_IS_DONE = ("task_failed", "blocked", "no_image")
+TASK_ENDS = (*TASK_IS_DONE, "outcome_unknown")  # what was lost may be found again
+
+
+class Task:
+    """A submitted task, asked after at growing intervals. `pause_s` is the time to the next question, in seconds."""
+
+    def __init__(self, provider: Provider, endpoint: Endpoint, key: Key, request: ImageRequest, task_id: str) -> None:
+        self.id = task_id
+        self.pause_s = POLL_FIRST
+        self._provider = provider
+        self._endpoint = endpoint
+        self._key = key
+        self._request = request
+        self._interval = POLL_FIRST
+        self._strange_in_a_row = 0
+        self._trouble = ""
+        self._retry_after_s: float | None = None
+
+    def ask(self, until: float) -> Generated | None:
+        """One free question, answered before `until`; None where the task is still worked on, as far as is known.
+
+        Raises:
+            Failure: one of TASK_ENDS, or that the key is not good any more.
+        """
+        provider, now = self._provider, time.monotonic()
+        self._interval = min(self._interval * POLL_GROWTH, POLL_LONGEST)
+        self.pause_s = self._interval
+        call = provider.poll(self.id, self._endpoint, self._key.value)
+        try:
+            found = ask(
+                call,
+                lambda answer: provider.read_poll(answer, self._request, utc_now()),
+                now + min(POLL_TIMEOUT, max(LAST_POLL, POLL_SHARE * (until - now))),
+                self._endpoint,
+                provider.max_answer_bytes,
+            )
+        except Failure as failure:
+            if failure.code in TASK_IS_DONE:
+                raise
+            if failure.exit_code == EXIT_KEY:
+                failure.facts |= {"billed": "unknown", "hint": f"{failure.fact('hint')}; then run next_command, free"}
+                raise
+            self._strange_in_a_row = self._strange_in_a_row + 1 if failure.code in TASK_IS_STRANGE else 0
+            if self._strange_in_a_row >= LOST_AFTER:
+                message = f"the service does not know task {outside_text(self.id, 100)} any more: {failure.message}"
+                raise Failure("outcome_unknown", message, http_status=failure.facts.get("http_status")) from None
+            self._retry_after_s = failure.facts.get("retry_after_s")
+            self.pause_s = max(self._interval, self._retry_after_s or 0.0)
+            self._trouble = f"; the last question failed: {failure.message}"
+            return None
+        self._strange_in_a_row, self._trouble, self._retry_after_s = 0, "", None
+        return found
+
+    @property
+    def is_held(self) -> bool:
+        """Whether the service has asked not to be asked so soon."""
+        return self._retry_after_s is not None
+
+    @property
+    def is_strange(self) -> bool:
+        """Whether the service did not know the task when it was asked last."""
+        return self._strange_in_a_row > 0
+
+    def wait_for(self, until: float) -> Generated:
+        """The picture, once the task has succeeded.
+
+        Raises:
+            Failure: as `ask`; paid_not_downloaded where it is not at its end in time. Interrupted.
+        """
+        while (left := until - time.monotonic()) > self.pause_s or (left > LAST_POLL and not self._trouble):
+            pause(min(self.pause_s, left - LAST_POLL / 2))
+            found = self.ask(until)
+            if found is not None:
+                return found
+        raise self.unfinished()
+
+    def unfinished(self) -> Failure:
+        what = f"the service still works on task {outside_text(self.id, 100)}{self._trouble}"
+        return Failure(
+            "paid_not_downloaded", what, billed="unknown", hint=GO_ON_FREE, retry_after_s=self._retry_after_s
+        )
+
+
+def is_task_id(text: str) -> bool:
+    """Whether a name that a service gave to its task can be kept and sent back; a key in it must not be kept."""
+    return 0 < len(text) <= 500 and text == without_surrogates(text) == mask(text)
+
+
+TASK_IS_STRANGE = ("not_found", "rejected_by_service", "refused_by_service")

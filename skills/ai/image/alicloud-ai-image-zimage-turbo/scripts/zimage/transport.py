@@ -1,0 +1,371 @@
+"""Transport: one HTTP exchange, with a deadline that holds and a sure word on whether it left."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import ipaddress
+import math
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote, urlsplit
+
+from zimage.contract import CONNECT_TIMEOUT, MAX_ANSWER_BYTES, MIB, SKILL, VERSION
+from zimage.endpoint import _is_address, is_loopback_address, is_loopback_host, is_public_address
+from zimage.errors import Failure, os_reason
+from zimage.provider import HttpAnswer, LocalCall
+from zimage.waiting import SIGNALS, Interrupted, Late, in_thread, in_time
+
+if TYPE_CHECKING:
+    from zimage.endpoint import Endpoint
+    from zimage.provider import HttpCall
+
+
+class NotSent(Exception):
+    """The request surely did not reach the service. `lasting`: trying again at once will not help."""
+
+    def __init__(self, reason: str, *, lasting: bool = False, refused: bool = False) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.lasting = lasting
+        self.refused = refused  # by our own rules, not by the network
+
+
+class AnswerLost(Exception):
+    """The request left, and no whole answer came back."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class AnswerTooLarge(Exception):
+    """The answer is larger than this tool takes."""
+
+
+REACH: dict[str, Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address], bool]] = {
+    # Which resolved addresses a call may connect to.
+    "service": lambda address: True,  # the host was checked by name; private service endpoints exist
+    "public": lambda address: is_public_address(address),
+    "loopback": is_loopback_address,
+}
+
+
+class Wire:
+    """The connection of one exchange: opens it, knows whether the request left, and cuts it at the deadline.
+
+    Connections are never reused: one that idled for seconds may be closed by the service just as a paid
+    request leaves on it.
+    """
+
+    def __init__(self, call: HttpCall, until: float, reach: str) -> None:
+        self.target = request_target(call.url)
+        self.until = until
+        self.reach = reach
+        self.connecting = False
+        self.connected = False
+        self.expired = False
+        self.failure: BaseException | None = None
+        self._socket: socket.socket | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def remaining(self) -> float:
+        return max(0.001, self.until - time.monotonic())
+
+    def open(self, host: str, port: int, *, by_proxy: bool) -> socket.socket:
+        """Resolve, check and connect; what goes wrong is kept in `failure` and raised as OSError."""
+        self.connecting = True
+        try:
+            connection = self._connect(self._resolve(host, port), by_proxy)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.settimeout(self.remaining)
+            with self._lock:
+                self._socket = connection.dup()  # stays valid when TLS takes the original over
+            return connection
+        except Exception as error:
+            self.failure = error
+            raise OSError(str(error)) from error
+
+    def _resolve(self, host: str, port: int) -> list[tuple[Any, ...]]:
+        """Addresses of a host; a name server that does not answer must not hold the command."""
+
+        def look_up() -> list[tuple[Any, ...]]:
+            return list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
+
+        try:
+            return look_up() if _is_address(host) else in_thread(look_up, self.remaining)
+        except Late:
+            raise NotSent("its name was not resolved in time") from None
+        except (OSError, UnicodeError):
+            raise NotSent("its name cannot be resolved") from None
+
+    def _connect(self, addresses: list[tuple[Any, ...]], by_proxy: bool) -> socket.socket:
+        reason = "no address"
+        for family, kind, protocol, _, address in addresses:
+            if not by_proxy and not REACH[self.reach](ipaddress.ip_address(address[0].partition("%")[0])):
+                raise NotSent(f"{address[0]} is not an address that may be fetched from", lasting=True, refused=True)
+            connection = socket.socket(family, kind, protocol)
+            try:
+                connection.settimeout(min(CONNECT_TIMEOUT, self.remaining))
+                connection.connect(address)
+                return connection
+            except OSError as error:
+                connection.close()
+                reason = "connection timed out" if isinstance(error, TimeoutError) else os_reason(error)
+            except BaseException:
+                connection.close()
+                raise
+        raise NotSent(reason)
+
+    def cut(self) -> None:
+        """End the exchange at the deadline, whatever the other side still dribbles."""
+        self.expired = True
+        with self._lock, contextlib.suppress(OSError):
+            if self._socket is not None:
+                self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        with self._lock:
+            if self._socket is not None:
+                self._socket.close()
+                self._socket = None
+
+
+class Deadlines:
+    """Cuts wires at their deadlines, from one thread for all that are open."""
+
+    def __init__(self) -> None:
+        self._wires: list[Wire] = []
+        self._next = math.inf  # when the thread looks again
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    def add(self, wire: Wire) -> None:
+        with self._changed:
+            self._wires.append(wire)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._watch, name="deadlines", daemon=True)
+                self._thread.start()
+            elif wire.until < self._next:
+                self._changed.notify()
+
+    def remove(self, wire: Wire) -> None:
+        with self._changed, contextlib.suppress(ValueError):
+            self._wires.remove(wire)
+
+    def _watch(self) -> None:
+        with self._changed:
+            while True:
+                now = time.monotonic()
+                for wire in [wire for wire in self._wires if wire.until <= now]:
+                    self._wires.remove(wire)
+                    wire.cut()
+                self._next = min((wire.until for wire in self._wires), default=math.inf)
+                self._changed.wait(None if self._next == math.inf else max(0.0, self._next - now))
+
+
+DEADLINES = Deadlines()
+
+
+def request_target(url: str) -> str:
+    """Path and query of a URL, byte by byte as they stand; only what is beyond ASCII is encoded."""
+    target = url.partition("#")[0].partition("://")[2][len(urlsplit(url).netloc) :]
+    target = target if target.startswith("/") else f"/{target}"
+    return "".join(sign if sign.isascii() else quote(sign) for sign in target)
+
+
+@functools.cache
+def wired_adapter() -> Any:
+    """The class of requests' adapter for one exchange, `WiredAdapter(wire)`: all its connections go through the wire.
+
+    An adapter without a session: no cookies, no environment, no .netrc, no redirects whose bodies are read.
+    """
+    from requests.adapters import HTTPAdapter
+    from urllib3.connection import HTTPConnection, HTTPSConnection
+    from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
+
+    class Wired:
+        def __init__(self, *args: Any, wire: Wire, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self._wire = wire
+
+        def _new_conn(self) -> socket.socket:
+            host: Any = self
+            return self._wire.open(host._dns_host, host.port, by_proxy=getattr(host, "proxy", None) is not None)
+
+        def connect(self) -> None:
+            super().connect()  # type: ignore[misc]
+            if self._wire.expired:
+                raise OSError("the deadline passed while connecting")
+            self._wire.connected = True  # from here on the service may have seen the request
+
+        def putrequest(
+            self, method: str, url: str, skip_host: bool = False, skip_accept_encoding: bool = False
+        ) -> None:
+            # The libraries rewrite a URL on its way here; a signature may hold for its very bytes only.
+            super().putrequest(method, self._wire.target, skip_host, skip_accept_encoding)  # type: ignore[misc]
+
+    class PlainConnection(Wired, HTTPConnection):
+        pass
+
+    class TlsConnection(Wired, HTTPSConnection):
+        pass
+
+    def pools(wire: Wire) -> dict[str, Any]:
+        """What makes connection pools, by scheme."""
+
+        def plain(*args: Any, **kwargs: Any) -> HTTPConnectionPool:
+            pool = HTTPConnectionPool(*args, **kwargs)
+            pool.ConnectionCls = functools.partial(PlainConnection, wire=wire)  # type: ignore[assignment]
+            return pool
+
+        def tls(*args: Any, **kwargs: Any) -> HTTPSConnectionPool:
+            pool = HTTPSConnectionPool(*args, **kwargs)
+            pool.ConnectionCls = functools.partial(TlsConnection, wire=wire)  # type: ignore[assignment]
+            return pool
+
+        return {"http": plain, "https": tls}
+
+    class WiredAdapter(HTTPAdapter):
+        def __init__(self, wire: Wire) -> None:
+            self._wire = wire
+            super().__init__()
+
+        def init_poolmanager(self, *args: Any, **kwargs: Any) -> None:
+            super().init_poolmanager(*args, **kwargs)
+            self.poolmanager.pool_classes_by_scheme = pools(self._wire)
+
+        def proxy_manager_for(self, *args: Any, **kwargs: Any) -> Any:
+            manager = super().proxy_manager_for(*args, **kwargs)
+            manager.pool_classes_by_scheme = pools(self._wire)
+            return manager
+
+    return WiredAdapter
+
+
+def exchange(call: HttpCall, *, until: float, limit: int, reach: str) -> HttpAnswer:
+    """Send one request and read its whole answer. No redirect is followed, nothing is sent twice.
+
+    `until` is a moment of time.monotonic(), `limit` a number of bytes, `reach` a key of REACH.
+
+    Raises:
+        NotSent, AnswerLost, AnswerTooLarge, Interrupted.
+    """
+    import requests
+    import urllib3
+
+    wire = Wire(call, until, reach)
+    DEADLINES.add(wire)
+    host = urlsplit(call.url).hostname or ""
+    proxies = {} if is_loopback_host(host) else requests.utils.get_environ_proxies(call.url)
+    headers = {"User-Agent": f"{SKILL}/{VERSION}", "Accept-Encoding": "identity", "Connection": "close"} | call.headers
+    answer: HttpAnswer | None = None
+    try:
+        request = requests.Request(call.method, call.url, headers=headers, data=call.body).prepare()
+        adapter = wired_adapter()(wire)
+        with contextlib.closing(adapter), SIGNALS.breakable():
+            response = adapter.send(request, stream=True, timeout=wire.remaining, proxies=proxies, verify=ca_bundle())
+            answer = _read_answer(response, limit)
+    except Interrupted as interruption:
+        if answer is None:
+            interruption.request_left = wire.connected
+            raise
+        # The signal came with the answer: what was paid for is put on disk first, the next wait gives way.
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+        raise _transport_failure(wire, error) from None
+    finally:
+        DEADLINES.remove(wire)
+        wire.close()
+    return answer._replace(whole=answer.whole and not wire.expired)  # cut by us looks like an end
+
+
+def ca_bundle() -> str | bool:
+    """The certificates to trust: those the user's environment names, else the ones requests brings."""
+    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"):
+        if os.environ.get(name):
+            return os.environ[name]
+    return True
+
+
+def _read_answer(response: Any, limit: int) -> HttpAnswer:
+    import requests
+    import urllib3
+
+    headers = {name.lower(): value for name, value in response.headers.items()}
+    if 300 <= response.status_code < 400 and "location" in headers:
+        return HttpAnswer(response.status_code, headers, b"")  # all that a redirect says is said
+    chunks: list[bytes] = []
+    size, whole = 0, True
+    # Left to itself, urllib3 throws away the beginning of a body that breaks off: it may hold the link.
+    response.raw.enforce_content_length = False
+    announced = headers.get("content-length", "")
+    if response.status_code < 300 and announced.isdecimal() and len(announced) < 19 and int(announced) > limit:
+        raise AnswerTooLarge
+    try:
+        for chunk in response.iter_content(64 * 1024):
+            chunks.append(chunk)
+            size += len(chunk)
+            if size > limit and response.status_code < 300:
+                raise AnswerTooLarge
+            if size > limit:
+                break  # the status alone says enough
+        whole = not response.raw.length_remaining
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError):
+        whole = False
+    if not size and not {"content-length", "transfer-encoding"} & headers.keys():
+        whole = False  # nothing announced and nothing sent: the headers broke off
+    return HttpAnswer(response.status_code, headers, b"".join(chunks), whole)
+
+
+def _transport_failure(wire: Wire, error: Exception) -> Exception:
+    """What an exception of the HTTP library means. Texts of the library may hold a proxy's password: left out."""
+    import requests
+
+    if isinstance(wire.failure, NotSent):
+        return wire.failure
+    if not wire.connecting and isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
+        return NotSent("the URL, or that of the proxy, cannot be used", lasting=True)
+    if not wire.connecting and isinstance(error, OSError) and not isinstance(error, requests.RequestException):
+        return NotSent("the certificate bundle that the environment names cannot be read", lasting=True)
+    if wire.connecting and not wire.connected:
+        if wire.expired:
+            return NotSent("no connection was made in time")
+        certificate = "certificate" in str(error).lower()
+        if isinstance(error, requests.exceptions.ProxyError):
+            return NotSent("the proxy refused the connection", lasting=True)
+        if isinstance(error, requests.exceptions.SSLError):
+            return NotSent("the certificate is not valid" if certificate else "TLS failed", lasting=certificate)
+        return NotSent("the connection was closed before the request left")
+    if wire.expired or isinstance(error, requests.exceptions.Timeout):
+        return AnswerLost("no answer came in time")
+    return AnswerLost("the connection broke before the answer was complete")
+
+
+Read = TypeVar("Read")
+
+
+def ask(
+    call: HttpCall | LocalCall,
+    read: Callable[[HttpAnswer], Read],
+    until: float,
+    endpoint: Endpoint,
+    limit: int = MAX_ANSWER_BYTES,
+) -> Read:
+    """Send one call to the service and read its answer; what the network does becomes a Failure."""
+    if isinstance(call, LocalCall):
+        result: Read = in_time(call.work, until)
+        return result
+    reach = "loopback" if endpoint.is_loopback else "service"
+    try:
+        return read(exchange(call, until=until, limit=limit, reach=reach))
+    except NotSent as error:
+        raise Failure("unreachable", f"{endpoint.host}: {error.reason}", retryable=not error.lasting) from None
+    except AnswerLost as error:
+        raise Failure("outcome_unknown", f"{endpoint.host}: {error.reason}") from None
+    except AnswerTooLarge:
+        raise Failure("answer_unusable", f"the answer is larger than {limit // MIB} MiB") from None

@@ -1,0 +1,187 @@
+"""Trust: where a request goes, and whether the key may go there."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+from zimage.contract import EXIT_KEY
+from zimage.endpoint import IN_PROCESS, Endpoint, _is_loopback_netloc, is_host_name, split_netloc
+from zimage.errors import Failure, Problem
+from zimage.keys import NO_KEY, find_key
+from zimage.outside import outside_text, shown
+
+if TYPE_CHECKING:
+    from zimage.keys import Key
+    from zimage.provider import Provider
+
+
+_BASE_URL = re.compile(r"(?P<scheme>https?)://(?P<netloc>[^/]*)(?P<path>(?:/[A-Za-z0-9._~-]+)*)/?")
+
+
+def trusted_hosts(flags: Sequence[str], env: Mapping[str, str]) -> tuple[frozenset[str], list[Problem]]:
+    """The exact host names that the user trusts with the key, by --trust-host or ZIMAGE_TRUSTED_HOSTS."""
+    named = [("--trust-host", name) for name in flags]
+    named += [
+        ("ZIMAGE_TRUSTED_HOSTS", name) for name in re.split(r"[,\s]+", env.get("ZIMAGE_TRUSTED_HOSTS", "")) if name
+    ]
+    hosts, problems = set(), []
+    for source, name in named:
+        if is_host_name(name.lower()):
+            hosts.add(name.lower())
+        else:
+            problems.append(
+                Problem("usage", f"{source}: must be a bare host name such as proxy.example.com, got {shown(name)}")
+            )
+    return frozenset(hosts), problems
+
+
+def parse_base_url(text: str, source: str, provider: Provider) -> Endpoint:
+    """The endpoint that a base URL means: the whole endpoint, the API root or the bare host.
+
+    Raises:
+        Failure: invalid_base_url. The URL itself is not repeated: it may hold a password.
+    """
+
+    def refuse(what: str, hint: str | None = None) -> NoReturn:
+        raise Failure("invalid_base_url", f"{source}: {what}", hint=hint)
+
+    if re.search(r"[^!-~]", text):
+        refuse("has blanks, control characters or characters beyond ASCII in it")
+    for sign, name in (
+        ("@", "user info"),
+        ("\\", "a backslash"),
+        ("?", "a query"),
+        ("#", "a fragment"),
+        ("%", "percent-encoding"),
+    ):
+        if sign in text:
+            refuse(f"has {name} in it, which a base URL must not have")
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        bare_host = text.partition("/")[0]
+        scheme, rest = ("http" if _is_loopback_netloc(bare_host) else "https"), text
+    match = _BASE_URL.fullmatch(f"{scheme.lower()}://{rest}")
+    if not match or {".", ".."} & set(match["path"].split("/")):
+        refuse("is not a URL of the form https://host[:port]/path")
+    try:
+        host, port = split_netloc(match["netloc"])
+    except ValueError as error:
+        refuse(str(error))
+    netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
+    root = provider.root_of(match["path"])
+    if root is None:
+        forms = " or ".join(f"{match['scheme']}://{netloc}{form}" for form in (provider.default_root, ""))
+        refuse(f"its path {outside_text(match['path'], 100)} is not one of this provider's", f"use {forms}")
+    root = f"{match['scheme']}://{netloc}{root}"
+    return Endpoint(root, root + provider.generate_path, host, provider.region_of(host) or "")
+
+
+def check_trust(endpoint: Endpoint, source: str, provider: Provider, trusted: frozenset[str]) -> None:
+    """Let the key go only to its owner, to loopback, or to a host that the user trusts by name.
+
+    Where calls may go without a key any host may be asked: `key_for` decides whether the key goes along.
+
+    Raises:
+        Failure: host_not_trusted.
+    """
+    if endpoint.is_loopback or provider.key_places is None or provider.key_places.optional:
+        return
+    if endpoint.root.startswith("http://"):
+        raise Failure("invalid_base_url", f"{source}: http would send the key in the clear; only loopback may use it")
+    if not provider.owns(endpoint.host) and endpoint.host not in trusted:
+        raise Failure(
+            "host_not_trusted",
+            f"{source}: {endpoint.host} is not a host of {provider.name}, so the key is not sent there",
+        )
+
+
+def key_for(provider: Provider, endpoint: Endpoint, trusted: frozenset[str], env: Mapping[str, str]) -> Key:
+    """The key that calls to an endpoint carry; an empty one where they carry none.
+
+    Raises:
+        Failure: key_missing, key_malformed.
+    """
+    places = provider.key_places
+    if places is None:
+        return NO_KEY
+    if not places.optional:
+        return find_key(places, env)
+    entitled = may_have_optional_key(endpoint, provider, trusted, env)
+    try:
+        key = find_key(places, env)
+    except Failure as failure:
+        if entitled and failure.code != "key_missing":
+            raise
+        return NO_KEY
+    if entitled:
+        return key
+    how = f"--trust-host {endpoint.host}" if endpoint.root.startswith("https://") else "https, or a tunnel to loopback"
+    return NO_KEY._replace(warning=f"{places.variable} is not sent to {endpoint.host}; if that host needs it: {how}")
+
+
+def may_have_optional_key(
+    endpoint: Endpoint, provider: Provider, trusted: frozenset[str], env: Mapping[str, str]
+) -> bool:
+    """Whether a host is loopback, or over https the one that the user's environment names, or trusted by name."""
+    if endpoint.is_loopback:
+        return True
+    hosts = set(trusted)
+    for text in filter(None, (env.get(name) for name in provider.base_url_variables)):
+        with contextlib.suppress(Failure):
+            hosts.add(parse_base_url(text, "environment", provider).host)
+            break
+    return endpoint.root.startswith("https://") and endpoint.host in hosts
+
+
+def choose_endpoint(
+    provider: Provider,
+    *,
+    flag: str | None,
+    request_url: str | None,
+    region: str | None,
+    env: Mapping[str, str],
+    trusted: frozenset[str],
+) -> Endpoint:
+    """The endpoint by precedence: flag, request, region, environment, the provider's default region.
+
+    Raises:
+        Failure: invalid_base_url, host_not_trusted, region_mismatch.
+    """
+    candidates = [("--base-url", flag), ("base_url", request_url)]
+    if provider.in_process:
+        for source, text in candidates:
+            if text not in (None, IN_PROCESS):
+                what = f"{provider.name} works in this process and is called at no URL"
+                raise Failure("invalid_base_url", f"{source}: {what}", hint="leave it out")
+        return Endpoint("", IN_PROCESS, "", provider.default_region)
+    if region is None:
+        candidates += [(name, env.get(name) or None) for name in provider.base_url_variables]
+    candidates.append(("--region", provider.roots[region or provider.default_region]))
+    source, text = next((source, text) for source, text in candidates if text is not None)
+    if not text and source == "--region":
+        variables = " or ".join(provider.base_url_variables)
+        hint = f"set {variables}, or give --base-url http://127.0.0.1:PORT{provider.default_root}"
+        raise Failure("invalid_base_url", f"no server is named for {provider.name}: {hint}", hint=hint)
+    endpoint = parse_base_url(text, source, provider)
+    check_trust(endpoint, source, provider, trusted)
+    if region and endpoint.region and endpoint.region != region:
+        raise Failure(
+            "region_mismatch",
+            f"--region {region} contradicts {source}, whose host {endpoint.host} is {endpoint.region}",
+        )
+    known = endpoint.region or region or provider.default_region
+    return Endpoint(endpoint.root, endpoint.url, endpoint.host, known)
+
+
+@contextlib.contextmanager
+def telling_of_withheld(key: Key) -> Iterator[None]:
+    """A service that misses a key which was kept from it is not refusing the key."""
+    try:
+        yield
+    except Failure as failure:
+        if key.warning and failure.exit_code == EXIT_KEY:
+            failure.facts["hint"] = key.warning
+        raise
