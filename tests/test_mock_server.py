@@ -27,7 +27,10 @@ import requests
 from PIL import Image
 
 import mock_server
-from mock_server import FAULTS, MockServer, Picture, RateLimit, draw_file, fault_plan
+from mock_server import FAULTS, MockServer
+from zimage_mock.drawing import PICTURES_KEPT, Picture, draw, draw_file
+from zimage_mock.faults import fault_plan
+from zimage_mock.limits import RateLimit
 
 SCRIPT = Path(mock_server.__file__)
 PROMPT = "A red panda reading a book"
@@ -298,10 +301,10 @@ class TestPictures:
     @pytest.mark.parametrize("width, height", [(256, 1024), (1024, 256), (512, 8192), (8192, 512)])
     def test_every_landscape_fits_every_shape(self, width: int, height: int) -> None:
         for seed in range(6):
-            assert mock_server.draw(Picture("a bay", seed, width, height)).size == (width, height)
+            assert draw(Picture("a bay", seed, width, height)).size == (width, height)
 
     def test_the_cache_is_bounded(self) -> None:
-        assert draw_file.cache_info().maxsize == mock_server.PICTURES_KEPT
+        assert draw_file.cache_info().maxsize == PICTURES_KEPT
 
 
 class TestRate:
@@ -477,15 +480,15 @@ class TestFaults:
             assert Image.open(io.BytesIO(reply.content)).format == "JPEG"
 
     def test_a_plan_is_used_up_entry_by_entry(self) -> None:
-        plan = fault_plan("429, 500*2 ,ok,hangup-after")
+        plan = fault_plan("429, 500*2 ,ok,hangup-after", FAULTS)
         assert [next(plan) for _ in range(7)] == ["429", "500", "500", "ok", "hangup-after", "ok", "ok"]
-        for_ever = fault_plan("429,503*inf")
+        for_ever = fault_plan("429,503*inf", FAULTS)
         assert [next(for_ever) for _ in range(50)] == ["429"] + ["503"] * 49
 
     @pytest.mark.parametrize("spec", ["no-such", "429*", "429*0", "429*-1", "429*x", "*3", "429;500"])
     def test_a_wrong_plan_is_a_value_error(self, spec: str) -> None:
         with pytest.raises(ValueError):
-            fault_plan(spec)
+            fault_plan(spec, FAULTS)
 
     def test_an_invalid_request_is_never_billed_by_a_fault(self) -> None:
         with MockServer(rpm=0, faults="hangup-after") as mock:
@@ -620,6 +623,26 @@ class TestCommandLine:
         assert list(lines) == list(FAULTS)
         assert lines["task-lost"].endswith("(zimageturbo only)") and lines["bad-base64"].endswith("(openai only)")
         assert "only" not in lines["hangup-after"]
+
+
+@pytest.mark.parametrize(
+    "program", [[str(SCRIPT)], ["-c", f"import sys; sys.path.append({str(SCRIPT.parent)!r}); import mock_server"]]
+)
+def test_no_package_of_the_same_name_is_loaded_in_place_of_its_parts(tmp_path: Path, program: list[str]) -> None:
+    """A package with an __init__.py wins over a folder without one, wherever in the path it lies."""
+    for name in ("zimage_mock", "mock"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "__init__.py").write_text("raise SystemExit('the decoy was loaded')")
+    done = subprocess.run(
+        [sys.executable, *program, "--fault", "list"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 OFFICIAL_CLIENT = """

@@ -32,8 +32,8 @@ import pytest
 from PIL import Image
 
 import generate_image
-import mock_server
 import zimage.outside
+import zimage_mock.faults
 from batch_helpers import BATCH, SMALL_PNG, Batch, assert_counts
 from conftest import GENERATE as SCRIPT
 from conftest import SCRIPTS, Result, Shell
@@ -1550,7 +1550,7 @@ def test_fifty_rows_killed_and_resumed_are_all_made_and_none_is_paid_for_twice(
     shell: Shell, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Against the mock service: killed while requests are out, twice, and once more while tasks are asked after."""
-    monkeypatch.setattr(mock_server, "draw_file", lambda made: drawn(made.kind.upper(), made.width, made.height))
+    monkeypatch.setattr(zimage_mock.faults, "draw_file", lambda made: drawn(made.kind.upper(), made.width, made.height))
     batch = ProviderBatch(case, shell)
     prompts = batch.prompts(50)
     options = ("--concurrency", "5", "--quiet", *(["--rpm", "1200"] if case.by_task else []))  # time to kill it
@@ -1797,7 +1797,7 @@ CORN = "corn-0123456789abcdef"
 def copied(shell: Shell, tmp_path: Path) -> Path:
     """The scripts in a folder of their own, and the shell set to use them."""
     copy = tmp_path / "copy"
-    shutil.copytree(SCRIPTS, copy, ignore=shutil.ignore_patterns("__pycache__", "mock_server.py"))
+    shutil.copytree(SCRIPTS, copy, ignore=shutil.ignore_patterns("__pycache__", "mock_server.py", "zimage_mock"))
     shell.script = copy / SCRIPT.name
     return copy
 
