@@ -9,7 +9,6 @@ import importlib.util
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,9 +19,10 @@ from typing import Any
 import jsonschema
 import pytest
 
-from conftest import SKILL, TEST_KEY
+from conftest import ROOT, SKILL, TEST_KEY
 
-EVALS = SKILL / "evals"
+TOLD_IN = SKILL / "evals"
+EVALS = ROOT / "tests" / "evals"
 RUNNER = EVALS / "run_evals.py"
 
 spec = importlib.util.spec_from_file_location("run_evals", RUNNER)
@@ -31,8 +31,8 @@ run_evals: Any = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(run_evals)
 
 TASKS: dict[str, Any] = run_evals.load_tasks()
-TOLD = json.loads((EVALS / "evals.json").read_text(encoding="utf-8"))
-TRIGGERS = json.loads((EVALS / "triggers.json").read_text(encoding="utf-8"))
+TOLD = json.loads((TOLD_IN / "evals.json").read_text(encoding="utf-8"))
+TRIGGERS = json.loads((TOLD_IN / "triggers.json").read_text(encoding="utf-8"))
 WRONG: dict[tuple[str, str], Any] = {
     (path.stem, wrong["name"]): wrong
     for path in sorted((EVALS / "wrong").glob("*.json"))
@@ -154,7 +154,7 @@ def test_there_are_tasks_of_all_kinds_in_both_languages() -> None:
 
 def test_every_file_belongs_to_a_task() -> None:
     used = {Path(file).name for told in TOLD["evals"] for file in told["files"]}
-    assert {path.name for path in (EVALS / "files").iterdir()} == used
+    assert {path.name for path in (TOLD_IN / "files").iterdir()} == used
     assert {path.stem for path in (EVALS / "solutions").iterdir()} == set(TASKS)
     assert {path.stem for path in (EVALS / "wrong").iterdir()} == set(TASKS)
 
@@ -232,25 +232,24 @@ def test_a_wrong_solution_fails_for_the_reason_that_it_names(play: Play, task: s
 # The runner -----------------------------------------------------------------------------------------------------------
 
 
-def runner(*arguments: str, script: Path = RUNNER, stdin: str = "") -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(script), *arguments]
-    return subprocess.run(command, input=stdin, capture_output=True, timeout=60, check=False, encoding="utf-8")
+def runner(*arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(RUNNER), *arguments]
+    return subprocess.run(command, input="", capture_output=True, timeout=60, check=False, encoding="utf-8")
 
 
 @posix
-def test_the_runner_works_from_the_copied_folder_alone_and_grades_a_kept_folder_again(tmp_path: Path) -> None:
-    script = Path(shutil.copytree(SKILL, tmp_path / "zimage")) / "evals" / "run_evals.py"
+def test_the_runner_grades_a_kept_folder_again(tmp_path: Path) -> None:
     kept = tmp_path / "kept"
-    done = runner("--task", "short-prompt", "--keep", str(kept), script=script)
+    done = runner("--task", "short-prompt", "--keep", str(kept))
     assert done.returncode == 0, done.stderr
     verdict = json.loads(done.stdout)
-    again = runner("--after", str(kept), script=script)
+    again = runner("--after", str(kept))
     assert again.returncode == 0
     # Grading reads the folder only: what was played, said or returned is not in it.
     assert json.loads(again.stdout) == {name: value for name, value in verdict.items() if name != "commands"}
     for picture in kept.glob("project/output/ai-image-zimage-turbo/images/*"):
         picture.write_bytes(picture.read_bytes()[:-5000])
-    broken = runner("--after", str(kept), script=script)
+    broken = runner("--after", str(kept))
     assert broken.returncode == 1
     assert json.loads(broken.stdout)["failed"] == ["whole", "pictures"]
 

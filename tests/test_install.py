@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -320,6 +321,17 @@ def test_the_package_is_the_whole_skill(shell: Shell, mock: MockServer, reposito
     assert [path.name for path in shell.folder.iterdir()] == [NAME]
     assert_whole(shell.folder / NAME)
     assert_draws(shell, mock, shell.folder / NAME, sys.executable)
+
+
+def test_the_package_holds_nothing_that_only_its_makers_need(shell: Shell, repository: Path) -> None:
+    """Of the evals what other tools read. How they are graded is of no use to users, and tells an agent the answers."""
+    with zipfile.ZipFile(packed(shell, repository)) as archive:
+        names = archive.namelist()
+    told = json.loads((SKILL / "evals" / "evals.json").read_text(encoding="utf-8"))
+    evals = {"evals/evals.json", "evals/triggers.json"}.union(*(one["files"] for one in told["evals"]))
+    assert {name for name in names if name.startswith(f"{NAME}/evals/")} == {f"{NAME}/{name}" for name in evals}
+    assert not [name for name in names if re.search(r"checks|solutions|wrong|run_evals|test", name.removeprefix(NAME))]
+    assert len(names) <= 60
 
 
 @pytest.mark.parametrize("place", ["~/.claude/skills", "my agents/skills"])

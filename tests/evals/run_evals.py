@@ -22,8 +22,9 @@ FILE is a JSON list, its steps played in order: a string is a line for sh, a lis
 --live prints the scene first (prompt, working folder, environment, a copy of the skill without these evals): start the
 agent there. The verdict is JSON on stdout; exit 0 when all checks pass, 1 when one fails, 2 for a mistake in the call.
 
-The tasks are in evals.json, which has nothing but the fields of the format, so that other tools read it too; what
-only this program understands is in checks.json: `setup` (the scene) and `checks`, each one function of `CHECKS` below.
+The tasks are in evals.json of the skill, which has nothing but the fields of the format, so that other tools read it
+too; what only this program understands is in checks.json beside it, and never installed: `setup` (the scene) and
+`checks`, each one function of `CHECKS` below.
 A check sees the project folder and the statistics of the mock service, never what anybody said or how a command ended.
 Needs sh. What is played has an empty home, a mock key, and a dead proxy in place of the network.
 """
@@ -49,8 +50,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
-EVALS = Path(__file__).resolve().parent
-SKILL = EVALS.parent
+HERE = Path(__file__).resolve().parent
+SKILL = HERE.parents[1] / "skills" / "ai" / "image" / "alicloud-ai-image-zimage-turbo"
 sys.path.insert(0, str(SKILL / "scripts"))
 
 from PIL import Image
@@ -81,7 +82,7 @@ class Task(NamedTuple):
 
 def load_tasks() -> dict[str, Task]:
     """All tasks by name, from the two files."""
-    told = {task["id"]: task for task in read_json(EVALS / "evals.json")["evals"]}
+    told = {task["id"]: task for task in read_json(SKILL / "evals" / "evals.json")["evals"]}
     return {
         extra["name"]: Task(
             extra["id"],
@@ -91,7 +92,7 @@ def load_tasks() -> dict[str, Task]:
             extra["setup"],
             extra["checks"],
         )
-        for extra in read_json(EVALS / "checks.json")["tasks"]
+        for extra in read_json(HERE / "checks.json")["tasks"]
     }
 
 
@@ -502,7 +503,7 @@ def live(task: Task, folder: Path) -> Json:
 
 def solution(task: Task) -> list[Step]:
     """The reference solution."""
-    return list(read_json(EVALS / "solutions" / f"{task.name}.json"))
+    return list(read_json(HERE / "solutions" / f"{task.name}.json"))
 
 
 def verdicts(options: argparse.Namespace, tasks: dict[str, Task]) -> Iterator[Json]:
