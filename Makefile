@@ -2,7 +2,7 @@
 # make check  validation, skill format, lint, types, all tests
 # make install-skill DEST=~/.claude/skills  the skill's folder, directly under DEST
 # make package  the skill as a zip in dist/, the same bytes each time
-# make bench  one picture and batches: speed beside the official client, rate, kills, scale (20 minutes; not a test)
+# make bench  start-up, one picture and batches: beside the official client, rate, kills, scale (25 minutes; not a test)
 
 VENV := .venv
 # Windows, in Git Bash: a venv has other names there, and `python3` is a link to a shop.
@@ -95,6 +95,7 @@ $(VENV)/.clients: Makefile
 		echo "no npm, or no registry: the tests that install the skill into agents will be skipped"
 
 bench: $(VENV)/.checks
+	$(BIN)/python tests/benchmarks/start_up.py
 	$(BIN)/python tests/benchmarks/one_picture.py
 	$(BIN)/python tests/benchmarks/batch_speed.py
 	$(BIN)/python tests/benchmarks/batch_rate.py
