@@ -1,5 +1,7 @@
 # make demo   one mock picture, no key, no network beyond installing
-# make check  validation, skill format, lint, types, all tests
+# make smoke  lint, and the first rows of the main tests: half a minute, while you work
+# make check  validation, skill format, lint, types, all tests that need light packages only (300 MB)
+# make check-all  the other tests: the model in process, the agents, the gallery in a browser (installs 2 GB)
 # make install-skill DEST=~/.claude/skills  the skill's folder, directly under DEST
 # make package  the skill as a zip in dist/, the same bytes each time
 # make bench  start-up, one picture and batches: beside the official client, rate, kills, scale (25 minutes; not a test)
@@ -26,12 +28,15 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 export PYTHONUTF8 := 1
 
-.PHONY: help demo check validate skill lint types test browser local clients bench package install-skill clean
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+
+.PHONY: help demo smoke check check-all validate skill lint types test browser local clients bench package \
+	install-skill clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
 
-# Two stamps: the demo installs only what the skill needs, the checks install everything.
+# Two stamps: the demo installs only what the skill needs, the checks what light tests need. Heavy ones have their own.
 $(BIN)/python$(EXE):
 	$(PYTHON) -m venv $(VENV)
 
@@ -46,7 +51,14 @@ $(VENV)/.checks: requirements.txt | $(BIN)/python$(EXE)
 demo: $(VENV)/.skill
 	@PATH="$$PWD/$(BIN):$$PATH" sh tests/demo.sh
 
+smoke: lint
+	$(PYTEST) --quiet -m smoke
+
 check: validate skill lint types test
+
+# Beside `make check`, not instead of it: the tests that conftest.py marks as heavy.
+check-all: $(VENV)/.checks browser local clients
+	$(PYTEST) -m heavy
 
 # Needs nothing but python3: everything compiles.
 validate:
@@ -69,15 +81,19 @@ lint: $(VENV)/.checks
 types: $(VENV)/.checks
 	$(BIN)/mypy --platform linux $(SKILL)/scripts tests
 
-test: $(VENV)/.checks browser local clients
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+test: $(VENV)/.checks
+	$(PYTEST) -m "not heavy"
 
 # The gallery is tested in a real browser. Where it can be installed without asking it is; else those tests are skipped.
-browser:
+browser: $(VENV)/.browser
 	@command -v chromedriver >/dev/null || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
 		export DEBIAN_FRONTEND=noninteractive; apt-get install -qq -y --no-install-recommends chromium chromium-driver >/dev/null || \
 		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends chromium chromium-driver >/dev/null; }; \
 	fi || echo "no Chromium: the tests of the gallery in a browser will be skipped"
+
+$(VENV)/.browser: requirements-browser.txt $(VENV)/.checks
+	@$(PIP) --requirement requirements-browser.txt && touch $@ || \
+		echo "no selenium: the tests of the gallery in a browser will be skipped"
 
 # The provider that runs the model in its own process is tested with a tiny model. torch comes first and pinned: a range
 # would take the newest build. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gives a small one for Linux.

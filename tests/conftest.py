@@ -10,10 +10,11 @@ import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 
@@ -24,6 +25,9 @@ GENERATE = SCRIPTS / "generate_image.py"
 MOCK = SCRIPTS / "mock_server.py"
 TEST_KEY = "sk-test-0123456789abcdef"
 KEPT_VARIABLES = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LD_LIBRARY_PATH")
+# What `make check-all` installs, or reaches a package index for. A test that asks for one of these is `heavy`.
+HEAVY_FIXTURES = {"whole_model", "browser", "agents", "uv"}
+SMOKE_ROWS = 2
 
 sys.path.insert(0, str(SCRIPTS))
 
@@ -32,6 +36,31 @@ collect_ignore = ["test_batch_run.py", "test_batch_state.py"] if os.name == "nt"
 
 from fault_server import FaultServer
 from mock_server import MockServer
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark what is heavy; of a table that is marked `smoke` keep the first rows, where only `smoke` is asked for."""
+    seen: Counter[str] = Counter()
+    left_out = []
+    for item in items:
+        if HEAVY_FIXTURES.intersection(getattr(item, "fixturenames", ())):
+            item.add_marker("heavy")
+        if config.option.markexpr == "smoke" and item.get_closest_marker("smoke"):
+            table = item.nodeid.partition("[")[0]
+            seen[table] += 1
+            if seen[table] > SMOKE_ROWS:
+                left_out.append(item)
+    if left_out:
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if item not in left_out]
+
+
+def cannot(reason: str) -> NoReturn:
+    """What a machine lacks is skipped; CI must lack nothing."""
+    if os.environ.get("CI"):
+        pytest.fail(f"CI must be able to: {reason}")
+    pytest.skip(f"cannot {reason}")
 
 
 @dataclass

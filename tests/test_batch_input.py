@@ -87,6 +87,7 @@ FORMATS: dict[str, tuple[str, bytes, list[str]]] = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", FORMATS)
 def test_every_form_of_a_list_gives_its_prompts(batch: Batch, case: str) -> None:
     name, content, prompts = FORMATS[case]
@@ -216,6 +217,7 @@ WRONG_ROWS: dict[str, tuple[bytes, str]] = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", WRONG_ROWS)
 def test_a_wrong_row_is_told_with_its_line_and_field(batch: Batch, case: str) -> None:
     content, field = WRONG_ROWS[case]
@@ -713,6 +715,7 @@ DRY: dict[str, tuple[list[dict[str, Any]], tuple[str, ...], int, float]] = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", DRY)
 def test_a_dry_run_counts_and_prices_what_would_be_made(batch: Batch, case: str) -> None:
     rows, options, pictures, cost = DRY[case]

@@ -140,6 +140,7 @@ def test_a_second_signal_still_prints_one_object(batch: Batch) -> None:
     assert result.error["code"] == "interrupted"
 
 
+@pytest.mark.smoke
 def test_damaged_state_is_one_clear_error(batch: Batch) -> None:
     batch.prompts(1)
     assert batch.run().code == 0

@@ -105,6 +105,7 @@ def mixed(batch: Batch) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_every_picture_has_its_line_whatever_became_of_it(batch: Batch) -> None:
     mixed(batch)
     entries = batch.results()

@@ -394,6 +394,7 @@ def test_a_picture_that_costs_double_is_reserved_at_its_price(batch: Batch) -> N
     assert result.json["estimated_cost"] == pytest.approx(2 * PRICE)
 
 
+@pytest.mark.smoke
 def test_a_ceiling_of_nothing_sends_nothing(batch: Batch) -> None:
     batch.prompts(2)
     assert batch.run("--max-cost", "0").code == 1
@@ -901,6 +902,7 @@ def test_a_gallery_may_be_written_beside_a_running_batch(batch: Batch) -> None:
     assert batch.states() == {"a": "saved", "b": "saved"}
 
 
+@pytest.mark.smoke
 def test_what_is_sent_is_exactly_what_the_row_says(batch: Batch) -> None:
     batch.rows({"prompt": "  a\tb ", "size": "640x512", "seed": 0}, {"prompt": "c", "aspect_ratio": "16:9"})
     assert batch.run().code == 0

@@ -258,6 +258,7 @@ def test_temporary_files_of_a_dead_run_go_and_those_of_others_stay(batch: Batch)
     assert all(path.read_text(encoding="utf-8") == "mine" for path in mine)
 
 
+@pytest.mark.smoke
 def test_a_finished_batch_starts_again_without_any_network(batch: Batch) -> None:
     batch.rows("a", "b")
     assert batch.run().code == 0
@@ -349,6 +350,7 @@ def test_rows_that_are_moved_or_removed_are_not_paid_again(batch: Batch, case: s
     assert {(entry["prompt"], entry["output"]): entry["seed"] for entry in batch.results()} == before
 
 
+@pytest.mark.smoke
 def test_only_what_is_added_is_paid(batch: Batch) -> None:
     batch.rows("x", "x", "y")
     assert batch.run().code == 0

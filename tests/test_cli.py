@@ -160,6 +160,7 @@ def test_a_usage_error_is_json_only_where_json_was_asked_for(shell: Shell, argum
 # -- Streams -----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_stdout_carries_the_path_alone(shell: Shell, mock: MockServer) -> None:
     shell.use(mock)
     result = shell.run(*SMALL)
@@ -645,6 +646,7 @@ def test_a_picture_of_another_size_is_saved_with_a_warning(shell: Shell) -> None
 # -- Evidence ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_the_evidence_holds_what_was_asked_paid_and_saved(shell: Shell, mock: MockServer) -> None:
     shell.use(mock)
     before = datetime.now(timezone.utc)
@@ -762,6 +764,7 @@ OUTCOMES = [  # faults of the mock, exit code, error code, billed, status of the
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("faults", "code", "name", "billed", "status", "calls"), OUTCOMES, ids=[outcome[0] for outcome in OUTCOMES]
 )
@@ -949,6 +952,7 @@ def test_a_broken_package_is_found_before_paying(
     assert shell.files() == []
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], *(["--schema", n] for n in SCHEMAS)])
 def test_what_needs_no_package_imports_none(shell: Shell, arguments: list[str]) -> None:
     block(shell, "requests", "jsonschema", "PIL", "urllib3")

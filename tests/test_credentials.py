@@ -95,6 +95,7 @@ def refused(shell: Shell, mock: MockServer) -> dict[str, Any]:
 # -- Order of places ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("first", range(len(KEYS)), ids=list(KEYS))
 def test_places_are_looked_at_in_order(shell: Shell, first: int) -> None:
     for place in list(KEYS)[first:]:
@@ -465,6 +466,7 @@ def test_the_key_is_in_no_output_and_no_file_of_a_good_run(shell: Shell, place: 
             assert_nowhere(shell, result, secret)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "faults", ["401", "403", "400", "429-long", "blocked", "500-html", "hangup-after", "image-404"]
 )

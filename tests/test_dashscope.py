@@ -59,6 +59,7 @@ def failure(status: int, value: Any, **headers: str) -> Failure:
 # What is sent --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @responses.activate
 def test_sends_exactly_the_documented_request() -> None:
     responses.post(URL, json=body({"image": LINK}))
@@ -181,6 +182,7 @@ ERROR_ROWS = [  # HTTP status, code, exit, billed, sent again: facts of the vend
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("status", "code", "exit_code", "billed", "again"), ERROR_ROWS)
 def test_every_error_row_has_its_exit_code(status: int, code: str, exit_code: int, billed: str, again: bool) -> None:
     error = failure(status, {"code": code, "message": "said", "request_id": "r-9"})

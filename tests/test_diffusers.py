@@ -1,7 +1,7 @@
 """The model in this process, with a tiny one of random weights on the CPU.
 
-Tests that draw need the packages of requirements-local.txt. Without these they are skipped, or, where CI is set, they
-fail. All others run everywhere: what must hold without the packages is tested by hiding them.
+Tests that draw need the packages of requirements-local.txt, and are heavy. Without these they are skipped, or, where
+CI is set, they fail. All others run everywhere: what must hold without the packages is tested by hiding them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from conftest import ROOT, SCRIPTS, Result, Shell
+from conftest import ROOT, SCRIPTS, Result, Shell, cannot
 from zimage import contract
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure
@@ -119,21 +119,12 @@ def local(shell: Shell, tmp_path: Path) -> Local:
     return Local(shell, folder)
 
 
-def need_packages() -> None:
-    absent = [name for name in REQUIREMENTS if importlib.util.find_spec(name) is None]
-    if not absent:
-        return
-    if os.environ.get("CI"):
-        pytest.fail(
-            f"CI must have the packages of requirements-local.txt; these are not installed: {', '.join(absent)}"
-        )
-    pytest.skip(f"needs requirements-local.txt: {', '.join(absent)}")
-
-
 @pytest.fixture(scope="session")
 def whole_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A complete model, not to be changed."""
-    need_packages()
+    absent = [name for name in REQUIREMENTS if importlib.util.find_spec(name) is None]
+    if absent:
+        cannot(f"run the model: `make local` installs {', '.join(absent)}")
     folder = tmp_path_factory.mktemp("model")
     script = ROOT / "tests" / "tiny_model.py"
     subprocess.run([sys.executable, script, folder], check=True, capture_output=True, timeout=120)
@@ -200,6 +191,7 @@ def test_missing_packages_are_all_named_with_a_line_that_installs_them(local: Lo
     assert local.shell.files() == [] and local.log() == []
 
 
+@pytest.mark.smoke
 def test_help_and_dry_run_need_no_package(local: Local) -> None:
     local.hide(*REQUIREMENTS)
     help_text = local.call("--help")

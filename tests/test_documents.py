@@ -126,6 +126,7 @@ def test_skill_md_tells_what_to_do_after_every_exit_code() -> None:
     assert told == {0, 130, 143} | {kind.exit_code for kind in KINDS.values()} - {128}
 
 
+@pytest.mark.smoke
 def test_every_file_a_document_names_exists() -> None:
     for text in (README, SKILL_MD):
         for name in re.findall(r"\]\(([^)#:]+)\)|src=\"([^\"]+)\"", text):
@@ -137,6 +138,7 @@ def test_every_file_a_document_names_exists() -> None:
 # Tables against the program ------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 def test_errors_md_has_a_row_for_every_error_code_and_none_else() -> None:
     documented = {code_spans(cells[0])[0]: cells for cells in rows(REFERENCES["errors.md"], 4) if code_spans(cells[0])}
     assert set(documented) == set(KINDS)
@@ -179,6 +181,7 @@ def test_documented_prices_are_the_ones_that_are_estimated() -> None:
     assert f"US${DashScope.prices['singapore'][0]}" in SKILL_MD
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("command", "reference", "in_words"), COMMANDS, ids=["image", "batch"])
 def test_reference_and_help_name_the_same_options(command: Any, reference: str, in_words: set[str]) -> None:
     in_help = set(re.findall(r"--[a-z][a-z-]+", command.build_parser().format_help()))
@@ -287,6 +290,7 @@ def shell_examples() -> Iterator[tuple[str, str]]:
                 yield f"{name} {number}", block.replace("source .venv/bin/activate\n", "")
 
 
+@pytest.mark.smoke
 @pytest.mark.skipif(os.name == "nt", reason="the examples are for a POSIX shell")
 @pytest.mark.parametrize(("name", "script"), list(shell_examples()), ids=lambda value: value if len(value) < 40 else "")
 def test_every_shell_example_runs_against_the_mock(clone: Shell, mock: MockServer, name: str, script: str) -> None:

@@ -205,6 +205,7 @@ def play(request: pytest.FixtureRequest) -> Iterator[Play]:
         pool.shutdown(cancel_futures=True)
 
 
+@pytest.mark.smoke
 @posix
 @pytest.mark.parametrize("task", TASKS)
 def test_the_reference_solution_passes(play: Play, task: str) -> None:

@@ -309,6 +309,7 @@ BODIES = [
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("fault", STATUSES + CODES + BODIES, ids=by_name)
 def test_an_answer_without_a_picture_means_what_the_contract_says(
     shell: Shell, service: FaultServer, fault: Fault
@@ -394,6 +395,7 @@ CUT = [
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("fault", CUT, ids=by_name)
 def test_a_cut_answer_is_unknown_and_never_sent_twice(shell: Shell, service: FaultServer, fault: Fault) -> None:
     service.play(GENERATE, *fault.plays)
@@ -750,6 +752,7 @@ DOWNLOADS = [
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("fault", DOWNLOADS, ids=by_name)
 def test_a_failing_download_costs_nothing_more_and_touches_nothing(
     shell: Shell, service: FaultServer, fault: Fault

@@ -41,6 +41,7 @@ def job(workflow: dict[Any, Any]) -> dict[str, Any]:
     return job
 
 
+@pytest.mark.smoke
 def test_every_yaml_file_is_valid() -> None:
     paths = sorted(GITHUB.rglob("*.yml"))
     assert len(paths) == 5
@@ -48,7 +49,7 @@ def test_every_yaml_file_is_valid() -> None:
         assert read(path), path
 
 
-def test_the_workflow_runs_make_check_on_all_systems_and_pythons(job: dict[str, Any]) -> None:
+def test_the_workflow_runs_both_checks_on_all_systems_and_pythons(job: dict[str, Any]) -> None:
     matrix = job["strategy"]["matrix"]
     assert [name.split("-")[0] for name in matrix["os"]] == ["ubuntu", "macos", "windows"]
     assert not [name for name in matrix["os"] if name.endswith("-latest")]
@@ -56,7 +57,8 @@ def test_the_workflow_runs_make_check_on_all_systems_and_pythons(job: dict[str, 
     assert oldest
     assert matrix["python"] == [f"3.{minor}" for minor in range(int(oldest[1]), 16)]
     assert job["strategy"]["fail-fast"] is False
-    assert job["steps"][-1]["run"] == "make check"
+    assert [step["run"] for step in job["steps"][-2:]] == ["make check", "make check-all"]
+    assert "CI" in job["steps"][-1]["env"]
 
 
 def test_the_workflow_has_no_more_rights_and_time_than_it_needs(workflow: dict[Any, Any], job: dict[str, Any]) -> None:

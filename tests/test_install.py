@@ -24,7 +24,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from conftest import ROOT, SCRIPTS, SKILL, Result, Shell
+from conftest import ROOT, SCRIPTS, SKILL, Result, Shell, cannot
 from mock_server import MockServer
 from package import members
 from zimage.contract import VERSION
@@ -57,13 +57,6 @@ def manifest(name: str) -> dict[str, Any]:
 CLAUDE_MARKETPLACE = manifest(".claude-plugin/marketplace.json")
 CODEX_MARKETPLACE = manifest(".agents/plugins/marketplace.json")
 CODEX_PLUGIN = manifest("skills/.codex-plugin/plugin.json")
-
-
-def cannot(reason: str) -> None:
-    """What a machine lacks is skipped; CI must lack nothing."""
-    if os.environ.get("CI"):
-        pytest.fail(f"CI must be able to: {reason}")
-    pytest.skip(f"cannot {reason}")
 
 
 def command(shell: Shell, *words: str, folder: Path | None = None) -> Result:
@@ -177,6 +170,7 @@ def codex_skills(shell: Shell) -> list[dict[str, Any]]:
 # One version, and manifests that keep their rules ---------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("script", ["generate_image.py", "generate_batch.py"])
 def test_the_manifests_have_the_version_of_the_program(shell: Shell, script: str) -> None:
     shell.script = SCRIPTS / script

@@ -90,6 +90,7 @@ def assert_recovers_free(shell: Shell, service: FaultServer, picture: bytes | No
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("signum", "exit"), SIGNALS, ids=SIGNAL_NAMES)
 def test_a_signal_while_the_request_is_out_leaves_an_unknown_outcome(
     shell: Shell, service: FaultServer, signum: int, exit: int
@@ -255,6 +256,7 @@ def test_a_run_killed_while_the_picture_is_fetched_is_recovered_free(shell: Shel
     assert_recovers_free(shell, service)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("moment", range(10))
 def test_a_kill_at_any_moment_leaves_true_evidence_and_no_half_picture(
     shell: Shell, service: FaultServer, moment: int

@@ -8,12 +8,13 @@ import re
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from conftest import KEPT_VARIABLES, ROOT, SCRIPTS
+from conftest import KEPT_VARIABLES, ROOT, SCRIPTS, SMOKE_ROWS
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="make and sh")
 
@@ -78,6 +79,7 @@ def test_the_demo_leaves_no_server_behind(clone: Path) -> None:
     assert gone.returncode == 7, "something still listens"
 
 
+@pytest.mark.smoke
 def test_the_compile_step_needs_nothing_but_python3(clone: Path) -> None:
     done = run(clone, "make", "validate")
     assert done.returncode == 0, done.stderr
@@ -93,13 +95,38 @@ def test_the_compile_step_fails_on_a_script_that_does_not_compile(clone: Path) -
     assert not (clone / "output/alicloud-ai-image-zimage-turbo/validate.txt").exists()
 
 
-def test_ci_runs_make_check() -> None:
+def test_ci_runs_both_checks_and_may_skip_nothing() -> None:
     runner = ROOT / ".ci" / "run"
     assert os.access(runner, os.X_OK)
-    assert re.search(r"(?m)^exec make check$", runner.read_text(encoding="utf-8"))
+    assert re.search(r"(?ms)^export CI=1\b.*^make check\n^exec make check-all$", runner.read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize(
+    ("target", "selected", "heavy"),
+    [("check", '"not heavy"', False), ("check-all", "heavy", True), ("smoke", "smoke", False)],
+)
+def test_only_check_all_installs_what_is_heavy(clone: Path, target: str, selected: str, heavy: bool) -> None:
+    for path in ROOT.glob("requirements*.txt"):
+        shutil.copy(path, clone)
+    planned = run(clone, "make", "--dry-run", target).stdout
+    assert re.findall(r"pytest .*-m (.*)", planned) == [selected]
+    assert heavy or "ruff check" in planned
+    for name in ("torch", "requirements-local.txt", "requirements-browser.txt", "npm install", "chromium"):
+        assert (name in planned) == heavy, name
+
+
+def test_smoke_has_a_few_rows_of_every_file() -> None:
+    words = [sys.executable, "-m", "pytest", "--collect-only", "--quiet", "-p", "no:cacheprovider", "-m", "smoke"]
+    listed = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True).stdout
+    tests = [line for line in listed.splitlines() if "::" in line]
+    files = {path.relative_to(ROOT).as_posix() for path in Path(__file__).parent.glob("test_*.py")}
+    assert files - {test.partition("::")[0] for test in tests} == {"tests/test_gallery.py"}  # all of it is heavy
+    assert max(Counter(test.partition("[")[0] for test in tests).values()) == SMOKE_ROWS
+    assert len(tests) <= 100
 
 
 def test_every_requirement_has_an_upper_bound() -> None:
-    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
-        if line and not line.startswith("#"):
-            assert re.fullmatch(r"[\w-]+>=[\d.]+,<[\d.]+(; python_version .+)?", line), line
+    for path in ROOT.glob("requirements*.txt"):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            if line and not line.startswith("#"):
+                assert re.fullmatch(r"[\w-]+>=[\d.]+,<[\d.]+(; python_version .+)?", line), line

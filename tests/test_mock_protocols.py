@@ -147,6 +147,7 @@ class TestPaths:
 
 
 class TestSharedFaults:
+    @pytest.mark.smoke
     @both
     @pytest.mark.parametrize(
         "name, code",

@@ -369,6 +369,7 @@ ERRORS = [
 
 
 class TestFaults:
+    @pytest.mark.smoke
     @pytest.mark.parametrize("name, status, code", ERRORS)
     def test_each_documented_error_has_its_row(self, name: str, status: int, code: str) -> None:
         with MockServer(rpm=0, faults=name) as mock:

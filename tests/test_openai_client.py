@@ -33,6 +33,7 @@ def asked(request: Received) -> dict[str, Any]:
     return {"method": request.method, "target": request.target, "headers": kept, "body": json.loads(request.body)}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("key", [TEST_KEY, None])
 def test_our_request_is_the_official_clients(shell: Shell, server: FaultServer, key: str | None) -> None:
     shell.env["OPENAI_BASE_URL"] = f"{server.root}/v1"

@@ -63,6 +63,7 @@ def test_the_told_limit_is_used_to_95_percent_with_hardly_a_refusal(rate: float)
     assert refused <= 0.01
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("told", "true"), [(20, 10), (20, 16), (10, 9), (20, 5)])
 def test_it_settles_within_5_percent_under_a_limit_lower_than_told(told: float, true: float) -> None:
     _, settled, _ = simulate(told, true, 400)

@@ -171,6 +171,7 @@ def test_the_examples_of_a_template_become_valid_requests_of_good_length(name: s
         assert row["prompt"].count('"') % 2 == 0
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", SINGLE)
 def test_a_template_of_one_picture_is_planned_and_drawn(shell: Shell, mock: MockServer, name: str) -> None:
     shell.use(mock)

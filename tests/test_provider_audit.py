@@ -459,6 +459,7 @@ def test_a_batch_does_not_wait_longer_than_told_for_a_task(zt: Lab, batch: Provi
     assert batch.stored_states() == {"a": "submitted"}
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "picture",
     [{"b64_json": "="}, {"b64_json": "=", "url": None}, {"url": "data:image/png;base64,"}, {"url": "data:,"}],

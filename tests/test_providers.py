@@ -254,6 +254,7 @@ def test_what_a_provider_says_of_itself_fits_the_contract(name: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @over_both_forms
 def test_a_picture_is_made_saved_and_accounted_for(lab: Lab, case: Case) -> None:
     response = assert_saved(lab, lab.make(), png())
@@ -379,6 +380,7 @@ def lost(lab: Lab, name: str) -> Behaviour:
     return ways[name]
 
 
+@pytest.mark.smoke
 @over_all
 @pytest.mark.parametrize("name", ["502", "504", "html-500", "unlisted-5xx", "hangup", "cut", "empty", "redirect"])
 def test_an_answer_that_is_lost_is_unknown_and_never_sent_again(lab: Lab, name: str) -> None:
@@ -492,6 +494,7 @@ def test_a_name_that_was_taken_while_the_request_was_out_is_not_overwritten(lab:
     assert len(response["warnings"]) == 1
 
 
+@pytest.mark.smoke
 @needs_kill
 @over_both_forms
 @pytest.mark.parametrize("moment", ["collect", "finish"])

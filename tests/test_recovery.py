@@ -66,6 +66,7 @@ def jpeg(width: int, height: int, orientation: int) -> bytes:
 # The download --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "target",
     [

@@ -362,6 +362,7 @@ MALFORMED_REQUESTS: list[tuple[str, str]] = [  # the text behind --request, and 
 ]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(("text", "word"), MALFORMED_REQUESTS, ids=short)
 def test_refuses_a_malformed_request_before_anything_is_sent(
     shell: Shell, mock: MockServer, text: str, word: str
@@ -540,6 +541,7 @@ def test_a_position_leads_to_the_fault_in_a_file(shell: Shell) -> None:
 # -- Flags win ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [

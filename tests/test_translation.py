@@ -75,6 +75,7 @@ def differences(english: str, chinese: str) -> list[str]:
     return found
 
 
+@pytest.mark.smoke
 def test_the_chinese_readme_says_what_the_english_one_says() -> None:
     assert differences(ENGLISH, CHINESE) == []
 

@@ -635,6 +635,7 @@ def listener() -> Iterator[Listener]:
     found.close()
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "form",
     [
@@ -738,6 +739,7 @@ def test_netrc_is_never_used(shell: Shell) -> None:
     assert set(given) == {f"Bearer {mock.api_key}", None}
 
 
+@pytest.mark.smoke
 def test_the_key_goes_with_the_calls_and_not_with_the_download(shell: Shell) -> None:
     with Recording() as mock:
         shell.use(mock)
