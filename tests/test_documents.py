@@ -345,8 +345,11 @@ def test_agents_md_names_only_things_that_exist() -> None:
     text = (ROOT / "AGENTS.md").read_text(encoding="utf-8")
     for cells in rows(text, 2):
         for name in code_spans(cells[1]):
-            last = name.split(".")[-1] if not name.endswith((".py", ".md")) else ""
-            found = re.search(rf"\b{re.escape(last)}\b", SOURCES) if last else list(ROOT.rglob(name.split("/")[-1]))
+            if "/" in name or name.endswith((".py", ".md", ".json")):
+                places = [*SKILL.rglob(Path(name).name), *(ROOT / "tests").rglob(Path(name).name)]
+                found = any(path.as_posix().endswith(f"/{name}") for path in places)
+            else:
+                found = bool(re.search(rf"\b{re.escape(name.split('.')[-1])}\b", SOURCES))
             assert found, name
 
 

@@ -10,7 +10,6 @@ import pytest
 import yaml  # type: ignore[import-untyped]  # PyYAML comes with responses
 
 from conftest import ROOT, SCRIPTS
-from providers.dashscope import DashScope
 
 GITHUB = ROOT / ".github"
 FORMS = ["bug.yml", "idea.yml"]
@@ -110,9 +109,7 @@ def test_the_bug_form_asks_for_what_tells_most() -> None:
 
 def test_the_bug_form_lists_the_providers_that_there_are() -> None:
     files = sorted(path.stem for path in (SCRIPTS / "providers").glob("*.py"))
-    assert sorted(form("bug.yml")["provider"]["attributes"]["options"]) == sorted(
-        ["mock_server.py", DashScope.name, *files]
-    )
+    assert sorted(form("bug.yml")["provider"]["attributes"]["options"]) == sorted(["mock_server.py", *files])
 
 
 def test_issues_come_by_a_form_and_accounts_go_to_their_providers() -> None:
