@@ -17,12 +17,16 @@ import json
 import os
 import re
 import sys
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-if (_folder := os.path.dirname(os.path.realpath(__file__))) not in sys.path:  # PYTHONSAFEPATH leaves it out
-    sys.path.insert(0, _folder)
+_folder = os.path.dirname(os.path.realpath(__file__))
+if __name__ == "__main__":
+    _zimage = types.ModuleType("zimage")  # without an __init__.py any other package of that name would win
+    _zimage.__path__ = [os.path.join(_folder, "zimage")]
+    sys.modules["zimage"] = _zimage
 
 from zimage.console import Console
 from zimage.contract import DEFAULT_TIMEOUT, MAX_REQUEST_BYTES, MAX_SEED
