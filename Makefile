@@ -4,6 +4,7 @@
 # make check-all  the other tests: the model in process, the agents, the gallery in a browser (installs 2 GB)
 # make install-skill DEST=~/.claude/skills  the skill's folder, directly under DEST
 # make package  the skill as a zip in dist/, the same bytes each time
+# make standalone  the command for one picture as one file, dist/generate_image.pyz, the same bytes each time
 # make bench  start-up, one picture and batches: beside the official client, rate, kills, scale (25 minutes; not a test)
 
 VENV := .venv
@@ -31,7 +32,7 @@ export PYTHONUTF8 := 1
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 .PHONY: help demo smoke check check-all validate skill lint types test browser local clients bench package \
-	install-skill clean
+	standalone install-skill clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -120,6 +121,9 @@ bench: $(VENV)/.checks
 
 package:
 	@$(PYTHON) tests/package.py $(SKILL) $(PACKAGE)
+
+standalone:
+	@$(PYTHON) tests/standalone.py $(SKILL)/scripts dist/generate_image.pyz
 
 # What the package holds, with nothing left of an older version; an output/ beside it stays: pictures were paid for.
 install-skill: TO = $(patsubst ~/%,$(HOME)/%,$(DEST))

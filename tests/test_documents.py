@@ -81,7 +81,7 @@ def test_skill_md_frontmatter_keeps_the_rules_of_the_format() -> None:
 
 def test_versions_in_script_skill_and_changelog_are_one() -> None:
     version = re.search(r'(?m)^  version: "(.*)"$', SKILL_MD)
-    newest = re.search(r"(?m)^## (\S+)", CHANGELOG)
+    newest = re.search(r"(?m)^## (\S+)$", CHANGELOG)
     assert version and newest
     assert version[1] == newest[1] == VERSION
 

@@ -38,7 +38,7 @@ if __name__ == "__main__":
         signal.signal(_signum, _leave_early)
     gc.disable()  # one short run leaves nothing worth collecting, and imports are faster without
     _here = os.path.dirname(os.path.realpath(__file__))
-    if not os.path.exists(os.path.join(_here, "zimage")):
+    if not os.path.isfile(_here) and not os.path.exists(os.path.join(_here, "zimage")):  # a file: `make standalone`
         os.write(2, b"error: this script needs zimage/ beside it\nnext: copy the whole folder of the skill\n")
         raise SystemExit(2)
     _zimage = types.ModuleType("zimage")  # without an __init__.py any other package of that name would win

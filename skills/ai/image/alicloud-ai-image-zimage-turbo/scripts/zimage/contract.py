@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 SCRIPTS = Path(__file__).parent.parent  # the folder of the command lines, or the one file that holds all
+GENERATE_IMAGE = SCRIPTS if SCRIPTS.is_file() else SCRIPTS / "generate_image.py"  # what runs this code again
 
 VERSION = "0.4.0"
 SKILL = "alicloud-ai-image-zimage-turbo"

@@ -21,8 +21,8 @@ from zimage.contract import (
     EXIT_UNKNOWN,
     EXIT_UNUSABLE,
     REQUIREMENTS,
-    SCRIPTS,
 )
+from zimage.contract import GENERATE_IMAGE as GENERATE_IMAGE
 from zimage.outside import mask
 
 
@@ -35,7 +35,6 @@ class Kind(NamedTuple):
     hint: str
 
 
-GENERATE_IMAGE = SCRIPTS / "generate_image.py"
 INSTALL_HINT = (
     "run it with `uv run --script {script} …`, or make an environment: python3 -m venv .venv && "
     ".venv/bin/pip install {packages} (then call .venv/bin/python)"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
+import os
 import re
+import sys
+import types
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -19,10 +22,24 @@ PROVIDER_NAME = "[a-z][a-z0-9_]*"
 PROVIDERS = SCRIPTS / "providers"
 _loaded: dict[str, type[Provider]] = {}
 
+# Bound to the folder, or to its place in the archive: any other package of that name would win by its __init__.py.
+_package = types.ModuleType("providers")
+_package.__path__ = [str(PROVIDERS)]
+sys.modules["providers"] = _package
+
+
+def provider_files() -> list[str]:
+    if SCRIPTS.is_file():
+        import zipfile
+
+        with zipfile.ZipFile(SCRIPTS) as archive:
+            return [name.removeprefix("providers/") for name in archive.namelist() if name.startswith("providers/")]
+    return os.listdir(PROVIDERS) if PROVIDERS.is_dir() else []
+
 
 def provider_names() -> list[str]:
     """Every provider that there is, the default one first: a file each in providers/."""
-    names = {path.stem for path in PROVIDERS.glob("*.py") if re.fullmatch(PROVIDER_NAME, path.stem)}
+    names = {name[:-3] for name in provider_files() if re.fullmatch(rf"{PROVIDER_NAME}\.py", name)}
     return [DEFAULT_PROVIDER, *sorted(names - {DEFAULT_PROVIDER})]
 
 
@@ -36,13 +53,8 @@ def provider_class(name: str) -> type[Provider]:
         return _loaded[name]
     if name not in provider_names():
         raise Failure("usage", f"--provider: must be one of {', '.join(provider_names())}, got {shown(name)}")
-    spec = importlib.util.spec_from_file_location(f"providers.{name}", PROVIDERS / f"{name}.py")
     try:
-        if spec is None or spec.loader is None:
-            raise ImportError(name)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        loaded: type[Provider] = module.PROVIDER
+        loaded: type[Provider] = importlib.import_module(f"providers.{name}").PROVIDER
         if loaded.name != name:
             raise AttributeError(f"its PROVIDER is named {loaded.name}")
     except (Exception, SystemExit) as error:  # one that ends the process is no provider
