@@ -31,25 +31,34 @@ import sys
 import types
 
 
+def _wants_json() -> bool:
+    return True
+
+
+def _end_early(exit_code: int, code: str, message: str, hint: str) -> None:
+    """Tell an error before anything of zimage can be used, and end at once: nothing has been done yet."""
+    told = f'"code": "{code}", "message": "{message}", "hint": "{hint}", "exit_code": {exit_code}'
+    answer = f'{{"error": {{{told}, "retryable": false, "billed": "no"}}}}\n'
+    for stream, text in ((2, f"error: {code}: {message}\nnext: {hint}\n"), (1, answer if _wants_json() else "")):
+        try:  # noqa: SIM105  contextlib would be one import more before signals are heard
+            os.write(stream, text.encode())
+        except OSError:
+            pass  # nobody reads it
+    os._exit(exit_code)
+
+
 def _leave_early(number: int, _frame: object) -> None:
-    """Until main() installs its handlers nothing has been done: a signal ends the process at once."""
-    os.write(2, b"error: interrupted: before anything was sent\nnext: nothing was billed; run it again when you like\n")
-    error = (
-        '{"error": {"code": "interrupted", "message": "interrupted before anything was sent", "hint": "run it again", '
-        f'"exit_code": {128 + number}, "retryable": true, "billed": "no"}}}}\n'
-    )
-    os.write(1, error.encode())
-    os._exit(128 + number)
+    """What a signal does until main() installs its handlers."""
+    hint = "nothing was billed; run it again when you like"
+    _end_early(128 + number, "interrupted", "interrupted before anything was sent", hint)
 
 
 if __name__ == "__main__":
     for _signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_signum, _leave_early)
     _here = os.path.dirname(os.path.realpath(__file__))
-    if not os.path.exists(os.path.join(_here, "zimage")):
-        os.write(2, b"error: this script needs zimage/ beside it\n")
-        os.write(2, b"next: copy the whole folder of the skill\n")
-        raise SystemExit(2)
+    if not os.path.isfile(_here) and not os.path.exists(os.path.join(_here, "zimage")):  # a file: `make standalone`
+        _end_early(2, "missing_package", "this script needs zimage/ beside it", "copy the whole folder of the skill")
     _zimage = types.ModuleType("zimage")  # without an __init__.py any other package of that name would win
     _zimage.__path__ = [os.path.join(_here, "zimage")]
     sys.modules["zimage"] = _zimage

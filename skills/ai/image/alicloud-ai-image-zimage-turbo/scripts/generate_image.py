@@ -26,24 +26,41 @@ import signal
 import sys
 import types
 
+JSON_FLAGS = ("--print-response", "--check", "--dry-run", "--schema")
+
+
+def _wants_json() -> bool:
+    return any(text.partition("=")[0] in JSON_FLAGS for text in sys.argv[1:])
+
+
+def _end_early(exit_code: int, code: str, message: str, hint: str) -> None:
+    """Tell an error before anything of zimage can be used, and end at once: nothing has been done yet."""
+    told = f'"code": "{code}", "message": "{message}", "hint": "{hint}", "exit_code": {exit_code}'
+    answer = f'{{"error": {{{told}, "retryable": false, "billed": "no"}}}}\n'
+    for stream, text in ((2, f"error: {code}: {message}\nnext: {hint}\n"), (1, answer if _wants_json() else "")):
+        try:  # noqa: SIM105  contextlib would be one import more before signals are heard
+            os.write(stream, text.encode())
+        except OSError:
+            pass  # nobody reads it
+    os._exit(exit_code)
+
 
 def _leave_early(number: int, _frame: object) -> None:
-    """Until main() installs its handlers nothing has been done: a signal ends the process at once."""
-    os.write(2, b"error: interrupted: before anything was sent\nnext: nothing was billed; run it again when you like\n")
-    os._exit(128 + number)
+    """What a signal does until main() installs its handlers."""
+    hint = "nothing was billed; run it again when you like"
+    _end_early(128 + number, "interrupted", "interrupted before anything was sent", hint)
 
 
 if __name__ == "__main__":
     for _signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(_signum, _leave_early)
-    gc.disable()  # one short run leaves nothing worth collecting, and imports are faster without
     _here = os.path.dirname(os.path.realpath(__file__))
     if not os.path.isfile(_here) and not os.path.exists(os.path.join(_here, "zimage")):  # a file: `make standalone`
-        os.write(2, b"error: this script needs zimage/ beside it\nnext: copy the whole folder of the skill\n")
-        raise SystemExit(2)
+        _end_early(2, "missing_package", "this script needs zimage/ beside it", "copy the whole folder of the skill")
     _zimage = types.ModuleType("zimage")  # without an __init__.py any other package of that name would win
     _zimage.__path__ = [os.path.join(_here, "zimage")]
     sys.modules["zimage"] = _zimage
+    gc.disable()  # one short run leaves nothing worth collecting, and imports are faster without
 
 if sys.version_info < (3, 10):
     sys.stderr.write("error: Python 3.10 or newer is needed\nnext: run it with `uv run --script`, or a newer python3\n")
@@ -95,9 +112,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     env = os.environ
     SIGNALS.install()
     prepare_output(env)
-    json_flags = ("--print-response", "--check", "--dry-run", "--schema")
     console = Console(
-        json_mode=any(text.partition("=")[0] in json_flags for text in arguments), quiet="--quiet" in arguments
+        json_mode=any(text.partition("=")[0] in JSON_FLAGS for text in arguments), quiet="--quiet" in arguments
     )
     try:
         run(read_options(arguments, env), console, env)
