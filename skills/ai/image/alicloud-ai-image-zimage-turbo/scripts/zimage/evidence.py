@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from zimage.contract import EVIDENCE_SCHEMA, MAX_EVIDENCE_BYTES, SKILL
 from zimage.errors import Failure, os_reason
-from zimage.files import OWNER_ONLY, replace_private, to_json, write_exclusively
+from zimage.files import OWNER_ONLY, replace_private, to_json, write_gitignore, write_new
 from zimage.outside import outside_text
 from zimage.request import decode_json_file, read_input
 
@@ -71,10 +71,8 @@ class Evidence:
         """
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            ignore = path.parent / ".gitignore"
-            if not ignore.exists():
-                ignore.write_text("*\n", encoding="utf-8")
-            write_exclusively(path, to_json(data), mode=OWNER_ONLY)
+            write_gitignore(path.parent, "*\n")
+            write_new(path, to_json(data), mode=OWNER_ONLY)
         except OSError as error:
             raise Failure("disk", f"the evidence file {path} cannot be written: {os_reason(error)}") from None
         return cls(path, data)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
 import unicodedata
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -26,40 +29,154 @@ def to_json(value: Any) -> bytes:
     return (text + "\n").encode("utf-8", "backslashreplace")
 
 
-def temporary_name(folder: Path, stem: str) -> Path:
-    """A hidden name for a file in the making."""
-    return folder / f".{stem}.{os.getpid()}.part"
+class Disk:
+    """The only calls that change the disk once a picture is paid for; a test puts one that fails in place of DISK."""
+
+    @staticmethod
+    def create(path: Path, mode: int) -> None:
+        """Make an empty file that must not exist yet; no link that lies there is followed."""
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), mode)
+        try:
+            if mode == OWNER_ONLY and hasattr(os, "fchmod"):
+                os.fchmod(descriptor, mode)  # whatever the umask
+        finally:
+            os.close(descriptor)
+
+    @staticmethod
+    def sync(path: Path) -> None:
+        descriptor = os.open(path, os.O_RDWR)  # Windows flushes only what may be written
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+    @staticmethod
+    def sync_folder(folder: Path) -> None:
+        """Bring the names of a folder to the disk, where the system and the file system can."""
+        if os.name == "nt":
+            return
+        try:
+            descriptor = os.open(folder, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+        except OSError as error:
+            if error.errno not in CANNOT_SYNC_FOLDERS:
+                raise
+
+    @staticmethod
+    def replace(new: Path, target: Path) -> None:
+        os.replace(new, target)
+
+    @staticmethod
+    def claim(new: Path, target: Path) -> bool:
+        """Give a finished file a free name; False where the name is taken. The temporary name may stay."""
+        try:
+            os.link(new, target)
+        except FileExistsError:
+            return False
+        except OSError:  # a file system without hard links: claim the name first
+            try:
+                os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+            except FileExistsError:
+                return False
+            try:
+                os.replace(new, target)
+            except BaseException:
+                os.unlink(target)
+                raise
+        return True
+
+
+CANNOT_SYNC_FOLDERS = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # unreadable, or unable
+LONGEST_NAME = 215  # bytes of a name that a temporary one repeats: 255, less process id, serial and suffix
+DISK = Disk()
+_serials = itertools.count()
+
+
+@contextlib.contextmanager
+def in_the_making(target: Path, mode: int = 0o666) -> Iterator[Path]:
+    """A new hidden file beside the target, which is gone at the end. Raises OSError."""
+    while True:
+        path = target.with_name(f".{_shortened(target.name)}.{os.getpid()}.{next(_serials)}.part")
+        try:
+            DISK.create(path, mode)
+            break
+        except FileExistsError:  # of a dead process that had this one's number, or laid there on purpose
+            continue
+    try:
+        yield path
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def aside(target: Path, *, mode: int = 0o666) -> Iterator[Path]:
+    """A path to write a file at, which takes the target's place in one step at a good end. Raises OSError."""
+    with in_the_making(target, mode) as path:
+        yield path
+        DISK.sync(path)
+        DISK.replace(path, target)
+        DISK.sync_folder(target.parent)
 
 
 def replace_private(path: Path, content: bytes) -> None:
     """Write a file for its owner only, in one step, whether it exists or not. Raises OSError."""
-    temporary = temporary_name(path.parent, path.stem)
+    with aside(path, mode=OWNER_ONLY) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_new(path: Path, content: bytes, mode: int = 0o666) -> None:
+    """Write a file that must not exist yet, nor a link in its place. Raises OSError, FileExistsError among them."""
+    with in_the_making(path, mode) as temporary:
+        temporary.write_bytes(content)
+        DISK.sync(temporary)
+        if not DISK.claim(temporary, path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path))
+        DISK.sync_folder(path.parent)
+
+
+def write_gitignore(folder: Path, patterns: str) -> None:
+    """Keep files out of a repository, unless the folder has something of that name. Raises OSError."""
+    path = folder / ".gitignore"
+    if not os.path.lexists(path):
+        with contextlib.suppress(FileExistsError):
+            write_new(path, patterns.encode())
+
+
+def link_or_copy(source: Path, target: Path) -> None:
+    """A second name for a file, or where the file system has none, a copy. Raises OSError."""
     try:
-        temporary.unlink(missing_ok=True)  # of a dead process that had this one's number
-        write_exclusively(temporary, content, mode=OWNER_ONLY)
-        os.replace(temporary, path)
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        os.link(source, target)
+    except (FileNotFoundError, FileExistsError):
+        raise
+    except OSError:
+        write_new(target, source.read_bytes())
 
 
-def remove_leftovers(folder: Path, stem: str) -> None:
-    """Remove what a killed process has left under temporary names of this stem."""
+def remove_leftovers(folder: Path, made: str) -> None:
+    """Remove what dead processes have left in the making; `made` is a regular expression of what they made.
+
+    Version 0.4.0 gave temporary names no serial. This process has nothing in the making when it calls this.
+    """
+    temporary = re.compile(rf"\.(?:{made})\.(\d{{1,9}})(?:\.\d+)?\.part(?:-journal|-wal|-shm)?")
     with contextlib.suppress(OSError):
-        for path in folder.glob(f".{stem}.*.part"):
-            remove_if_left_over(path)
+        for found in filter(None, map(temporary.fullmatch, os.listdir(folder))):
+            with contextlib.suppress(OSError):
+                if not is_alive(int(found[1])):
+                    os.unlink(folder / found[0])
 
 
-def remove_if_left_over(path: Path) -> None:
-    """Remove a file with a temporary name, unless the process that writes it is alive."""
-    with contextlib.suppress(OSError, ValueError):
-        if not is_alive(int(path.name.split(".")[-2])):
-            path.unlink(missing_ok=True)
+def leftovers_of(*names: str) -> str:
+    """What `remove_leftovers` takes for these names, which are literal."""
+    return "|".join(re.escape(_shortened(name)) for name in names)
 
 
 def is_alive(pid: int) -> bool:
-    """Whether a process may still be at work. Windows keeps open files from being removed: there, none needs to be."""
-    if os.name == "nt":
+    """Whether another process may be at work. Windows keeps open files from being removed: there, none needs to be."""
+    if os.name == "nt" or pid == os.getpid():
         return False
     try:
         os.kill(pid, 0)
@@ -68,26 +185,6 @@ def is_alive(pid: int) -> bool:
     except OSError:
         return True
     return True
-
-
-def write_exclusively(path: Path, content: bytes, mode: int = 0o666) -> None:
-    """Write a file that must not exist yet, down to the disk. A failed one is removed.
-
-    Raises:
-        OSError: FileExistsError and whatever the disk says.
-    """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags, mode)
-    try:
-        with os.fdopen(descriptor, "wb") as target:
-            if mode == OWNER_ONLY and hasattr(os, "fchmod"):
-                os.fchmod(descriptor, mode)  # whatever the umask
-            target.write(content)
-            target.flush()
-            os.fsync(target.fileno())
-    except BaseException:
-        path.unlink(missing_ok=True)
-        raise
 
 
 def place(content: bytes, output: Path, evidence_id: str, *, overwrite: bool, again: bool) -> tuple[Path, str | None]:
@@ -100,24 +197,28 @@ def place(content: bytes, output: Path, evidence_id: str, *, overwrite: bool, ag
     """
     other = _second_name(output, evidence_id)
     warning = f"{output} is taken by another file; the picture is saved as {other}"
-    temporary = None
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        temporary = temporary_name(output.parent, f"{SKILL}-{evidence_id}")
-        write_exclusively(temporary, content)
-        if overwrite and not output.is_dir():
-            os.replace(temporary, output)
-            return output, None
-        for path, said in ((output, None), (other, warning)):
-            if _take_name(temporary, path) or (again and _holds(path, content)):
-                return path, said
-        raise FileExistsError(f"{other} is taken too")
+        with in_the_making(output.with_name(f"{SKILL}-{evidence_id}")) as temporary:
+            temporary.write_bytes(content)
+            DISK.sync(temporary)
+            if overwrite and not output.is_dir():
+                DISK.replace(temporary, output)
+                DISK.sync_folder(output.parent)
+                return output, None
+            for path, said in ((output, None), (other, warning)):
+                if DISK.claim(temporary, path) or (again and _holds(path, content)):
+                    DISK.sync_folder(output.parent)
+                    return path, said
+            raise FileExistsError(f"{other} is taken too")
     except OSError as error:
         raise Failure("disk_after_paying", f"the picture cannot be saved at {output}: {os_reason(error)}") from None
-    finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
+
+
+def _shortened(name: str) -> str:
+    while len(os.fsencode(name)) > LONGEST_NAME:
+        name = name[:-1]
+    return name
 
 
 def _second_name(output: Path, evidence_id: str) -> Path:
@@ -130,21 +231,6 @@ def _second_name(output: Path, evidence_id: str) -> Path:
 
 def _holds(path: Path, content: bytes) -> bool:
     return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
-
-
-def _take_name(temporary: Path, target: Path) -> bool:
-    """Give a finished file its name; False where another file has it."""
-    try:
-        os.link(temporary, target)
-    except FileExistsError:
-        return False
-    except OSError:  # a file system without hard links: claim the name first
-        try:
-            os.close(os.open(target, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
-        except FileExistsError:
-            return False
-        os.replace(temporary, target)
-    return True
 
 
 def checked_output(name: str, source: str, hint: str | None = None) -> Path:
@@ -220,9 +306,8 @@ def check_writable(folder: Path, evidence_id: str) -> None:
     check_space(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = temporary_name(folder, f"{SKILL}-{evidence_id}")
-        write_exclusively(probe, b"")
-        probe.unlink()
+        with in_the_making(folder / f"{SKILL}-{evidence_id}") as probe:
+            DISK.sync(probe)
     except OSError as error:
         raise Failure("disk", f"the folder {folder} is not writable: {os_reason(error)}") from None
 

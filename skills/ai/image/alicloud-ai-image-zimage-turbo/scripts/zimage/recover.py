@@ -20,7 +20,7 @@ from zimage.evidence import (
     keep_generated,
     response_of,
 )
-from zimage.files import check_free_name, check_writable, checked_output, file_hash, remove_leftovers
+from zimage.files import check_free_name, check_writable, checked_output, file_hash, leftovers_of, remove_leftovers
 from zimage.make import collect, finish, import_libraries
 from zimage.picture import verified
 from zimage.provider import Generated, Provider
@@ -54,8 +54,9 @@ def recover(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str,
         failure = unrecoverable(evidence)
         explain(evidence, failure, [])
         raise failure
-    remove_leftovers(evidence.path.parent, evidence.id)
-    remove_leftovers(output.parent, f"{SKILL}-{evidence.id}")
+    held = held_path(evidence.path).name
+    remove_leftovers(evidence.path.parent, leftovers_of(evidence.id, evidence.path.name, held))
+    remove_leftovers(output.parent, leftovers_of(f"{SKILL}-{evidence.id}"))
     check_writable(output.parent, evidence.id)
     flags = ["--output", str(output)] if options.output else []
     flags += [word for host in sorted(options.trusted) for word in ("--trust-host", host)] if task_is_open else []

@@ -14,7 +14,7 @@ from typing import Any
 
 from zimage.batch.contract import DATABASE, DATABASE_SCHEMA, DATABASE_VERSION, LOCK, PRIVATE_FILES
 from zimage.errors import Failure, os_reason
-from zimage.files import OWNER_ONLY, temporary_name, write_exclusively
+from zimage.files import OWNER_ONLY, aside, write_gitignore
 from zimage.outside import outside_text
 
 
@@ -137,21 +137,13 @@ def create_database(folder: Path) -> None:
         Failure: disk.
     """
     path = folder / DATABASE
-    temporary = temporary_name(folder, DATABASE)
     with database_failures(path):
         try:
-            ignore = folder / ".gitignore"
-            if not ignore.exists():
-                ignore.write_text(PRIVATE_FILES, encoding="utf-8")
-            write_exclusively(temporary, b"", mode=OWNER_ONLY)
-            database = sqlite3.connect(temporary)
-            database.execute("PRAGMA journal_mode = MEMORY")  # no second file beside it
-            database.executescript(DATABASE_SCHEMA)
-            database.execute(f"PRAGMA user_version = {DATABASE_VERSION}")
-            database.commit()
-            database.close()
-            os.replace(temporary, path)
+            write_gitignore(folder, PRIVATE_FILES)
+            with aside(path, mode=OWNER_ONLY) as temporary, contextlib.closing(sqlite3.connect(temporary)) as database:
+                database.execute("PRAGMA journal_mode = MEMORY")  # no second file beside it
+                database.executescript(DATABASE_SCHEMA)
+                database.execute(f"PRAGMA user_version = {DATABASE_VERSION}")
+                database.commit()
         except OSError as error:
             raise Failure("disk", f"{path} cannot be written: {os_reason(error)}") from None
-        finally:
-            temporary.unlink(missing_ok=True)

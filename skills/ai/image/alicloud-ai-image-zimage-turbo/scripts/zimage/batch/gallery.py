@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zimage.batch.contract import GALLERY, PENDING_SHOWN, THUMB_SIDE
-from zimage.batch.names import evidence_name, thumb_name
+from zimage.batch.names import Names, evidence_name, thumb_name
 from zimage.batch.results import counts, listed_pictures, replace_file, totals
 from zimage.contract import SCRIPTS, VERSION
 from zimage.errors import Failure, os_reason
 from zimage.evidence import timestamp, utc_now
-from zimage.files import temporary_name
+from zimage.files import aside
 from zimage.picture import Picture, flattened, verified
 from zimage.settle import own_command
 from zimage.waiting import no_more_waiting
@@ -117,16 +117,13 @@ def make_missing_thumbs(database: sqlite3.Connection, folder: Path, until: float
 
 
 def write_thumb(picture: Picture, folder: Path, number: int) -> None:
-    """A small JPEG of a picture. The gallery does without one that cannot be written."""
+    """A small JPEG of a picture. The gallery does without one that cannot be written, or only outside the folder."""
     target = folder / thumb_name(number)
-    temporary = temporary_name(target.parent, target.name)
     with contextlib.suppress(OSError, ValueError):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            thumb(picture.image).save(temporary, "JPEG", quality=80)
-            os.replace(temporary, target)
-        finally:
-            temporary.unlink(missing_ok=True)
+        if Names(folder).stays_inside(str(target.parent.relative_to(folder))):
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with aside(target) as temporary:
+                thumb(picture.image).save(temporary, "JPEG", quality=80)
 
 
 def thumb(image: PIL.Image.Image) -> PIL.Image.Image:

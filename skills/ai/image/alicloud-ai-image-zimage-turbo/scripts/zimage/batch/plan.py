@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import posixpath
 import re
-import shutil
 import sqlite3
 from collections import Counter
 from collections.abc import Iterable
@@ -23,7 +21,7 @@ from zimage.contract import MAX_SEED
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, Problem
 from zimage.evidence import Evidence
-from zimage.files import file_hash
+from zimage.files import file_hash, link_or_copy
 from zimage.outside import outside_text, shown
 from zimage.provider import Provider
 from zimage.request import pick_seed
@@ -338,16 +336,6 @@ class Stage:
             "output = ?, output_key = ?, moved_from = ? WHERE number = ?",
             (name, output_key(name), moved_from, number),
         )
-
-
-def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file, or where the file system has none, a copy."""
-    try:
-        os.link(source, target)
-    except (FileNotFoundError, FileExistsError):
-        raise
-    except OSError:
-        shutil.copyfile(source, target)
 
 
 def settle_moves(folder: Path) -> None:

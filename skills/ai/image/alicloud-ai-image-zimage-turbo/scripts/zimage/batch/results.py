@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -14,7 +12,7 @@ from zimage.batch.contract import LISTED, NO_SEED, RESULTS
 from zimage.batch.folder import facts_of
 from zimage.batch.names import evidence_name
 from zimage.errors import Failure, os_reason
-from zimage.files import temporary_name
+from zimage.files import aside
 
 
 def totals(database: sqlite3.Connection) -> tuple[dict[str, int], float]:
@@ -91,15 +89,11 @@ def write_results(database: sqlite3.Connection, folder: Path) -> Path:
 
 
 def replace_file(path: Path, parts: Iterable[str]) -> None:
-    temporary = temporary_name(path.parent, path.name)
     try:
-        with open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as target:
+        with (
+            aside(path) as temporary,
+            open(temporary, "w", encoding="utf-8", errors="backslashreplace", newline="") as target,
+        ):
             target.writelines(parts)
-            target.flush()
-            os.fsync(target.fileno())
-        os.replace(temporary, path)
     except OSError as error:
         raise Failure("disk", f"{path} cannot be written: {os_reason(error)}") from None
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)

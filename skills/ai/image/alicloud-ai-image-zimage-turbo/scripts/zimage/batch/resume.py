@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from zimage.console import Console
 from zimage.contract import SKILL
 from zimage.errors import Failure
 from zimage.evidence import generated_facts, held_path, moment_of, utc_now
-from zimage.files import check_space, file_hash, remove_if_left_over
+from zimage.files import check_space, file_hash, leftovers_of, remove_leftovers
 from zimage.provider import Generated
 from zimage.settle import settle
 from zimage.waiting import Clock
@@ -55,10 +54,9 @@ def clean_up(folder: Path, console: Console) -> None:
         )
 
 
-# Names that this tool gives to files in the making, here and in generate_image.py: nothing else is removed.
-TEMPORARY = re.compile(
-    rf"\.(?:{SKILL}-(?:\d{{6,}}|batch)|\d{{6,}}(?:\.jpg)?|{re.escape(DATABASE)}|{re.escape(RESULTS)}"
-    rf"|{re.escape(GALLERY)})\.\d+\.part(?:-journal|-wal|-shm)?"
+# What this tool makes under temporary names, here and in generate_image.py: nothing else is removed.
+MADE = rf"{SKILL}-(?:\d{{6,}}|batch)|\d{{6,}}(?:\.(?:jpg|json|picture))?|" + leftovers_of(
+    DATABASE, RESULTS, GALLERY, ".gitignore"
 )
 
 
@@ -69,9 +67,7 @@ def remove_temporary_files(database: sqlite3.Connection, folder: Path) -> None:
     for own in (IMAGES, EVIDENCE, THUMBS):
         parents |= {Path(parent) for parent, _, _ in os.walk(folder / own)}
     for parent in parents:
-        with contextlib.suppress(OSError):
-            for name in filter(TEMPORARY.fullmatch, os.listdir(parent)):
-                remove_if_left_over(parent / name)
+        remove_leftovers(parent, MADE)
 
 
 def close_submitting(database: sqlite3.Connection, folder: Path) -> int:
