@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 import os
 import random
@@ -48,6 +50,8 @@ from fault_server import (
     oss_error,
     png,
 )
+from zimage.batch.folder import FolderLock
+from zimage.errors import Failure
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and modes of POSIX")
 
@@ -661,6 +665,84 @@ def test_two_processes_started_together_pay_once(batch: Batch) -> None:
     assert sorted({result.code for result in results}) in ([0], [0, 2]), [result.stdout for result in results]
     assert sorted(batch.sent) == ["a", "b", "c"]
     assert batch.run().code == 0
+
+
+def running(batch: Batch) -> tuple[Gate, subprocess.Popen[bytes]]:
+    """A run of one row whose request is out."""
+    gate = Gate()
+    batch.service.play(GENERATE, gate)
+    batch.rows("a")
+    process = batch.start()
+    batch.service.wait_until(lambda: gate.arrived)
+    return gate, process
+
+
+@pytest.mark.parametrize("way", ["the lock file removed", "a link to the folder", "the folder renamed"])
+def test_a_running_batch_is_noticed_whatever_is_done_to_the_folder(batch: Batch, way: str) -> None:
+    gate, process = running(batch)
+    out = batch.out
+    if way == "the lock file removed":
+        (batch.out / "batch.lock").unlink(missing_ok=True)
+    else:
+        batch.out = batch.shell.folder / "other"
+        batch.out.symlink_to(out) if way == "a link to the folder" else out.rename(batch.out)
+    assert batch.run().error["code"] == "already_running"
+    assert batch.status()["running"] is True
+    if way == "the folder renamed":
+        batch.out = batch.out.rename(out)
+    gate.open()
+    assert batch.finish(process).code == 0
+    assert batch.status()["running"] is False
+    assert batch.sent == ["a"]
+
+
+def test_nothing_is_read_or_changed_while_another_runs(batch: Batch) -> None:
+    gate, process = running(batch)
+    before = set(batch.shell.files())
+    batch.input.write_text("no rows", encoding="utf-8")
+    assert batch.run().error["code"] == "already_running"
+    assert set(batch.shell.files()) == before
+    gate.open()
+    assert batch.finish(process).code == 0
+
+
+def test_a_run_of_040_that_holds_its_lock_file_is_noticed(batch: Batch) -> None:
+    batch.rows("a")
+    assert batch.run("--limit", "0").code == 1
+    with open(batch.out / "batch.lock", "wb") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert batch.run().error["code"] == "already_running"
+        assert batch.status()["running"] is True
+    assert batch.status()["running"] is False
+    assert batch.run().code == 0
+
+
+def test_a_lock_file_that_leads_elsewhere_is_not_followed(batch: Batch) -> None:
+    batch.out.mkdir()
+    (batch.out / "batch.lock").symlink_to(batch.shell.folder / "elsewhere")
+    batch.rows("a")
+    assert batch.run().code == 0
+    assert not (batch.shell.folder / "elsewhere").exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EBADF])
+def test_a_folder_that_cannot_be_locked_is_told_as_that(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with pytest.raises(Failure, match="this folder cannot be locked") as caught:
+        FolderLock(tmp_path).take()
+    assert caught.value.code == "disk"
+
+
+def test_those_who_only_look_do_not_see_each_other(tmp_path: Path) -> None:
+    descriptor = os.open(tmp_path, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_SH)
+    assert not FolderLock(tmp_path).is_taken()
+    os.close(descriptor)
 
 
 def test_the_lock_of_a_dead_process_holds_nobody_up(batch: Batch) -> None:

@@ -24,7 +24,6 @@ from zimage.batch.contract import (
     EVIDENCE,
     GALLERY,
     IMAGES,
-    LOCK,
     LONGEST_LOADING,
     RESULTS,
     SPACING,
@@ -48,7 +47,6 @@ from zimage.contract import (
 from zimage.errors import (
     Failure,
     missing_packages,
-    os_reason,
     raise_problems,
 )
 from zimage.evidence import moment_of, utc_now
@@ -63,7 +61,7 @@ def make(options: BatchOptions, console: Console, env: Mapping[str, str], began:
     """Make the pictures of an input; prints the summary and returns why not every picture is saved."""
     folder = options.folder
     lock = FolderLock(folder)
-    locked = (folder / LOCK).exists() and not options.dry_run
+    locked = folder.is_dir() and not options.dry_run
     if locked:
         take_lock(lock, folder)
     stage, workspace = staged(options, env, began)
@@ -73,9 +71,10 @@ def make(options: BatchOptions, console: Console, env: Mapping[str, str], began:
     key = key_for(options.provider, stage.endpoint, options.trusted, env)
     if key.warning:
         console.note(f"warning: {key.warning}")
-    prepare_folder(folder)
     if not locked:
+        check_writable(folder, "batch")
         take_lock(lock, folder)
+    prepare_folder(folder)
     if not (folder / DATABASE).exists():
         if any((folder / EVIDENCE).glob("*/*.json")):
             raise Failure(
@@ -136,12 +135,8 @@ def staged(options: BatchOptions, env: Mapping[str, str], began: float) -> tuple
 
 
 def take_lock(lock: FolderLock, folder: Path) -> None:
-    """Raise already_running, with its progress, where another process works on the folder."""
-    try:
-        taken = lock.take()
-    except OSError as error:
-        raise Failure("disk", f"{folder / LOCK} cannot be written: {os_reason(error)}") from None
-    if not taken:
+    """Raise already_running, with its progress, where another process works on the folder; disk where none can tell."""
+    if not lock.take():
         progress = None
         with contextlib.suppress(Failure):
             progress = status(folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib
 import json
 import os
@@ -19,54 +20,96 @@ from zimage.outside import outside_text
 
 
 class FolderLock:
-    """One batch a folder, by a lock that the system drops with the process. A lock file that is left means nothing."""
+    """One batch a folder, by a lock that the system drops with the process.
+
+    The folder itself is locked, so that no lock file can be removed under a run. A lock file is locked where a folder
+    cannot be (Windows; network mounts that want a descriptor for writing), and where version 0.4.0 has left one: it may
+    still be running.
+    """
 
     PATIENCE = 1.0  # seconds: somebody who only looks holds it for a moment
+    TAKEN = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK)
 
     def __init__(self, folder: Path) -> None:
-        self._path = folder / LOCK
-        self._descriptor: int | None = None
+        self._folder = folder
+        self._descriptors: list[int] = []
 
     def take(self) -> bool:
-        """Take the lock, until `release` or the end of the process; False where another process has it."""
-        self._descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT, OWNER_ONLY)
+        """Take the lock, until `release` or the end of the process; False where another process has it.
+
+        Raises:
+            Failure: disk, where the folder cannot be locked.
+        """
         until = time.monotonic() + self.PATIENCE
-        while not self._try():
-            if time.monotonic() > until:
-                self.release()
-                return False
-            time.sleep(0.05)
+        try:
+            while not self._try(to_keep=True):
+                if time.monotonic() > until:
+                    return False
+                time.sleep(0.05)
+        except OSError as error:
+            raise Failure("disk", f"{self._folder}: this folder cannot be locked: {os_reason(error)}") from None
         return True
 
     def is_taken(self) -> bool:
         """Whether some process has it now."""
         try:
-            self._descriptor = os.open(self._path, os.O_RDWR)
+            return not self._try(to_keep=False)
         except OSError:
             return False
-        try:
-            return not self._try()
         finally:
             self.release()
 
     def release(self) -> None:
-        if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+        while self._descriptors:
+            os.close(self._descriptors.pop())
 
-    def _try(self) -> bool:
-        assert self._descriptor is not None
+    def _try(self, *, to_keep: bool) -> bool:
+        """Lock what there is to lock, all of it or nothing. Raises OSError."""
+        needs_file = os.name == "nt"
+        try:
+            if not needs_file:
+                try:
+                    self._lock(os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY), to_keep)
+                except OSError as error:
+                    if error.errno != errno.EBADF:
+                        raise
+                    needs_file = True
+            file = self._open_file(create=needs_file and to_keep)
+            if file is not None:
+                self._lock(file, to_keep)
+        except BlockingIOError:
+            self.release()
+            return False
+        except BaseException:
+            self.release()
+            raise
+        return True
+
+    def _open_file(self, *, create: bool) -> int | None:
+        """The lock file; None where there is none that a run could have locked. No link is followed."""
+        flags = os.O_RDWR | getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_NONBLOCK", 0)
+        try:
+            return os.open(self._folder / LOCK, flags | os.O_CREAT * create, OWNER_ONLY)
+        except OSError:
+            if create:
+                raise
+            return None
+
+    def _lock(self, descriptor: int, to_keep: bool) -> None:
+        """Raise BlockingIOError where another process has it, and OSError where nobody can. Lookers share it."""
+        self._descriptors.append(descriptor)
         try:
             if os.name == "nt":
                 msvcrt: Any = importlib.import_module("msvcrt")
-                msvcrt.locking(self._descriptor, msvcrt.LK_NBLCK, 1)
+                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
             else:
                 import fcntl
 
-                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            return False
-        return True
+                fcntl.flock(descriptor, (fcntl.LOCK_EX if to_keep else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in self.TAKEN:
+                raise BlockingIOError(error.errno, error.strerror) from None
+            raise
 
 
 PATIENCE = 5.0  # seconds for another program that has locked the database
