@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from batch_helpers import PRICE, SMALL, Batch, Gate, by_prompt, parameters_of, prompt_of
+from batch_helpers import PRICE, SMALL, SMALL_PNG, Batch, Gate, by_prompt, parameters_of, prompt_of
 from conftest import Result, Shell
-from fault_server import GENERATE, FaultServer, error
+from fault_server import GENERATE, PICTURE, Answer, FaultServer, Received, error, file
 
 MIB = 1024 * 1024
 BOM = b"\xef\xbb\xbf"
@@ -570,10 +570,47 @@ def test_an_output_that_is_no_name_for_a_picture_is_refused(batch: Batch, output
     problem_with(batch, result, 2, "output")
 
 
-def test_an_output_too_long_for_the_disk_is_refused_before_paying(batch: Batch) -> None:
-    result = run_file(batch, "r.jsonl", row(output="x" * 300 + ".png"))
-    assert result.code in (2, 9), result.stdout
-    assert batch.sent == []
+TOO_LONG = {
+    "a name": "x" * 300 + ".png",
+    "a folder": "x" * 300 + "/a.png",
+    "a folder in the middle": "a/" + "é" * 130 + "/b/a.png",
+    "a path of long folders": ("x" * 240 + "/") * 17 + "a.png",
+    "a path of short folders": "a/" * 2100 + "a.png",
+}
+
+
+@pytest.mark.parametrize("case", TOO_LONG)
+@pytest.mark.parametrize("mode", [(), ("--dry-run",)], ids=["run", "dry run"])
+def test_an_output_too_long_for_the_disk_is_refused_before_paying(
+    batch: Batch, case: str, mode: tuple[str, ...]
+) -> None:
+    result = run_file(batch, "r.jsonl", GOOD + row(output=TOO_LONG[case]), *mode)
+    problem_with(batch, result, 2, "output")
+
+
+def test_a_folder_too_deep_for_the_names_that_the_batch_gives_is_refused_before_paying(batch: Batch) -> None:
+    batch.out = batch.out.joinpath(*["x" * 200] * 20)
+    error = refused(batch, run_file(batch, "r.jsonl", GOOD))
+    assert (error["code"], error["message"].partition(":")[0]) == ("invalid_output", "--output-dir")
+
+
+def test_the_longest_path_that_is_taken_can_be_saved(batch: Batch) -> None:
+    """With a foreign file under its name meanwhile: then it needs the longer one."""
+    name = "y" * 200 + ".png"
+    room = 4096 - 2 - 230 - len(str(batch.out)) - 1
+    folder = ("x" * 99 + "/") * (room // 100 - 1) + "x" * (room % 100 + 100)  # 100 to a level, the rest in the last
+    longest = f"{folder}/{name}"
+
+    def take_the_name(request: Received) -> Answer:
+        os.makedirs(batch.out / folder, exist_ok=True)
+        (batch.out / longest).write_bytes(b"foreign")
+        return file(SMALL_PNG)
+
+    problem_with(batch, run_file(batch, "r.jsonl", row(output=f"x{longest}")), 1, "output")
+    batch.service.play(PICTURE, take_the_name)
+    batch.rows({"prompt": "a", "output": longest})
+    assert batch.run().code == 0
+    assert batch.results()[0]["output"] == f"{folder}/{'y' * 200}-000000.png"
 
 
 def test_the_longest_name_of_a_row_still_leaves_room(batch: Batch) -> None:

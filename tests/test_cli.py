@@ -28,6 +28,7 @@ import zimage.batch.contract
 from conftest import GENERATE, ROOT, SCRIPTS, SKILL, TEST_KEY, Result, Shell
 from mock_server import MockServer
 from zimage.contract import REQUIREMENTS, SCHEMAS, VERSION
+from zimage.files import excess_of
 
 SMALL = ("--prompt", "a cat", "--size", "512x512")
 IMAGES = "output/ai-image-zimage-turbo/images"
@@ -483,6 +484,9 @@ def test_the_services_bytes_are_kept_or_converted_with_both_hashes(
     [
         *("cat.gif", "cat.jpeg", "cat.bmp", "cat", "cat.", "cat.png.txt", ".png", "folder", "folder.png", "new/"),
         *(".", "..", "", "cat.png/", "cat\n.png", "x" * 300 + ".png"),
+        pytest.param("new/" + "é" * 150 + "/cat.png", id="long folder"),
+        pytest.param(("x" * 240 + "/") * 17 + "cat.png", id="long path"),
+        pytest.param("x/" * 2100 + "cat.png", id="many folders"),
     ],
 )
 def test_refuses_an_output_that_cannot_be_before_paying(shell: Shell, mock: MockServer, name: str) -> None:
@@ -494,6 +498,17 @@ def test_refuses_an_output_that_cannot_be_before_paying(shell: Shell, mock: Mock
     assert "--output" in result.error["message"]
     assert mock.stats()["requests"] == []
     assert shell.files() == []
+
+
+@pytest.mark.parametrize(("platform", "longest"), [("linux", 4095), ("darwin", 1023), ("win32", 259), ("aix", 1023)])
+@pytest.mark.parametrize(("name", "beside"), [("a.png", 80), ("a" * 100 + ".png", 130), ("a" * 250 + ".png", 255)])
+def test_a_path_has_room_for_what_lies_beside_the_picture(platform: str, longest: int, name: str, beside: int) -> None:
+    assert excess_of(Path("/" + "x" * 99, name), platform) == 100 + 1 + beside - longest
+
+
+def test_windows_counts_characters() -> None:
+    assert excess_of(Path("/" + "猫" * 100, "a.png"), "win32") == 101 + 1 + 80 - 259
+    assert excess_of(Path("/" + "猫" * 100, "a.png"), "linux") == 301 + 1 + 80 - 4095
 
 
 @pytest.mark.parametrize("target", ["file", "link", "dangling link"])

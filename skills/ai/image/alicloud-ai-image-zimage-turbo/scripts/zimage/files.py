@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shutil
+import sys
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,6 +21,11 @@ from zimage.errors import Failure, os_reason
 from zimage.outside import _CONTROL, outside_text, shown, without_surrogates
 
 OWNER_ONLY = 0o600
+
+LONGEST_NAME = 255  # bytes
+LONGEST_PATH = {"linux": 4096, "darwin": 1024, "win32": 260}  # with the zero at its end: bytes, on Windows characters
+# What may lie beside a picture: it in the making, and it under its second name, `<stem>-<evidence id>`.
+TEMPORARY_ROOM, SECOND_NAME_ROOM = 80, 26
 
 
 def to_json(value: Any) -> bytes:
@@ -224,7 +230,7 @@ def _shortened(name: str) -> str:
 def _second_name(output: Path, evidence_id: str) -> Path:
     """`<stem>-<evidence id>`, the stem shortened where a file system's 255 bytes would not hold it."""
     stem = output.stem
-    while stem and len(os.fsencode(f"{stem}-{evidence_id}{output.suffix}")) > 255:
+    while stem and len(os.fsencode(f"{stem}-{evidence_id}{output.suffix}")) > LONGEST_NAME:
         stem = stem[:-1]
     return output.with_name(f"{stem}-{evidence_id}{output.suffix}")
 
@@ -233,8 +239,10 @@ def _holds(path: Path, content: bytes) -> bool:
     return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
-def checked_output(name: str, source: str, hint: str | None = None) -> Path:
+def checked_output(name: str, source: str, hint: str | None = None, *, recorded: bool = False) -> Path:
     """The absolute path of the picture; `source` is where its name was given.
+
+    `recorded`: an earlier version has paid for it, perhaps under a path that cannot be.
 
     Raises:
         Failure: invalid_output.
@@ -252,7 +260,20 @@ def checked_output(name: str, source: str, hint: str | None = None) -> Path:
         refuse(f"must end in one of {', '.join(FORMATS)}, got {shown(path.name)}")
     if not is_file_name(path.name):
         refuse("not a file name here, or longer than 255 bytes")
+    if not recorded and not all(map(is_file_name, path.parts)):
+        refuse("a folder in it is not a file name here, or longer than 255 bytes", hint)
+    if not recorded and (excess := excess_of(path, sys.platform)) > 0:
+        refuse(f"the path is longer by {excess} than this system takes for a picture", hint)
     return path
+
+
+def excess_of(path: Path, platform: str) -> int:
+    """By how much an absolute path is too long for a picture and what may lie beside it; 0 or less where it is not."""
+    parent, name = len(os.fsencode(path.parent)), len(os.fsencode(path.name))
+    if platform == "win32":
+        parent, name = (len(str(part).encode("utf-16-le")) // 2 for part in (path.parent, path.name))
+    longest = max(TEMPORARY_ROOM, min(LONGEST_NAME, name + SECOND_NAME_ROOM))
+    return parent + 1 + longest + 1 - LONGEST_PATH.get(platform, LONGEST_PATH["darwin"])
 
 
 def slug_of(prompt: str) -> str:
@@ -265,7 +286,7 @@ def slug_of(prompt: str) -> str:
 def is_file_name(text: str) -> bool:
     """Whether this system can write the text as a file name."""
     try:
-        return len(os.fsencode(text)) <= 255
+        return len(os.fsencode(text)) <= LONGEST_NAME
     except UnicodeError:
         return False
 

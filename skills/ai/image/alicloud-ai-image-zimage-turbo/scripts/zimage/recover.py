@@ -110,7 +110,7 @@ def recovery_output(evidence: Evidence, options: Options) -> Path:
         problems = [Problem("invalid_request", "request: is not normalized")]
     recorded = None
     with noting(problems):
-        recorded = checked_output(evidence.data["output"], "output")
+        recorded = checked_output(evidence.data["output"], "output", recorded=True)
     if problems or recorded is None or not os.path.isabs(evidence.data["output"]):
         texts = [problem.text for problem in problems] or ["output: is not an absolute path"]
         raise Failure("invalid_evidence", f"{evidence.path.name}: {'; '.join(texts)}", problems=texts)

@@ -33,6 +33,9 @@ def default_output_name(number: int, name: str) -> str:
     return f"{folder}/{file}"
 
 
+LONGEST_DEFAULT_NAME = default_output_name(999_999, "雪" * 40)
+
+
 def evidence_name(number: int) -> str:
     return f"{EVIDENCE}/{spread(number)}/{numbered(number)}.json"
 

@@ -15,13 +15,21 @@ from typing import Any, NamedTuple
 
 from zimage.batch.contract import DATABASE, DATABASE_SCHEMA, NO_SEED, PROBLEMS_TOLD
 from zimage.batch.folder import check_version, database_failures, database_uri, facts_of, open_database
-from zimage.batch.names import Names, default_output_name, evidence_name, numbered, output_key, variant_output
+from zimage.batch.names import (
+    LONGEST_DEFAULT_NAME,
+    Names,
+    default_output_name,
+    evidence_name,
+    numbered,
+    output_key,
+    variant_output,
+)
 from zimage.batch.rows import Row, WrongRow
 from zimage.contract import MAX_SEED
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, Problem
 from zimage.evidence import Evidence
-from zimage.files import file_hash, link_or_copy
+from zimage.files import checked_output, file_hash, link_or_copy
 from zimage.outside import outside_text, shown
 from zimage.provider import Provider
 from zimage.request import pick_seed
@@ -94,6 +102,9 @@ class Stage:
             self._check_folders()
             self.db.execute("COMMIT")
             self._identify()
+            (unnamed,) = self.db.execute("SELECT count(*) FROM rows WHERE output IS NULL").fetchone()
+        if unnamed:
+            checked_output(str(self.folder / LONGEST_DEFAULT_NAME), "--output-dir")
         if self.problems:
             texts = [problem.text for problem in self.problems]
             more = f"; the first {len(texts)} problems:" if self.wrong > len(texts) else ":"
