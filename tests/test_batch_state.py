@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -427,10 +428,12 @@ def test_accepted_changes_make_a_new_picture_and_keep_the_old_one(batch: Batch) 
     assert result.code == 0, result.stdout
     assert sorted(batch.sent) == ["b", "new", "old"]
     assert (batch.out / "one.png").read_bytes() == OTHER_PNG
-    others = [path for path in batch.out.glob("one*.png") if path.name != "one.png"]
-    assert [path.read_bytes() for path in others] == [SMALL_PNG]
+    replaced = batch.out / "replaced" / "000000-one.png"
+    assert replaced.read_bytes() == SMALL_PNG
     evidence = batch.evidence()
-    assert evidence["old"]["image"]["path"] == str(others[0])
+    assert evidence["old"]["image"]["path"] == evidence["old"]["output"] == str(replaced)
+    old = batch.picture("old")
+    assert (old["state"], old["image_path"], old["in_input"]) == ("saved", str(replaced), False)
     assert evidence["new"]["image"]["path"] == str(batch.out / "one.png")
     assert result.json["estimated_cost"] == pytest.approx(3 * PRICE)
     assert batch.run().code == 0
@@ -444,7 +447,7 @@ def test_accepted_changes_are_made_once(batch: Batch) -> None:
         assert batch.run("--accept-changes").code == 0
         assert batch.run("--accept-changes").code == 0
         assert len(batch.sent) == number + 1
-    assert len(list(batch.out.glob("one*.png"))) == 3
+    assert sorted(path.name for path in batch.out.rglob("*one.png")) == ["000000-one.png", "000001-one.png", "one.png"]
 
 
 def test_changes_accepted_in_a_run_that_is_killed_lose_nothing(batch: Batch) -> None:
@@ -457,7 +460,113 @@ def test_changes_accepted_in_a_run_that_is_killed_lose_nothing(batch: Batch) -> 
     result = batch.run("--retry-unknown")
     assert result.code == 0, result.stdout
     assert batch.sent == ["old", "new", "new"]
-    assert len(list(batch.out.glob("one*.png"))) == 2
+    assert (batch.out / "one.png").exists() and (batch.out / "replaced" / "000000-one.png").exists()
+
+
+def killed_while_it_moved(batch: Batch, moved: bool) -> Path:
+    """A folder as a kill leaves it between the database, which has the change, and the old file; returns that one."""
+    batch.rows({"prompt": "old", "id": "one", "output": "a/one.png"})
+    assert batch.run().code == 0
+    evidence = batch.out / "evidence" / "0000" / "000000.json"
+    before, facts = evidence.read_bytes(), batch.query("SELECT facts FROM pictures")[0]
+    batch.rows({"prompt": "new", "id": "one", "output": "a/one.png"})
+    assert batch.run("--accept-changes", "--limit", "0").code == 1
+    evidence.write_bytes(before)
+    replaced = batch.out / "replaced" / "000000-one.png"
+    if not moved:
+        replaced.rename(batch.out / "a" / "one.png")
+        replaced.parent.rmdir()
+    with contextlib.closing(sqlite3.connect(batch.out / "batch.sqlite3")) as database, database:
+        database.execute("UPDATE pictures SET moved_from = 'a/one.png', facts = ? WHERE number = 0", facts)
+    return replaced
+
+
+@pytest.mark.parametrize("moved", [False, True], ids=["not moved", "moved"])
+def test_a_kill_while_an_old_picture_moves_loses_nothing(batch: Batch, moved: bool) -> None:
+    replaced = killed_while_it_moved(batch, moved)
+    assert batch.run("--dry-run").json["to_make"] == 1
+    assert batch.run().code == 0
+    assert batch.sent == ["old", "new"]
+    assert (replaced.exists(), (batch.out / "a" / "one.png").exists()) == (True, True)
+    old = batch.picture("old")
+    assert (old["state"], old["image_path"]) == ("saved", str(replaced))
+    assert batch.evidence()["old"]["image"]["path"] == str(replaced)
+
+
+BAD_EVIDENCE = {
+    "missing": None,
+    "no JSON": b"{",
+    "no text": b"\xff",
+    "no object": b"[]",
+    "nested": b"[" * 100_000,
+    "without image": b'{"status": "generated"}',
+    "image is none": b'{"image": 5}',
+}
+
+
+@pytest.mark.parametrize("case", BAD_EVIDENCE)
+def test_an_old_picture_moves_whatever_its_evidence_is(batch: Batch, case: str) -> None:
+    replaced = killed_while_it_moved(batch, False)
+    evidence, content = batch.out / "evidence" / "0000" / "000000.json", BAD_EVIDENCE[case]
+    evidence.unlink() if content is None else evidence.write_bytes(content)
+    for _ in range(2):
+        assert batch.run().code == 0
+        assert (batch.picture("old")["image_path"], batch.sent) == (str(replaced), ["old", "new"])
+
+
+@pytest.mark.parametrize("foreign", ["replaced/000000-one.png", "a/one.png"])
+def test_a_foreign_file_is_not_overwritten_by_a_picture_that_moves(batch: Batch, foreign: str) -> None:
+    replaced = killed_while_it_moved(batch, foreign == "a/one.png")
+    (batch.out / foreign).parent.mkdir(exist_ok=True)
+    (batch.out / foreign).write_bytes(b"foreign")
+    assert batch.run().error["code"] == "output_exists"
+    assert (batch.out / foreign).read_bytes() == b"foreign"
+    assert replaced.exists() and (batch.out / "a" / "one.png").exists()
+    assert batch.sent == ["old"]
+
+
+@pytest.mark.parametrize("name", ["moved_from", "output"])
+@pytest.mark.parametrize("path", ["../elsewhere/one.png", "/elsewhere/one.png", "link/one.png"])
+def test_a_strangers_database_moves_nothing_outside_the_folder(batch: Batch, name: str, path: str) -> None:
+    killed_while_it_moved(batch, False)
+    elsewhere = batch.shell.folder / "elsewhere"
+    elsewhere.mkdir()
+    (batch.out / "link").symlink_to(elsewhere)
+    if name == "moved_from":
+        (elsewhere / "one.png").write_bytes(b"foreign")
+    before = {path: path.read_bytes() for path in elsewhere.iterdir()}
+    with contextlib.closing(sqlite3.connect(batch.out / "batch.sqlite3")) as database, database:
+        database.execute(
+            f"UPDATE pictures SET {name} = ? WHERE number = 0",
+            (path.replace("/elsewhere", str(elsewhere)) if path.startswith("/") else path,),
+        )
+    batch.run()
+    assert {path: path.read_bytes() for path in elsewhere.iterdir()} == before
+
+
+@pytest.mark.parametrize("how", [good("/img/slow.png"), LOST], ids=["generated", "unknown"])
+def test_a_changed_row_whose_old_picture_is_not_saved_yet(batch: Batch, how: Behaviour) -> None:
+    """What was paid for is fetched into the folder of replaced ones; the name is free for the new picture."""
+    batch.service.play("/img/slow.png", html(503))
+    batch.service.play(GENERATE, by_prompt({"old": how}))
+    batch.rows({"prompt": "old", "id": "one", "output": "one.png"})
+    assert batch.run("--time-limit", "2").code != 0
+    batch.service.play("/img/slow.png", file(OTHER_PNG))
+    batch.rows({"prompt": "new", "id": "one", "output": "one.png"})
+    batch.run("--accept-changes")
+    assert (batch.out / "one.png").read_bytes() == SMALL_PNG
+    old = batch.picture("old")
+    assert old["output"] == "replaced/000000-one.png"
+    if how is not LOST:
+        assert (batch.out / old["output"]).read_bytes() == OTHER_PNG
+    assert batch.sent == ["old", "new"]
+
+
+def test_a_row_may_not_name_a_file_as_the_batch_names_replaced_ones(batch: Batch) -> None:
+    batch.rows({"prompt": "a", "output": "replaced/000000-a.png"})
+    assert batch.run().error["code"] == "invalid_rows"
+    batch.rows({"prompt": "a", "output": "replaced/a.png"})
+    assert batch.run().code == 0
 
 
 def test_a_new_row_may_not_take_the_file_of_another_picture(batch: Batch) -> None:
@@ -481,7 +590,7 @@ def test_rows_that_swap_their_outputs_lose_no_picture(batch: Batch) -> None:
     assert batch.run("--accept-changes").code == 0
     assert (batch.out / "2.png").read_bytes() == SMALL_PNG
     assert (batch.out / "1.png").read_bytes() == OTHER_PNG
-    kept = Counter(path.read_bytes() for path in batch.out.glob("*.png"))
+    kept = Counter(path.read_bytes() for path in batch.out.rglob("*.png"))
     assert kept == {SMALL_PNG: 2, OTHER_PNG: 2}
 
 

@@ -25,6 +25,7 @@ from zimage.batch.contract import (
     GALLERY,
     IMAGES,
     LONGEST_LOADING,
+    REPLACED,
     RESULTS,
     SPACING,
     THUMBS,
@@ -150,7 +151,7 @@ def prepare_folder(folder: Path) -> None:
         Failure: invalid_output, disk.
     """
     names = Names(folder)
-    for name in ("", IMAGES, EVIDENCE, THUMBS):
+    for name in ("", IMAGES, EVIDENCE, THUMBS, REPLACED):
         links = [] if names.stays_inside(name) else [folder / name]
         for link in [*links, *(names.linked_folders(name) if name else [])]:
             raise Failure("invalid_output", f"{link} is a symbolic link; the batch writes only into its own folder")

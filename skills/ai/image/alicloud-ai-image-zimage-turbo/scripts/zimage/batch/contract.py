@@ -10,7 +10,7 @@ from zimage.errors import KINDS, Kind
 BATCH_REQUIREMENTS = REQUIREMENTS | {"tqdm": "tqdm>=4.66,<5"}
 
 DATABASE, LOCK, RESULTS, GALLERY = "batch.sqlite3", "batch.lock", "results.jsonl", "index.html"
-IMAGES, THUMBS, EVIDENCE = "images", "thumbs", "evidence"
+IMAGES, THUMBS, EVIDENCE, REPLACED = "images", "thumbs", "evidence", "replaced"
 DATABASE_VERSION = 1
 FOLDER_SIZE = 1000  # files a folder: more make listings slow
 PRIVATE_FILES = f"{DATABASE}*\n{LOCK}\n{EVIDENCE}/\n"  # for .gitignore: they hold signed links
@@ -117,7 +117,7 @@ CREATE TABLE pictures (
   state         TEXT NOT NULL DEFAULT 'pending' CHECK (state IN
                 ('pending', 'submitting', 'submitted', 'generated', 'saved', 'failed', 'unknown')),
   facts         TEXT NOT NULL DEFAULT '{{}}',  -- JSON, fields of the evidence file: attempts, response, image, error
-  moved_from    TEXT,                        -- where the file lay before a changed row took its name
+  moved_from    TEXT,                        -- where it lay before its row was changed, until that is done
   UNIQUE (identity, variant)
 );
 CREATE INDEX pictures_to_do ON pictures (state, position, variant);

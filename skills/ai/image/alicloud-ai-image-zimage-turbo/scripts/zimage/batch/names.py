@@ -9,7 +9,7 @@ import unicodedata
 from pathlib import Path
 from typing import NoReturn
 
-from zimage.batch.contract import DATABASE, EVIDENCE, FOLDER_SIZE, GALLERY, IMAGES, LOCK, RESULTS, THUMBS
+from zimage.batch.contract import DATABASE, EVIDENCE, FOLDER_SIZE, GALLERY, IMAGES, LOCK, REPLACED, RESULTS, THUMBS
 from zimage.errors import Failure, Problem, raise_problems
 from zimage.files import checked_output, slug_of
 from zimage.outside import outside_text
@@ -28,12 +28,20 @@ def spread(number: int) -> str:
 
 def default_output_name(number: int, name: str) -> str:
     """Path in the folder of an image that its row gives none: its number, and a slug of the row's id or prompt."""
-    file = "-".join(filter(None, (numbered(number), slug_of(name)))) + ".png"
-    folder = IMAGES if number < FOLDER_SIZE else f"{IMAGES}/{spread(number)}"
-    return f"{folder}/{file}"
+    return among_many(IMAGES, number, "-".join(filter(None, (numbered(number), slug_of(name)))) + ".png")
 
 
-LONGEST_DEFAULT_NAME = default_output_name(999_999, "雪" * 40)
+def replaced_name(number: int, output: str) -> str:
+    """Path in the folder of an image whose row was changed: its number, and the beginning of its name before."""
+    stem, suffix = posixpath.splitext(posixpath.basename(output))
+    return among_many(REPLACED, number, f"{numbered(number)}-{stem.removeprefix(f'{numbered(number)}-')[:40]}{suffix}")
+
+
+def among_many(folder: str, number: int, file: str) -> str:
+    return f"{folder}/{file}" if number < FOLDER_SIZE else f"{folder}/{spread(number)}/{file}"
+
+
+LONGEST_DEFAULT_NAME = replaced_name(999_999, "雪" * 40 + ".webp")
 
 
 def evidence_name(number: int) -> str:
@@ -57,7 +65,7 @@ def output_key(output: str) -> str:
 
 # What the batch calls its own files and folders, in the folded form of `output_key`.
 OWN_NAMES = re.compile(
-    rf"({THUMBS}|{EVIDENCE}|{LOCK}|{RESULTS}|{GALLERY}|{DATABASE}[^/]*)(/|$)|{IMAGES}/(\d{{4,}}/)?\d{{6,}}"
+    rf"({THUMBS}|{EVIDENCE}|{LOCK}|{RESULTS}|{GALLERY}|{DATABASE}[^/]*)(/|$)|({IMAGES}|{REPLACED})/(\d{{4,}}/)?\d{{6,}}"
 )
 
 
@@ -91,6 +99,10 @@ class Names:
         if not self.stays_inside(posixpath.dirname(name)):
             refuse(f"{outside_text(name, 100)} leaves the output folder through a symbolic link")
         return name
+
+    def holds(self, name: str) -> bool:
+        """Whether a path that a database names lies in the folder."""
+        return not os.path.isabs(name) and ".." not in name.split("/") and self.stays_inside(posixpath.dirname(name))
 
     def linked_folders(self, own: str) -> list[Path]:
         """Folders below one of the batch's own that are symbolic links."""

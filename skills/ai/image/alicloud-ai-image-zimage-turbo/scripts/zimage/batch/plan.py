@@ -20,19 +20,19 @@ from zimage.batch.names import (
     Names,
     default_output_name,
     evidence_name,
-    numbered,
     output_key,
+    replaced_name,
     variant_output,
 )
 from zimage.batch.rows import Row, WrongRow
 from zimage.contract import MAX_SEED
 from zimage.endpoint import Endpoint
-from zimage.errors import Failure, Problem
+from zimage.errors import Failure, Problem, os_reason
 from zimage.evidence import Evidence
-from zimage.files import checked_output, file_hash, link_or_copy
+from zimage.files import checked_output, file_hash
 from zimage.outside import outside_text, shown
 from zimage.provider import Provider
-from zimage.request import pick_seed
+from zimage.request import parse_json, pick_seed
 
 STAGE_SCHEMA = """
 CREATE TABLE rows (
@@ -82,6 +82,8 @@ class Stage:
         self.problems: list[Problem] = []
         self.db = sqlite3.connect("", uri=True, isolation_level=None)
         self.db.create_function("pick_seed", 0, pick_seed if provider.takes_seed else lambda: NO_SEED)
+        self.db.create_function("replaced_name", 2, replaced_name)
+        self.db.create_function("output_key", 1, output_key)
         self.db.executescript(STAGE_SCHEMA)
         self.db.executemany("INSERT INTO variants VALUES (?)", [(variant,) for variant in range(variants)])
 
@@ -306,9 +308,13 @@ class Stage:
             f"WHERE position IS NOT ({position}) OR line IS NOT ({line})"
         )
         self.db.execute("DELETE FROM folder.pictures WHERE position IS NULL AND state = 'pending' AND paid = 0")
-        numbers = self.db.execute(f"SELECT number FROM plan WHERE kind IN {CHANGED}").fetchall()
-        for (number,) in numbers:
-            self._set_aside(number)
+        # Another identity and file name for a picture whose row was changed, so that the new one can have them.
+        self.db.execute(f"""
+            UPDATE folder.pictures SET identity = identity || '@' || number, position = NULL, line = NULL,
+              moved_from = output, output = replaced_name(number, output),
+              output_key = output_key(replaced_name(number, output))
+            WHERE number IN (SELECT number FROM plan WHERE kind IN {CHANGED})
+        """)
         (first,) = self.db.execute("SELECT coalesce(max(number) + 1, 0) FROM folder.pictures").fetchone()
         new = self.db.execute("""
             SELECT variant, rows.* FROM plan JOIN rows USING (position)
@@ -332,41 +338,46 @@ class Stage:
         row = (number, identity, variant, position, line, name, fingerprint, service)
         return (*row, prompt, size, seed, extend, output, output_key(output), price)
 
-    def _set_aside(self, number: int) -> None:
-        """Give a picture whose row was changed another identity and file name, so that the new one can have them."""
-        find = "SELECT output, moved_from, state FROM folder.pictures WHERE number = ?"
-        output, moved_from, state = self.db.execute(find, (number,)).fetchone()
-        stem, suffix = posixpath.splitext(output)
-        name = f"{stem}-before-{numbered(number)}{suffix}"
-        if state == "saved" and moved_from is None:
-            with contextlib.suppress(FileNotFoundError, FileExistsError):
-                link_or_copy(self.folder / output, self.folder / name)
-            moved_from = output
-        self.db.execute(
-            "UPDATE folder.pictures SET identity = identity || '@' || number, position = NULL, line = NULL, "
-            "output = ?, output_key = ?, moved_from = ? WHERE number = ?",
-            (name, output_key(name), moved_from, number),
-        )
-
 
 def settle_moves(folder: Path) -> None:
-    """Finish what `Stage.merge` began: a picture that got another name loses the old one, also after a kill."""
+    """Finish what `Stage.merge` began: pictures whose rows were changed move to where the database says they are.
+
+    Killed at any moment, it goes on at the next start. Version 0.4.0 gave the file its second name before.
+
+    Raises:
+        Failure: disk.
+    """
+    names = Names(folder)
     database = open_database(folder)
     with contextlib.closing(database), database_failures(folder / DATABASE):
-        moved = "SELECT number, output, moved_from, facts FROM pictures WHERE moved_from IS NOT NULL"
-        for number, output, moved_from, said in database.execute(moved).fetchall():
-            facts = facts_of(said)
-            image = facts.get("image", {})
-            old, new = folder / moved_from, folder / output
-            with contextlib.suppress(OSError):
-                if new.exists() and file_hash(old) == image.get("sha256"):
-                    old.unlink()
-            if image:
-                image["path"] = str(new)
-            evidence = folder / evidence_name(number)
-            with contextlib.suppress(OSError, ValueError):
-                content = json.loads(evidence.read_bytes())
-                Evidence(evidence, content).record(output=str(new), image=content["image"] | {"path": str(new)})
-            database.execute(
-                "UPDATE pictures SET moved_from = NULL, facts = ? WHERE number = ?", (json.dumps(facts), number)
-            )
+        moved = "SELECT number, state, output, moved_from, facts FROM pictures WHERE moved_from IS NOT NULL"
+        for number, state, output, moved_from, said in database.execute(moved).fetchall():
+            path, evidence = folder / output, folder / evidence_name(number)
+            if state == "saved" and names.holds(output) and names.holds(moved_from):
+                move_file(folder / moved_from, path)
+            with contextlib.suppress(OSError, ValueError):  # there is none, or it cannot be read: no reason to stop
+                content = parse_json(evidence.read_text(encoding="utf-8"))
+                if isinstance(content, dict):
+                    Evidence(evidence, with_image_at(path, content)).record(output=str(path))
+            facts = json.dumps(with_image_at(path, facts_of(said)), ensure_ascii=False)
+            database.execute("UPDATE pictures SET moved_from = NULL, facts = ? WHERE number = ?", (facts, number))
+
+
+def move_file(old: Path, new: Path) -> None:
+    """Move a file to a name that is free, or has the same content already."""
+    try:
+        new.parent.mkdir(parents=True, exist_ok=True)
+        if not old.is_file():
+            return
+        if not os.path.lexists(new):
+            os.rename(old, new)
+        elif file_hash(old) == file_hash(new):
+            old.unlink()
+    except OSError as error:
+        raise Failure("disk", f"{old} cannot be moved to {new}: {os_reason(error)}") from None
+
+
+def with_image_at(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Facts, or the content of an evidence file, of a picture that lies there."""
+    image = content.get("image")
+    return content | {"image": image | {"path": str(path)}} if isinstance(image, dict) else content
