@@ -152,16 +152,6 @@ def write_gitignore(folder: Path, patterns: str) -> None:
             write_new(path, patterns.encode())
 
 
-def link_or_copy(source: Path, target: Path) -> None:
-    """A second name for a file, or where the file system has none, a copy. Raises OSError."""
-    try:
-        os.link(source, target)
-    except (FileNotFoundError, FileExistsError):
-        raise
-    except OSError:
-        write_new(target, source.read_bytes())
-
-
 def remove_leftovers(folder: Path, made: str) -> None:
     """Remove what dead processes have left in the making; `made` is a regular expression of what they made.
 
