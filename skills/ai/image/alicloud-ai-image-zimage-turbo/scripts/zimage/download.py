@@ -19,7 +19,7 @@ from zimage.outside import without_surrogates
 from zimage.picture import ends_as_it_should, verified
 from zimage.provider import HttpCall
 from zimage.transport import AnswerLost, AnswerTooLarge, NotSent, exchange
-from zimage.waiting import backoff, pause
+from zimage.waiting import pause, wait_before
 
 if TYPE_CHECKING:
     from zimage.evidence import Evidence
@@ -110,7 +110,7 @@ def download(link: str, *, clock: Clock, endpoint: str, provider: Provider, expi
             failure = refused
         final = failure.code not in ("paid_not_downloaded", "image_unusable")
         spent = failure.code == "image_unusable" and attempt >= CORRUPT_DOWNLOAD_RETRIES
-        wait = failure.facts.get("retry_after_s", backoff(attempt))
+        wait = wait_before(attempt, failure.facts.get("retry_after_s"))
         if final or spent or attempt == DOWNLOAD_RETRIES or time.monotonic() + wait >= clock.end:
             break
         pause(wait)

@@ -43,6 +43,10 @@ def timestamp(moment: dt.datetime) -> str:
     return moment.astimezone(dt.timezone.utc).isoformat(timespec="milliseconds").replace("+00:00", "Z")
 
 
+EVIDENCE_ID = r"\d{8}T\d{6}Z-[0-9a-f]{8}"  # what `new_evidence_id` makes, as a regular expression
+MADE = rf"\.gitignore|{EVIDENCE_ID}\.(?:json|picture)"  # what this tool writes into the folder of evidence files
+
+
 def new_evidence_id(now: dt.datetime) -> str:
     return f"{now:%Y%m%dT%H%M%SZ}-{secrets.token_hex(4)}"
 
@@ -116,7 +120,16 @@ class Evidence:
             self.unwritten = True
 
     def begin_attempt(self) -> None:
-        self.record(attempts=[*self.data["attempts"], {"at": timestamp(utc_now())}])
+        """Put one more attempt on disk, before its request leaves.
+
+        Raises:
+            Failure: disk. Then nothing may be sent.
+        """
+        earlier = self.data["attempts"]
+        self.record(attempts=[*earlier, {"at": timestamp(utc_now())}])
+        if self.unwritten:
+            self.update(attempts=earlier)
+            raise Failure("disk", f"the evidence file {self.path} cannot be written: nothing more was sent")
 
     def end_attempt(self, **facts: Any) -> None:
         """Add to the last attempt how it ended."""
@@ -133,6 +146,11 @@ class Evidence:
             billed=failure.billed,
             wait_s=wait and round(wait, 3),
         )
+
+    @property
+    def is_paid(self) -> bool:
+        """Whether a picture is known to have been made."""
+        return self.data["status"] in ("generated", "saved")
 
     @property
     def nothing_outstanding(self) -> bool:

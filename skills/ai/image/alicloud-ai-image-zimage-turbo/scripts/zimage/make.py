@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
-from zimage.contract import FORMATS
+from zimage.contract import FORMATS, SKILL
 from zimage.download import fetch_source
 from zimage.errors import Failure
 from zimage.evidence import (
+    EVIDENCE_ID,
+    MADE,
     Evidence,
     drop_held,
     elapsed_ms,
@@ -22,7 +24,7 @@ from zimage.evidence import (
     timestamp,
     utc_now,
 )
-from zimage.files import check_free_name, check_space, check_writable, place
+from zimage.files import check_free_name, check_space, check_writable, place, remove_leftovers
 from zimage.picture import converted, size_warning
 from zimage.provider import Generated, Submitted
 from zimage.settle import retry_wait, settling
@@ -54,6 +56,8 @@ def generate(plan: Plan, options: Options, clock: Clock, console: Console, env: 
     key = key_for(plan.provider, plan.endpoint, options.trusted, env)
     check_space(plan.evidence_path.parent)
     check_writable(plan.output.parent, plan.evidence_path.stem)
+    remove_leftovers(plan.evidence_path.parent, MADE)  # of runs that were killed
+    remove_leftovers(plan.output.parent, f"{SKILL}-{EVIDENCE_ID}")
     import_libraries()
     get_ready(plan.provider, clock)
     if key.warning:

@@ -12,6 +12,7 @@ from zimage.contract import SKILL
 from zimage.download import fetch_anew
 from zimage.errors import Failure, Problem, noting, raise_problems
 from zimage.evidence import (
+    MADE,
     Evidence,
     drop_held,
     end_generated_attempt,
@@ -44,6 +45,9 @@ def recover(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str,
     evidence = Evidence.load("--recover", options.source, clock.timeout)
     provider = provider_named(evidence.data["provider"])
     output = recovery_output(evidence, options)
+    held = held_path(evidence.path).name
+    remove_leftovers(evidence.path.parent, f"{MADE}|{leftovers_of(evidence.id, evidence.path.name, held)}")
+    remove_leftovers(output.parent, leftovers_of(f"{SKILL}-{evidence.id}"))
     saved = is_saved(evidence)
     if saved and options.output is None:
         return response_of(evidence, evidence.data["image"])
@@ -54,9 +58,6 @@ def recover(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str,
         failure = unrecoverable(evidence)
         explain(evidence, failure, [])
         raise failure
-    held = held_path(evidence.path).name
-    remove_leftovers(evidence.path.parent, leftovers_of(evidence.id, evidence.path.name, held))
-    remove_leftovers(output.parent, leftovers_of(f"{SKILL}-{evidence.id}"))
     check_writable(output.parent, evidence.id)
     flags = ["--output", str(output)] if options.output else []
     flags += [word for host in sorted(options.trusted) for word in ("--trust-host", host)] if task_is_open else []

@@ -27,7 +27,7 @@ from zimage.evidence import held_path, timestamp, utc_now
 from zimage.outside import outside_text
 from zimage.registry import provider_named
 from zimage.task import TASK_ENDS, TASK_IS_DONE
-from zimage.waiting import Interrupted, backoff
+from zimage.waiting import Interrupted, wait_before
 
 if TYPE_CHECKING:
     from zimage.evidence import Evidence
@@ -40,10 +40,10 @@ def retry_wait(failure: Failure, attempt: int, max_retries: int, clock: Clock, u
         return None  # it may have been billed, or would fail again
     if attempt >= (min(max_retries, UNREACHABLE_RETRIES) if failure.code == "unreachable" else max_retries):
         return None
-    wait = failure.facts.get("retry_after_s", backoff(attempt))
+    wait = wait_before(attempt, failure.facts.get("retry_after_s"))
     if not clock.room_for_attempt_after(wait, until):
         return None  # an attempt that could not end in time might be paid for in vain
-    return float(wait)
+    return wait
 
 
 @contextlib.contextmanager
@@ -69,7 +69,7 @@ def settling(evidence: Evidence, *, flags: Sequence[str], saved: bool = False) -
 
 
 def billed_so_far(evidence: Evidence) -> str:
-    if evidence.data["status"] in ("generated", "saved"):
+    if evidence.is_paid:
         return "yes"
     return "no" if evidence.nothing_outstanding else "unknown"
 

@@ -117,6 +117,11 @@ def backoff(attempt: int) -> float:
     return min(BACKOFF_CAP, BACKOFF_BASE * 2.0 ** min(attempt, 16)) * random.uniform(0.75, 1.0)
 
 
+def wait_before(attempt: int, said: float | None) -> float:
+    """Seconds to wait after an attempt (from 0): what the service asks for, but never less than the first step."""
+    return backoff(attempt) if said is None else max(said, BACKOFF_BASE)
+
+
 def pause(seconds: float) -> None:
     """Wait; not at all once `no_more_waiting` is set."""
     until = time.monotonic() + seconds

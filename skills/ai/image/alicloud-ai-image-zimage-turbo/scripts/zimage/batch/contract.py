@@ -11,9 +11,10 @@ BATCH_REQUIREMENTS = REQUIREMENTS | {"tqdm": "tqdm>=4.66,<5"}
 
 DATABASE, LOCK, RESULTS, GALLERY = "batch.sqlite3", "batch.lock", "results.jsonl", "index.html"
 IMAGES, THUMBS, EVIDENCE, REPLACED = "images", "thumbs", "evidence", "replaced"
+RESERVE = ".batch.reserve"  # room kept free for a full disk
 DATABASE_VERSION = 1
 FOLDER_SIZE = 1000  # files a folder: more make listings slow
-PRIVATE_FILES = f"{DATABASE}*\n{LOCK}\n{EVIDENCE}/\n"  # for .gitignore: they hold signed links
+PRIVATE_FILES = f"{DATABASE}*\n{RESERVE}\n{LOCK}\n{EVIDENCE}/\n"  # for .gitignore: they hold signed links
 
 MAX_LINE_BYTES = 1 * MIB
 MAX_ID_LENGTH = 200

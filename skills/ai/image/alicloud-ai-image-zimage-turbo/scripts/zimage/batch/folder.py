@@ -13,9 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from zimage.batch.contract import DATABASE, DATABASE_SCHEMA, DATABASE_VERSION, LOCK, PRIVATE_FILES
+from zimage.batch.contract import DATABASE, DATABASE_SCHEMA, DATABASE_VERSION, LOCK, PRIVATE_FILES, RESERVE
+from zimage.contract import MIB
 from zimage.errors import Failure, os_reason
-from zimage.files import OWNER_ONLY, aside, write_gitignore
+from zimage.files import OWNER_ONLY, aside, write_gitignore, write_new
 from zimage.outside import outside_text
 
 
@@ -110,6 +111,26 @@ class FolderLock:
             if error.errno in self.TAKEN:
                 raise BlockingIOError(error.errno, error.strerror) from None
             raise
+
+
+class Reserve:
+    """Room on the disk that is kept free while calls are out: their answers can be noted though the disk is full."""
+
+    BYTES = 2 * MIB  # some hundred commits
+
+    def __init__(self, folder: Path) -> None:
+        self._path = folder / RESERVE
+        with contextlib.suppress(OSError):  # without it a full disk is only told
+            self._path.unlink(missing_ok=True)
+            write_new(self._path, bytes(self.BYTES), mode=OWNER_ONLY)
+
+    def release(self) -> bool:
+        """Give the room back; False where there was none."""
+        try:
+            self._path.unlink()
+        except OSError:
+            return False
+        return True
 
 
 PATIENCE = 5.0  # seconds for another program that has locked the database

@@ -8,14 +8,14 @@ import os
 import queue
 import sqlite3
 import threading
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from zimage.batch.contract import DATABASE, KEPT_FACTS, NO_SEED
-from zimage.batch.folder import database_failures, facts_of, open_database
+from zimage.batch.folder import Reserve, database_failures, facts_of, open_database
 from zimage.batch.names import evidence_name, output_key
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, internal_error
@@ -129,6 +129,7 @@ class Journal:
     def __init__(self, folder: Path) -> None:
         self._path = folder / DATABASE
         self._database = open_database(folder)
+        self._reserve = Reserve(folder)
         self._inbox: queue.SimpleQueue[tuple[str, Sequence[Any], Future[None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
         self._thread.start()
@@ -146,14 +147,18 @@ class Journal:
         """Have the state of a picture committed."""
         job.state = state
         output = os.path.relpath(job.plan.output, self._path.parent).replace(os.sep, "/")
+        key = output_key(output)
+        # Where its name was taken it has another one, which a row that has no picture yet may want too.
         return self.write(
-            "UPDATE pictures SET state = ?, paid = ?, output = ?, output_key = ?, facts = ? WHERE number = ?",
-            (state, job.paid, output, output_key(output), job.facts, job.number),
+            "UPDATE pictures SET state = ?, paid = ?, output = ?, facts = ?, output_key = CASE WHEN EXISTS "
+            "(SELECT 1 FROM pictures WHERE output_key = ? AND number <> ?) THEN ? ELSE ? END WHERE number = ?",
+            (state, job.paid, output, job.facts, key, job.number, f"{key}//{job.number}", key, job.number),
         )
 
     def close(self) -> None:
         self._inbox.put(None)
         self._thread.join()
+        self._reserve.release()
         with contextlib.suppress(sqlite3.Error):
             self._database.execute("PRAGMA wal_checkpoint(TRUNCATE)")
         self._database.close()
@@ -167,24 +172,46 @@ class Journal:
                     group.append(self._inbox.get_nowait())
             closing = None in group
             entries = [entry for entry in group if entry is not None]
+            ends: list[Failure | None]
+            statements = [(statement, values) for statement, values, _ in entries]
             try:
-                with database_failures(self._path):
-                    self._commit([(statement, values) for statement, values, _ in entries])
+                ends = self._commit_with_reserve(statements)
             except Exception as error:  # nobody who waits may wait for ever
-                failure = error if isinstance(error, Failure) else internal_error(error)
-                for _, _, done in entries:
-                    done.set_exception(failure)
-            else:
-                for _, _, done in entries:
+                ends = [error if isinstance(error, Failure) else internal_error(error)] * len(entries)
+            for (_, _, done), end in zip(entries, ends, strict=True):
+                if end is None:
                     done.set_result(None)
+                else:
+                    done.set_exception(end)
 
-    def _commit(self, statements: Iterable[tuple[str, Sequence[Any]]]) -> None:
+    def _commit_with_reserve(self, statements: Sequence[tuple[str, Sequence[Any]]]) -> list[Failure | None]:
+        """Commit; on a full disk with the room that was kept for that."""
+        try:
+            with database_failures(self._path):
+                return self._commit(statements)
+        except Failure as failure:
+            if failure.code != "disk" or not self._reserve.release():
+                raise
+        with database_failures(self._path):
+            return self._commit(statements)
+
+    def _commit(self, statements: Sequence[tuple[str, Sequence[Any]]]) -> list[Failure | None]:
+        """Commit all statements; returns what is wrong with each, None where it is on disk. One undoes no other."""
+        ends: list[Failure | None] = []
         try:
             self._database.execute("BEGIN IMMEDIATE")
             for statement, values in statements:
-                self._database.execute(statement, values)
+                try:
+                    with database_failures(self._path):
+                        self._database.execute(statement, values)  # it undoes itself where it contradicts a rule
+                    ends.append(None)
+                except Failure as failure:
+                    if failure.code == "disk":
+                        raise
+                    ends.append(failure)
             self._database.execute("COMMIT")
         except Exception:
             if self._database.in_transaction:
                 self._database.execute("ROLLBACK")
             raise
+        return ends

@@ -9,7 +9,18 @@ import unicodedata
 from pathlib import Path
 from typing import NoReturn
 
-from zimage.batch.contract import DATABASE, EVIDENCE, FOLDER_SIZE, GALLERY, IMAGES, LOCK, REPLACED, RESULTS, THUMBS
+from zimage.batch.contract import (
+    DATABASE,
+    EVIDENCE,
+    FOLDER_SIZE,
+    GALLERY,
+    IMAGES,
+    LOCK,
+    REPLACED,
+    RESERVE,
+    RESULTS,
+    THUMBS,
+)
 from zimage.errors import Failure, Problem, raise_problems
 from zimage.files import checked_output, slug_of
 from zimage.outside import outside_text
@@ -65,7 +76,7 @@ def output_key(output: str) -> str:
 
 # What the batch calls its own files and folders, in the folded form of `output_key`.
 OWN_NAMES = re.compile(
-    rf"({THUMBS}|{EVIDENCE}|{LOCK}|{RESULTS}|{GALLERY}|{DATABASE}[^/]*)(/|$)|({IMAGES}|{REPLACED})/(\d{{4,}}/)?\d{{6,}}"
+    rf"({THUMBS}|{EVIDENCE}|{LOCK}|{RESULTS}|{GALLERY}|{re.escape(RESERVE)}|{DATABASE}[^/]*)(/|$)|({IMAGES}|{REPLACED})/(\d{{4,}}/)?\d{{6,}}"
 )
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import posixpath
 import re
 import sqlite3
@@ -30,7 +29,7 @@ from zimage.contract import MAX_SEED
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, Problem, os_reason
 from zimage.evidence import Evidence
-from zimage.files import checked_output, file_hash
+from zimage.files import DISK, checked_output, file_hash
 from zimage.outside import outside_text, shown
 from zimage.provider import Provider
 from zimage.request import parse_json, pick_seed
@@ -370,10 +369,8 @@ def move_file(old: Path, new: Path) -> None:
         new.parent.mkdir(parents=True, exist_ok=True)
         if not old.is_file():
             return
-        if not os.path.lexists(new):
-            os.rename(old, new)
-        elif file_hash(old) == file_hash(new):
-            old.unlink()
+        if DISK.claim(old, new) or file_hash(old) == file_hash(new):
+            old.unlink(missing_ok=True)
     except OSError as error:
         raise Failure("disk", f"{old} cannot be moved to {new}: {os_reason(error)}") from None
 

@@ -42,13 +42,13 @@ from zimage.batch.results import totals
 from zimage.batch.tasks import OpenTasks
 from zimage.batch.work import Outcome, Worker, own_fault, state_after, stops_the_run
 from zimage.console import Console
-from zimage.contract import EXIT_SIGNAL, EXIT_UNAVAILABLE, EXIT_UNKNOWN, MIN_FREE_BYTES
+from zimage.contract import EXIT_DISK, EXIT_SIGNAL, EXIT_UNAVAILABLE, EXIT_UNKNOWN, MIN_FREE_BYTES
 from zimage.download import DEAD_LINK
 from zimage.errors import Failure
 from zimage.evidence import moment_of, timestamp, utc_now
 from zimage.files import check_space
 from zimage.provider import Provider
-from zimage.waiting import backoff, no_more_waiting
+from zimage.waiting import no_more_waiting, wait_before
 
 
 class BatchOptions(NamedTuple):
@@ -373,7 +373,8 @@ class Run:
         self.tally.spent -= job.plan.price.estimate * (failure is not None and failure.billed == "no")
         if outcome.step != "find" or job.state != before:
             self.tally.move(job, before, job.state)
-        if outcome.step != "save" and job.state == "generated":  # also where the database could not take it
+        # Also where the database could not take it; once, whether this report or `_feed_savers` comes first.
+        if outcome.step != "save" and job.state == "generated" and job.number not in self._queued:
             self._queue_save(job)
         if job.state == "submitted" and self._stop is None:
             if outcome.step in ("find", "generate"):
@@ -426,14 +427,16 @@ class Run:
         if not failure.fact("retryable") or job.tries > self.options.max_retries:
             self._gave_up = failure
             return
-        wait = failure.facts.get("retry_after_s", backoff(job.tries - 1))
+        wait = wait_before(job.tries - 1, failure.facts.get("retry_after_s"))
         if wait > self.options.timeout:
             self._halt(failure)
             return
         heapq.heappush(self._due, (now + wait, job.number, job))
 
     def _tell(self, job: Job, failure: Failure) -> None:
-        """A line on stderr for a picture that will not come by itself."""
+        """A line on stderr for a picture that will not come by itself, or whose link may stand nowhere else."""
+        if failure.facts.get("image_url") and failure.exit_code == EXIT_DISK:
+            self.progress.note(f"paid, and not on disk: {job.name}: {failure.facts['image_url']}")
         if job.state in ("failed", "unknown") and self._told < FAILURES_TOLD:
             self._told += 1
             more = f" (further ones: {RESULTS})" if self._told == FAILURES_TOLD else ""

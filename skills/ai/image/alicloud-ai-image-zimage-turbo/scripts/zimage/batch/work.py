@@ -179,6 +179,9 @@ class Worker:
             self._journal.keep(job, "generated").result()
         except Failure as failure:
             failure.facts["billed"] = "yes"
+            with contextlib.suppress(OSError):  # its evidence file may hold what the database could not take
+                evidence.path.parent.mkdir(parents=True, exist_ok=True)
+            evidence.record()
             if generated.image_url:
                 failure.facts["image_url"] = generated.image_url
             return Outcome(step, job, failure, began, seconds)
@@ -223,6 +226,8 @@ class Worker:
 
     def _settled(self, step: str, job: Job, failure: Failure, began: float, seconds: float) -> Outcome:
         """Keep what became of a picture; where it is not simply sent again, its evidence file says so too."""
+        if job.evidence.is_paid and failure.billed != "yes":  # whatever fails later: it is not unpaid again
+            failure.facts |= {"billed": "yes"}
         state = "submitted" if outlives(job.evidence, failure) else state_after(failure)
         if state == "pending":
             state = job.take_back(failure)
