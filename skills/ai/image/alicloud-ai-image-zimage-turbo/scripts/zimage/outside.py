@@ -37,7 +37,7 @@ def outside_text(value: object, limit: int = OUTSIDE_TEXT) -> str:
 
 
 def without_surrogates(text: str) -> str:
-    return text.encode("utf-8", "replace").decode("utf-8")
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
 
 
 def outside_json(value: Any, depth: int = 4) -> Any:

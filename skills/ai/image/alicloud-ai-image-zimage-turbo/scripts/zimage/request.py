@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import re
@@ -35,10 +36,16 @@ class ImageRequest(NamedTuple):
         return {name: value for name, value in self._asdict().items() if value is not None}
 
 
+@functools.lru_cache(1000)  # most rows of a long list ask for the same few
 def parse_size(text: str) -> tuple[int, int]:
     """Width and height, in pixels, of a size that has passed the schema."""
     width, height = re.split("[*xX×]", text)
     return int(width), int(height)
+
+
+@functools.lru_cache(1000)
+def normal_size(text: str) -> str:
+    return "{}*{}".format(*parse_size(text))
 
 
 def pick_seed() -> int:
@@ -66,25 +73,27 @@ def request_problems(raw: Any, schema: Mapping[str, Any] = REQUEST_SCHEMA) -> li
     return [Problem("invalid_request", text) for text in sorted(texts) + rule_sentences(raw)]
 
 
+PLAIN_CHECKS: dict[str, Callable[[Any], bool]] = {
+    "prompt": lambda value: isinstance(value, str) and value.strip() != "",
+    "size": lambda value: isinstance(value, str),
+    "aspect_ratio": lambda value: isinstance(value, str) and value in RATIO_SIZES,
+    "seed": lambda value: type(value) is int and -1 <= value <= MAX_SEED,
+    "prompt_extend": lambda value: isinstance(value, bool),
+    "base_url": lambda value: isinstance(value, str) and value != "",
+}
+
+
 def is_plainly_valid(raw: Any) -> bool:
     """Whether a request surely is valid, told without jsonschema, whose import is a fifth of a whole run.
 
     It may say no to a valid request, never yes to another: then the schema has the word, and names what is wrong.
     """
-    checks: dict[str, Callable[[Any], bool]] = {
-        "prompt": lambda value: isinstance(value, str) and value.strip() != "",
-        "size": lambda value: isinstance(value, str) and "aspect_ratio" not in raw,
-        "aspect_ratio": lambda value: isinstance(value, str) and value in RATIO_SIZES,
-        "seed": lambda value: type(value) is int and -1 <= value <= MAX_SEED,
-        "prompt_extend": lambda value: isinstance(value, bool),
-        "base_url": lambda value: isinstance(value, str) and value != "",
-    }
-    return (
-        isinstance(raw, dict)
-        and "prompt" in raw
-        and all(name in checks and checks[name](value) for name, value in raw.items())
-        and not rule_sentences(raw)
-    )
+    if not isinstance(raw, dict) or "prompt" not in raw or ("size" in raw and "aspect_ratio" in raw):
+        return False
+    for name, value in raw.items():
+        if name not in PLAIN_CHECKS or not PLAIN_CHECKS[name](value):
+            return False
+    return not rule_sentences(raw)
 
 
 def schema_sentences(error: Any, raw: dict[str, Any]) -> list[str]:
@@ -123,9 +132,12 @@ def rule_sentences(raw: dict[str, Any]) -> list[str]:
     return sentences
 
 
+SIZE = re.compile("[1-9][0-9]{0,6}[*xX×][1-9][0-9]{0,6}")
+
+
 def size_sentences(size: str) -> list[str]:
     """What is wrong with a size, checked to its last character (`$` in a pattern lets a newline pass)."""
-    if not re.fullmatch("[1-9][0-9]{0,6}[*xX×][1-9][0-9]{0,6}", size):
+    if not SIZE.fullmatch(size):
         return [f"size: must be width*height such as 1024*1024, got {shown(size)}"]
     width, height = parse_size(size)
     if MIN_PIXELS <= width * height <= MAX_PIXELS:
@@ -138,10 +150,8 @@ def size_sentences(size: str) -> list[str]:
 
 def normalize(raw: dict[str, Any], *, with_seed: bool = True) -> ImageRequest:
     """The normalized form of a request that has no problems; `with_seed`: one is picked where none is given."""
-    if "aspect_ratio" in raw:
-        size = RATIO_SIZES[raw["aspect_ratio"]]
-    else:
-        size = "{}*{}".format(*parse_size(raw.get("size", DEFAULT_SIZE)))
+    ratio = raw.get("aspect_ratio")
+    size = RATIO_SIZES[ratio] if ratio else normal_size(raw.get("size", DEFAULT_SIZE))
     seed = int(raw.get("seed", -1))
     return ImageRequest(
         prompt=raw["prompt"],
@@ -158,27 +168,34 @@ def parse_json(text: str) -> Any:
     Raises:
         ValueError: with a sentence that says what is wrong and where.
     """
-
-    def no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        fields: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in fields:
-                raise ValueError(f"{shown(name)} stands in it twice")
-            fields[name] = value
-        return fields
-
-    def bounded(digits: str) -> int:
-        return int(digits[:300])  # out of every range all the same, and Python takes no longer ones
-
-    def no_constants(name: str) -> NoReturn:
-        raise ValueError(f"{name} is not a JSON value")
-
     try:
-        return json.loads(text, object_pairs_hook=no_repeats, parse_constant=no_constants, parse_int=bounded)
+        if text.startswith("\ufeff"):
+            raise json.JSONDecodeError("Unexpected UTF-8 BOM (decode using utf-8-sig)", text, 0)
+        return _STRICT.decode(text)
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} at line {error.lineno}, column {error.colno}") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
+
+
+def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    fields = dict(pairs)
+    if len(fields) < len(pairs):
+        names = [name for name, _ in pairs]
+        repeated = next(name for place, name in enumerate(names) if name in names[:place])
+        raise ValueError(f"{shown(repeated)} stands in it twice")
+    return fields
+
+
+def _bounded(digits: str) -> int:
+    return int(digits[:300])  # out of every range all the same, and Python takes no longer ones
+
+
+def _no_constants(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not a JSON value")
+
+
+_STRICT = json.JSONDecoder(object_pairs_hook=_no_repeats, parse_constant=_no_constants, parse_int=_bounded)
 
 
 def read_input(option: str, name: str, limit: int, wait: float) -> bytes:

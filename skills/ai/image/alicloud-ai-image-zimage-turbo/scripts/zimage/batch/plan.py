@@ -32,7 +32,7 @@ from zimage.evidence import Evidence
 from zimage.files import DISK, checked_output, file_hash
 from zimage.outside import outside_text, shown
 from zimage.provider import Provider
-from zimage.request import parse_json, pick_seed
+from zimage.request import ImageRequest, parse_json, pick_seed
 
 STAGE_SCHEMA = """
 CREATE TABLE rows (
@@ -45,6 +45,7 @@ CREATE TABLE parents (key TEXT PRIMARY KEY, line INTEGER) WITHOUT ROWID;
 CREATE TABLE occurrences (position INTEGER PRIMARY KEY, occurrence INTEGER);
 CREATE TABLE plan (position INTEGER, variant INTEGER, number INTEGER, kind TEXT, price REAL);
 """
+INSERT_ROW = "INSERT INTO rows VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
 # What becomes of a picture of the input. Displaced ones are not in it, but a row wants their file name.
 TO_MAKE = ("new", "edited", "pending", "retried")
 CHANGED = ("changed", "displaced")
@@ -77,6 +78,9 @@ class Stage:
         self.variants = variants
         self.folder = folder
         self.names = Names(folder)
+        settings = provider.known_settings
+        self._settings = json.dumps(settings, sort_keys=True) if settings else ""
+        self._prices: dict[tuple[str, bool], float] = {}
         self.count = 0
         self.wrong = 0
         self.problems: list[Problem] = []
@@ -96,11 +100,11 @@ class Stage:
         with database_failures(Path("temporary database")):
             self.db.execute("BEGIN")
             for row in rows:
-                sentences = row.sentences if isinstance(row, WrongRow) else self._add(row)
-                self.wrong += bool(sentences)
-                room = PROBLEMS_TOLD - len(self.problems)
-                texts = [f"line {row.line}: {text}" for text in sentences[: max(0, room)]]
-                self.problems += [Problem("invalid_rows", text) for text in texts]
+                if sentences := row.sentences if isinstance(row, WrongRow) else self._add(row):
+                    self.wrong += 1
+                    room = PROBLEMS_TOLD - len(self.problems)
+                    texts = [f"line {row.line}: {text}" for text in sentences[: max(0, room)]]
+                    self.problems += [Problem("invalid_rows", text) for text in texts]
             self._check_folders()
             self.db.execute("COMMIT")
             self._identify()
@@ -119,33 +123,38 @@ class Stage:
     def _add(self, row: Row) -> list[str]:
         """Stage a row; returns what is wrong with it beside the others."""
         sentences = []
-        output = None
+        request, output = row.request, None
         if row.output is not None:
             try:
-                output = self.names.checked(row.output, row.request)
+                output = self.names.checked(row.output, request)
             except Failure as failure:
                 return [failure.message]
             for variant in range(self.variants):
                 sentences += self._claim(variant_output(output, variant), row.line)
-        request = row.request._replace(seed=row.seed)
         sentences += self.provider.cannot(request)
-        price = self.provider.price(request, self.endpoint.region).estimate
-        fields = (request.prompt, request.size, row.seed, request.prompt_extend, output, price)
-        values = (self.count, row.line, row.id, row.fingerprint, self._fingerprint(row), *fields)
+        identity = row.fingerprint if row.id is None else f"id:{row.id}"  # more in `_identify`
+        fingerprint = self._fingerprint(row.fingerprint)
+        fields = (request.prompt, request.size, request.seed, request.prompt_extend, output, self._price(request))
         try:
-            self.db.execute(f"INSERT INTO rows VALUES ({', '.join('?' * len(values))})", values)
+            self.db.execute(INSERT_ROW, (self.count, row.line, row.id, identity, fingerprint, *fields))
             self.count += 1
         except sqlite3.IntegrityError:
             (line,) = self.db.execute("SELECT line FROM rows WHERE id = ?", (row.id,)).fetchone()
             sentences.append(f"id: {shown(row.id)} is that of line {line} too")
         return sentences
 
-    def _fingerprint(self, row: Row) -> str:
+    def _price(self, request: ImageRequest) -> float:
+        """US$ for a picture, worked out once for all that are alike."""
+        kind = (request.size, request.prompt_extend)
+        if kind not in self._prices:
+            self._prices[kind] = self.provider.price(request, self.endpoint.region).estimate
+        return self._prices[kind]
+
+    def _fingerprint(self, of_row: str) -> str:
         """Tells whether a picture would be the same: that of the row, and the settings of the provider."""
-        settings = self.provider.known_settings
-        if not settings:
-            return row.fingerprint
-        return hashlib.sha256(f"{row.fingerprint} {json.dumps(settings, sort_keys=True)}".encode()).hexdigest()[:32]
+        if not self._settings:
+            return of_row
+        return hashlib.sha256(f"{of_row} {self._settings}".encode()).hexdigest()[:32]
 
     def _claim(self, output: str, line: int) -> list[str]:
         key = output_key(output)
@@ -170,8 +179,8 @@ class Stage:
         self.db.executescript("""
             INSERT INTO occurrences SELECT position, row_number() OVER (PARTITION BY identity ORDER BY position)
               FROM rows WHERE id IS NULL;
-            UPDATE rows SET identity = CASE WHEN id IS NOT NULL THEN 'id:' || id ELSE 'row:' || identity || ':' ||
-              (SELECT occurrence FROM occurrences WHERE occurrences.position = rows.position) END;
+            UPDATE rows SET identity = 'row:' || identity || ':' ||
+              (SELECT occurrence FROM occurrences WHERE occurrences.position = rows.position) WHERE id IS NULL;
         """)
 
     def survey(self, *, retry_failed: bool, retry_unknown: bool, read_only: bool) -> Survey:
@@ -201,7 +210,7 @@ class Stage:
                 """,
                 (service, retry_failed, retry_unknown),
             )
-            self.db.execute("CREATE INDEX plan_numbers ON plan (number)")
+            self.db.execute("CREATE INDEX plan_numbers ON plan (number) WHERE number IS NOT NULL")
             self.db.execute("""
                 INSERT INTO plan SELECT NULL, NULL, p.number, 'displaced', 0
                 FROM outputs o JOIN folder.pictures p ON p.output_key = o.key

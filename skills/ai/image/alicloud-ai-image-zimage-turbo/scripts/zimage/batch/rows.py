@@ -25,13 +25,12 @@ from zimage.request import ImageRequest, is_plainly_valid, normalize, parse_json
 
 
 class Row(NamedTuple):
-    """One valid row. `seed` is None where the row names none: one is picked when the row is first planned."""
+    """One valid row. Its request has no seed where it names none: one is picked when the row is first planned."""
 
     line: int
     id: str | None
     output: str | None
     request: ImageRequest
-    seed: int | None
     fingerprint: str
 
 
@@ -125,7 +124,7 @@ def read_rows(name: str, wait: float, until: float) -> Iterator[Row | WrongRow]:
 def json_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
     """A JSON object a line; what is wrong with a line stands in place of its object, as an exception."""
     for number, line in enumerate(lines, 1):
-        if not line.strip():
+        if line.isspace():
             continue
         try:
             yield number, parse_json(line.decode().strip())
@@ -138,7 +137,7 @@ def json_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
 def text_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
     """A prompt a line."""
     for number, line in enumerate(lines, 1):
-        if not line.strip():
+        if line.isspace():
             continue
         try:
             yield number, {"prompt": line.decode().strip()}
@@ -207,28 +206,36 @@ def checked_row(line: int, raw: Any) -> Row | WrongRow:
         return WrongRow(line, [f"must be a JSON object, got {json_kind(raw)}"])
     if type(raw.get("id")) is int:
         raw["id"] = str(raw["id"])
-    own = {name: raw[name] for name in ("id", "output") if name in raw}
-    request = {name: value for name, value in raw.items() if name not in own}
-    sentences = [f"{name}: holds a lone surrogate, which is not text" for name in own if not is_unbroken(own[name])]
-    if sentences:
+    request = raw.copy()
+    own = {name: request.pop(name) for name in ("id", "output") if name in request}
+    if sentences := row_sentences(raw, own, request):
         return WrongRow(line, sentences)
-    if "base_url" in raw or not is_plainly_valid(request) or not all(is_text(value) for value in own.values()):
-        sentences = [problem.text for problem in request_problems(raw, ROW_SCHEMA)]
-    if not sentences and len(own.get("id", "")) > MAX_ID_LENGTH:
-        sentences.append(f"id: longer than {MAX_ID_LENGTH} characters")
-    if not sentences and "id" in own and own["id"] != outside_text(own["id"], MAX_ID_LENGTH):
-        sentences.append("id: has control characters, blanks around it, or what looks like a key in it")
-    if sentences:
-        return WrongRow(line, sentences)
-    normalized = normalize(request | {"seed": max(0, int(request.get("seed", 0)))})
-    seed = int(request.get("seed", -1))
-    written = json.dumps(raw, sort_keys=True, ensure_ascii=False)
+    written = _SORTED.encode(raw)
     fingerprint = hashlib.sha256(written.encode()).hexdigest()[:32]
-    return Row(line, own.get("id"), own.get("output"), normalized, None if seed == -1 else seed, fingerprint)
+    return Row(line, own.get("id"), own.get("output"), normalize(request, with_seed=False), fingerprint)
 
 
-def is_text(value: object) -> bool:
-    return isinstance(value, str) and value.strip() != ""
+_SORTED = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
+
+
+def row_sentences(raw: dict[str, Any], own: dict[str, Any], request: dict[str, Any]) -> list[str]:
+    """What is wrong with a row; `own` is what only rows have, `request` the rest of it."""
+    if "base_url" in raw or not is_plainly_valid(request) or not all(map(is_whole_text, own.values())):
+        broken = [f"{name}: holds a lone surrogate, which is not text" for name in own if not is_unbroken(own[name])]
+        if sentences := broken or [problem.text for problem in request_problems(raw, ROW_SCHEMA)]:
+            return sentences
+    name = own.get("id")
+    if name is None:
+        return []
+    if len(name) > MAX_ID_LENGTH:
+        return [f"id: longer than {MAX_ID_LENGTH} characters"]
+    if name != outside_text(name, MAX_ID_LENGTH):
+        return ["id: has control characters, blanks around it, or what looks like a key in it"]
+    return []
+
+
+def is_whole_text(value: object) -> bool:
+    return isinstance(value, str) and value.strip() != "" and is_unbroken(value)
 
 
 def is_unbroken(value: object) -> bool:
