@@ -96,7 +96,7 @@ class Disk:
 
 
 CANNOT_SYNC_FOLDERS = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # unreadable, or unable
-LONGEST_NAME = 215  # bytes of a name that a temporary one repeats: 255, less process id, serial and suffix
+LONGEST_REPEATED = 215  # bytes of a name that a temporary one repeats: 255, less process id, serial and suffix
 DISK = Disk()
 _serials = itertools.count()
 
@@ -212,7 +212,7 @@ def place(content: bytes, output: Path, evidence_id: str, *, overwrite: bool, ag
 
 
 def _shortened(name: str) -> str:
-    while len(os.fsencode(name)) > LONGEST_NAME:
+    while len(os.fsencode(name)) > LONGEST_REPEATED:
         name = name[:-1]
     return name
 
