@@ -124,7 +124,7 @@ def read_rows(name: str, wait: float, until: float) -> Iterator[Row | WrongRow]:
 def json_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
     """A JSON object a line; what is wrong with a line stands in place of its object, as an exception."""
     for number, line in enumerate(lines, 1):
-        if line.isspace():
+        if not line.strip():
             continue
         try:
             yield number, parse_json(line.decode().strip())
@@ -137,7 +137,7 @@ def json_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
 def text_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
     """A prompt a line."""
     for number, line in enumerate(lines, 1):
-        if line.isspace():
+        if not line.strip():
             continue
         try:
             yield number, {"prompt": line.decode().strip()}
