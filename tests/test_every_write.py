@@ -226,7 +226,10 @@ class Single(Story):
             saved = self.saved(answers[-1])
         self.check(self.times <= 1, f"paid {self.times} times")
         self.check(saved or self.excused(), f"not had in the end: {[(a.code, a.stdout[-500:]) for a in answers]}")
-        self.check(not self.leftovers(), f"left lying: {self.leftovers()}")
+        left = self.leftovers()
+        if self.mode == "fail-from":  # no evidence says that the picture is saved: its bytes stay for a recovery
+            left = [name for name in left if not name.endswith(".picture")]
+        self.check(not left, f"left lying: {left}")
 
     def next_step(self, last: Result) -> tuple[str, ...] | None:
         """What somebody does who follows the advice, and pays again only where nothing was billed."""

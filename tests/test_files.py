@@ -23,6 +23,7 @@ def batch(shell: Shell, service: FaultServer) -> Batch:
     return Batch(shell, service)
 
 
+@pytest.mark.smoke
 def test_only_the_disk_renames_and_links() -> None:
     found = set()
     for path in SCRIPTS.rglob("*.py"):

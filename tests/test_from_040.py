@@ -89,6 +89,7 @@ def test_every_fixture_of_one_picture_is_tested() -> None:
     assert sorted(RECOVERIES) == [name for name in fixture_names("") if not name.startswith("batch-")]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", RECOVERIES)
 def test_a_recovery_ends_as_the_evidence_tells_and_pays_nothing(shell: Shell, service: FaultServer, name: str) -> None:
     restored = Restored(shell, service, name)

@@ -87,6 +87,7 @@ def test_imports_run_one_way(room: str) -> None:
     assert {other for other in GRAPH[room] if LEVEL[other] >= LEVEL[room]} == set()
 
 
+@pytest.mark.smoke
 def test_the_ground_knows_nobody() -> None:
     assert {room: GRAPH[room] for room in LAYERS[0]} == {room: set() for room in LAYERS[0]}
 

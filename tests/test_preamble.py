@@ -57,6 +57,7 @@ def test_the_rooms_are_missing(shell: Shell, script: str, arguments: list[str], 
     assert_told(shell.run(*arguments), "missing_package", 2, as_json)
 
 
+@pytest.mark.smoke
 def test_both_commands_begin_alike() -> None:
     texts = [(SCRIPTS / name).read_text(encoding="utf-8") for name in (IMAGE, BATCH)]
     one, other = (re.search(r'(?s)def _end_early.*?sys\.modules\["zimage"\] = _zimage\n', text) for text in texts)

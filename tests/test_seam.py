@@ -70,6 +70,7 @@ def test_a_locked_database_makes_nothing_unpaid(batch: Batch, service: FaultServ
     assert paid(service) == {"a fox": 1, "an owl": 1}
 
 
+@pytest.mark.smoke
 def test_downloads_of_an_earlier_run_are_saved_once_each(batch: Batch, service: FaultServer) -> None:
     """A2. Whether the run's own report or the database tells of a picture first."""
     prompts = batch.prompts(12)

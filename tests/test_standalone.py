@@ -30,6 +30,7 @@ def alone(shell: Shell, tmp_path: Path) -> Shell:
     return shell
 
 
+@pytest.mark.smoke
 def test_it_makes_a_picture_alone(alone: Shell, mock: MockServer) -> None:
     alone.use(mock)
     response = alone.run(*SMALL, "--output", "fox.png", "--print-response").json

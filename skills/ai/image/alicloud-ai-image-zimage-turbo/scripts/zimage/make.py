@@ -178,4 +178,6 @@ def finish(evidence: Evidence, image: dict[str, Any], clock: Clock, start: float
     timings = evidence.data.get("timings_ms", {}) | now
     evidence.record(status="saved", finished_at=timestamp(utc_now()), timings_ms=timings, image=image, error=None)
     if evidence.unwritten:
+        evidence.record()  # what failed may have been a moment's
+    if evidence.unwritten:
         image.setdefault("warnings", []).append(f"the evidence file {evidence.path} could not be brought up to date")

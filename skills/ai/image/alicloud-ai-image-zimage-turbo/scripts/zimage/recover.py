@@ -49,6 +49,8 @@ def recover(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str,
     remove_leftovers(evidence.path.parent, f"{MADE}|{leftovers_of(evidence.id, evidence.path.name, held)}")
     remove_leftovers(output.parent, leftovers_of(f"{SKILL}-{evidence.id}"))
     saved = is_saved(evidence)
+    if saved:
+        drop_held(evidence)  # a run that was killed may have left it
     if saved and options.output is None:
         return response_of(evidence, evidence.data["image"])
     has_link = bool(evidence.data.get("response", {}).get("image_url"))

@@ -174,7 +174,8 @@ def conclude(run: Run, failure: Failure | None, console: Console) -> None:
             warnings.append(trouble.message)
     for text in warnings:
         console.note(f"warning: {text}")
-    states, spent = totals(database)
+    # What the run knows outranks the database, which a full disk may have left behind.
+    states, spent = run.tally.states, max(totals(database)[1], round(run.tally.spent, 6))
     ends = Counter(run.tally.ends.values())
     this_run = counts(ends) | {"estimated_cost": max(0.0, round(run.tally.spent - run.tally.spent_before, 6))}
     summary = counts(states) | {

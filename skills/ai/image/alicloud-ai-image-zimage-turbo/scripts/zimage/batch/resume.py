@@ -9,7 +9,17 @@ import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
 
-from zimage.batch.contract import DATABASE, EVIDENCE, GALLERY, IMAGES, KEPT_FACTS, PROBLEMS_TOLD, RESULTS, THUMBS
+from zimage.batch.contract import (
+    DATABASE,
+    EVIDENCE,
+    GALLERY,
+    IMAGES,
+    KEPT_FACTS,
+    PROBLEMS_TOLD,
+    RESERVE,
+    RESULTS,
+    THUMBS,
+)
 from zimage.batch.folder import database_failures, facts_of, open_database
 from zimage.batch.journal import Job, job_of, read_services
 from zimage.batch.plan import settle_moves
@@ -56,7 +66,7 @@ def clean_up(folder: Path, console: Console) -> None:
 
 # What this tool makes under temporary names, here and in generate_image.py: nothing else is removed.
 MADE = rf"{SKILL}-(?:\d{{6,}}|batch)|\d{{6,}}(?:\.(?:jpg|json|picture))?|" + leftovers_of(
-    DATABASE, RESULTS, GALLERY, ".gitignore"
+    DATABASE, RESERVE, RESULTS, GALLERY, ".gitignore"
 )
 
 
