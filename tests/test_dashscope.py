@@ -223,7 +223,8 @@ def test_an_answer_that_is_not_the_services_json(status: int, content: bytes, ex
 @pytest.mark.parametrize(
     ("retry_after", "waits"),
     [
-        ("0", 0.0),
+        ("0", 0.5),  # never below the first step
+        ("0.05", 0.5),
         ("1", 1.0),
         ("69", 69.0),  # of 100 s, 80 are for generating, and the last attempt needs 10
         ("71", None),
