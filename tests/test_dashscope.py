@@ -13,9 +13,8 @@ import responses
 import zimage.outside
 from conftest import TEST_KEY
 from providers.dashscope import DashScope
-from zimage.batch.contract import BATCH_KINDS
 from zimage.errors import KINDS, Failure
-from zimage.evidence import generated_facts, timestamp
+from zimage.evidence import said_of, timestamp
 from zimage.keys import Key
 from zimage.outside import remember_secret
 from zimage.provider import Generated, HttpAnswer
@@ -133,9 +132,7 @@ def test_of_several_pictures_the_first_is_taken_with_a_warning() -> None:
     generated = read(200, body({"image": LINK}, {"image": "https://x.aliyuncs.com/2.png"}))
     assert generated.image_url == LINK
     assert generated.other_urls == ("https://x.aliyuncs.com/2.png",)
-    facts = generated_facts(generated, (), Clock(1))
-    assert "2 pictures" in facts["warnings"][0]
-    assert facts["response"]["other_image_urls"] == ["https://x.aliyuncs.com/2.png"]
+    assert said_of(generated)["other_image_urls"] == ["https://x.aliyuncs.com/2.png"]
 
 
 # What a bad answer means ---------------------------------------------------------------------------------------------
@@ -186,10 +183,10 @@ ERROR_ROWS = [  # HTTP status, code, exit, billed, sent again: facts of the vend
 @pytest.mark.parametrize(("status", "code", "exit_code", "billed", "again"), ERROR_ROWS)
 def test_every_error_row_has_its_exit_code(status: int, code: str, exit_code: int, billed: str, again: bool) -> None:
     error = failure(status, {"code": code, "message": "said", "request_id": "r-9"})
-    assert (error.exit_code, error.billed, error.fact("retryable")) == (exit_code, billed, again)
-    assert error.facts["service_code"] == code
-    assert error.facts["http_status"] == status
-    assert error.facts["request_id"] == "r-9"
+    assert (error.fault.exit_code, error.fault.billed, error.fault.retryable) == (exit_code, billed, again)
+    assert error.fault.service_code == code
+    assert error.fault.http_status == status
+    assert error.fault.request_id == "r-9"
     assert "said" in error.message
 
 
@@ -214,7 +211,7 @@ def test_every_error_row_has_its_exit_code(status: int, code: str, exit_code: in
 )
 def test_an_answer_that_is_not_the_services_json(status: int, content: bytes, exit_code: int, billed: str) -> None:
     error = failure(status, content)
-    assert (error.exit_code, error.billed) == (exit_code, billed)
+    assert (error.fault.exit_code, error.fault.billed) == (exit_code, billed)
 
 
 # What is sent again --------------------------------------------------------------------------------------------------
@@ -235,13 +232,13 @@ def test_an_answer_that_is_not_the_services_json(status: int, content: bytes, ex
 def test_retry_after_is_obeyed_where_it_fits(retry_after: str, waits: float | None) -> None:
     clock = Clock(100)
     error = failure(429, {"code": "Throttling"}, retry_after=retry_after)
-    assert error.facts["retry_after_s"] == float(retry_after)
+    assert error.fault.retry_after_s == float(retry_after)
     assert retry_wait(error, 0, 4, clock, clock.generate_until) == waits
 
 
 @pytest.mark.parametrize("garbage", ["soon", "-5", "", "1e9", "٣", "Thu, 99 Foo 2026 00:00:00 GMT"])
 def test_a_retry_after_that_says_nothing_is_left_aside(garbage: str) -> None:
-    assert "retry_after_s" not in failure(429, {"code": "Throttling"}, retry_after=garbage).facts
+    assert failure(429, {"code": "Throttling"}, retry_after=garbage).fault.retry_after_s is None
 
 
 def test_waits_grow_twofold_with_jitter_up_to_twenty_seconds() -> None:
@@ -252,7 +249,10 @@ def test_waits_grow_twofold_with_jitter_up_to_twenty_seconds() -> None:
         assert all(longest * 0.7 <= wait <= longest for wait in waits)
 
 
-@pytest.mark.parametrize("code", sorted(KINDS.keys() - BATCH_KINDS.keys()))
+OF_A_WHOLE_BATCH = {"already_running", "incomplete", "time_limit"}
+
+
+@pytest.mark.parametrize("code", sorted(KINDS.keys() - OF_A_WHOLE_BATCH))
 def test_what_may_have_been_billed_is_never_sent_again(code: str) -> None:
     clock = Clock(100)
     wait = retry_wait(Failure(code, "x"), 0, 4, clock, clock.generate_until)
@@ -282,7 +282,7 @@ def test_a_connection_that_breaks_after_the_request_left_is_unknown(broken: Exce
     call = PROVIDER.submit(PROVIDER.payload(REQUEST), ENDPOINT, TEST_KEY, None)
     with pytest.raises(Failure) as caught:
         ask(call, lambda a: PROVIDER.read(a, REQUEST, NOW), Clock(10).end, ENDPOINT)
-    assert (caught.value.code, caught.value.billed) == ("outcome_unknown", "unknown")
+    assert (caught.value.code, caught.value.fault.billed) == ("outcome_unknown", "unknown")
     assert len(responses.calls) == 1
 
 
@@ -296,7 +296,7 @@ def test_a_key_that_the_service_echoes_is_masked_before_the_text_is_cut(monkeypa
     encoded = key.replace("/", "%2F").replace("+", "%2B")
     message = "x" * 490 + key + encoded
     error = failure(400, {"code": f"Invalid{key}", "message": message, "request_id": key})
-    shown = json.dumps(error.object())
+    shown = json.dumps(error.fault.as_json())
     assert key not in shown
     assert "plain" not in shown
     generated = read(

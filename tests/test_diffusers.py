@@ -375,7 +375,7 @@ def test_too_little_memory_is_told_with_numbers(
     monkeypatch: pytest.MonkeyPatch, free: dict[str, float], has: dict[str, bool], words: str
 ) -> None:
     failure = failure_of(lambda: place(monkeypatch, None, free, **has))
-    assert failure.code == "too_little_memory" and failure.exit_code == 2
+    assert failure.code == "too_little_memory" and failure.fault.exit_code == 2
     assert words in failure.message
 
 
@@ -386,7 +386,7 @@ def size_of(numbers: int) -> Any:
 
 def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     failure = failure_of(lambda: place(monkeypatch, "cuda", {"cpu": 64}))
-    assert failure.exit_code == 2
+    assert failure.fault.exit_code == 2
     assert "cuda cannot be used with torch 2.13.0 here, only cpu" in failure.message
 
 
@@ -574,7 +574,7 @@ def test_what_the_libraries_raise_becomes_a_failure(provider: Any, error: str, c
 
     hook = provider._pipeline.transformer.register_forward_pre_hook(broken)
     failure = failure_of(lambda: make(provider))
-    assert failure.code == code and failure.billed == "no"
+    assert failure.code == code and failure.fault.billed == "no"
     assert text in failure.message
     hook.remove()
     assert make(provider).content

@@ -219,7 +219,7 @@ def test_a_missing_field_is_named(name: str, field: str) -> None:
     del values[field]
     with pytest.raises(Failure, match=rf"^{field}: missing \(") as caught:
         fill_template.fill(TEMPLATES[name], values)
-    assert caught.value.exit_code == 2
+    assert caught.value.fault.exit_code == 2
 
 
 def test_all_that_is_wrong_with_the_values_is_told_at_once(shell: Shell) -> None:

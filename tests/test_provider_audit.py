@@ -407,10 +407,10 @@ def test_a_refusal_without_the_key_that_was_kept_back_says_so() -> None:
     for code, told in (("key_rejected", True), ("balance", False)):
         with pytest.raises(Failure) as caught, telling_of_withheld(key):
             raise Failure(code, "no")
-        assert (caught.value.fact("hint") == key.warning) == told
+        assert (caught.value.fault.hint == key.warning) == told
     with pytest.raises(Failure) as caught, telling_of_withheld(NO_KEY):
         raise Failure("key_rejected", "no")
-    assert "THE_KEY" not in caught.value.fact("hint")
+    assert "THE_KEY" not in caught.value.fault.hint
 
 
 def test_a_key_that_is_kept_back_is_told_wherever_it_may_matter(oa: Lab, elsewhere: FaultServer) -> None:

@@ -497,12 +497,12 @@ def test_a_name_that_was_taken_while_the_request_was_out_is_not_overwritten(lab:
 @pytest.mark.smoke
 @needs_kill
 @over_both_forms
-@pytest.mark.parametrize("moment", ["collect", "finish"])
+@pytest.mark.parametrize("moment", ["collect", "Evidence.saved"])
 def test_a_kill_after_the_answer_loses_nothing(lab: Lab, moment: str) -> None:
     """Before the picture gets its name, and between that and the last word of the evidence."""
     killed_in(lab, moment)
     assert lab.status() == "generated"
-    assert (lab.shell.folder / "out.png").exists() == (moment == "finish")
+    assert (lab.shell.folder / "out.png").exists() == (moment == "Evidence.saved")
     assert_recovers_free(lab)
     assert [name for name in lab.shell.files() if not name.startswith("output/")] == ["out.png"]
     (path,) = lab.shell.evidence_files()
@@ -513,7 +513,7 @@ def test_a_kill_after_the_answer_loses_nothing(lab: Lab, moment: str) -> None:
 @over_all
 def test_a_kill_between_the_answer_and_its_note_never_pays_again(lab: Lab, case: Case) -> None:
     """What can be had again, bytes on disk or a task, is had; a link that nobody wrote down is gone, and told so."""
-    killed_in(lab, "Evidence.record", "if options.get('status') == 'generated': die()")
+    killed_in(lab, "EvidenceFile.keep", "if arguments[0].evidence.data['status'] == 'generated': die()")
     assert lab.status() == ("submitted" if case.by_task else "submitting")
     if case.by_link and not case.by_task:
         assert_error(lab.recover(), 7, "unknown", code="outcome_unknown")
@@ -994,7 +994,7 @@ def read_poll(**data: Any) -> Generated | None:
 def test_why_a_task_failed(text: str | None, code: str) -> None:
     with pytest.raises(Failure) as caught:
         read_poll(status="FAILED", error_message=text)
-    assert (caught.value.code, caught.value.billed) == (code, "no")
+    assert (caught.value.code, caught.value.fault.billed) == (code, "no")
 
 
 @pytest.mark.parametrize("status", ["IN_PROGRESS", "in_progress", "PENDING", "QUEUED", "", None, 7])

@@ -157,7 +157,7 @@ def main() -> int:
             raise Failure("disk", f"standard output cannot be written: {os_reason(error)}") from None
     except Failure as failure:
         Console(json_mode=False).failure(failure)
-        return failure.exit_code
+        return failure.fault.exit_code
     return 0
 
 

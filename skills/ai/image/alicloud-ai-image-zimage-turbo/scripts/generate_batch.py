@@ -88,7 +88,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console(json_mode=True, quiet="--quiet" in arguments)
     try:
         ending = run_command(read_options(arguments, env), console, env, began)
-        return ending.exit_code if ending else EXIT_OK
+        return ending.fault.exit_code if ending else EXIT_OK
     except SystemExit:  # argparse has printed help or version
         console.flush()
         return EXIT_OK
@@ -107,7 +107,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         failure = internal_error(error)
     console.failure(failure)
-    return failure.exit_code
+    return failure.fault.exit_code
 
 
 if __name__ == "__main__":

@@ -134,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         failure = internal_error(error)
     console.failure(failure)
-    return failure.exit_code
+    return failure.fault.exit_code
 
 
 if __name__ == "__main__":

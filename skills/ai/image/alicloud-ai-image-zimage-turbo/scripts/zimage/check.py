@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from zimage.errors import Failure, raise_problems
+from zimage.errors import KINDS, Failure, raise_problems
 from zimage.files import check_free_name, check_space
 from zimage.keys import NO_KEY, Key
 from zimage.plan import planned_endpoint, planned_provider, workspace_of
@@ -51,7 +51,7 @@ def dry_run(plan: Plan, trusted: frozenset[str], env: Mapping[str, str]) -> dict
         "cost_basis": plan.price.basis,
         "key_source": key.source or None,
         "warnings": [*plan.warnings, *filter(None, [key.warning])],
-        "problems": [failure.object() for failure in problems],
+        "problems": [failure.fault.as_json() for failure in problems],
     }
     return {name: value for name, value in plan_of_it.items() if value != {}}
 
@@ -95,13 +95,13 @@ def check(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str, A
 
 def free_of_charge(failure: Failure) -> Failure:
     """The failure of a call that costs nothing: what would be unknown for a paid one is only a fault here."""
-    failure.facts["billed"] = "no"
-    if failure.code == "outcome_unknown" and 300 <= failure.facts.get("http_status", 0) < 400:
-        failure.code = "answer_unusable"
-    if failure.code == "outcome_unknown":
-        failure.code = "service_failing"
-    if failure.code == "service_failing":
-        failure.facts.pop("retryable", None)
-    if failure.code in ("answer_unusable", "no_image"):
-        failure.facts["hint"] = "check the base URL: what answers there is not the service"
-    return failure
+    fault = failure.fault
+    code = fault.code
+    if code == "outcome_unknown":
+        code = "answer_unusable" if 300 <= (fault.http_status or 0) < 400 else "service_failing"
+    kind = KINDS[code]
+    hint = fault.hint if code == fault.code else kind.hint
+    if code in ("answer_unusable", "no_image"):
+        hint = "check the base URL: what answers there is not the service"
+    retryable = kind.retryable if code in ("service_failing", "answer_unusable") else fault.retryable
+    return failure.but(code=code, billed="no", exit_code=kind.exit_code, hint=hint, retryable=retryable)

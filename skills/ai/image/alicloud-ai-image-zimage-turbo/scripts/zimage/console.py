@@ -49,11 +49,11 @@ class Console:
         """The error for a person on stderr, its advice on the last line; as JSON on stdout where asked for."""
         self.tell(failure)
         if self.json_mode:
-            self.data({"error": failure.object()})
+            self.data({"error": failure.fault.as_json()})
 
     def tell(self, failure: Failure) -> None:
         """The error for a person on stderr."""
-        error = failure.object()
+        error = failure.fault.as_json()
         lines = [f"error: {error['code']}: {error['message']}"]
         if len(error.get("problems", [])) > 1:
             shown_of = f", the first {len(error['problems'])} are" if "problem_count" in error else ""

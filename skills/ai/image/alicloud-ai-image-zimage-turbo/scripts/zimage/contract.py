@@ -64,6 +64,7 @@ READABLE_FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP"]  # others start program
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {"PNG": {}, "JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
 
 EXIT_OK = 0
+EXIT_INCOMPLETE = 1  # of a batch
 EXIT_INVALID = 2
 EXIT_KEY = 3
 EXIT_BALANCE = 4
@@ -72,6 +73,7 @@ EXIT_UNAVAILABLE = 6
 EXIT_UNKNOWN = 7
 EXIT_UNUSABLE = 8
 EXIT_DISK = 9
+EXIT_TIME_LIMIT = 11  # of a batch
 EXIT_SIGNAL = 128  # plus the number of the signal
 
 REQUEST_SCHEMA: dict[str, Any] = {

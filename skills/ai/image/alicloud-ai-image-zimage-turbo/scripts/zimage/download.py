@@ -14,10 +14,11 @@ from zimage.answers import retry_after
 from zimage.contract import CORRUPT_DOWNLOAD_RETRIES, DOWNLOAD_RETRIES, MAX_HOPS, MAX_IMAGE_BYTES, MIB
 from zimage.endpoint import _is_address, is_loopback_host, is_loopback_url, is_public_address, origin_of, split_netloc
 from zimage.errors import Failure, os_reason
-from zimage.evidence import generated_facts, held_path, moment_of, utc_now
+from zimage.evidence import moment_of, said_of, utc_now
 from zimage.outside import without_surrogates
 from zimage.picture import ends_as_it_should, verified
 from zimage.provider import HttpCall
+from zimage.settle import DEAD_LINK
 from zimage.transport import AnswerLost, AnswerTooLarge, NotSent, exchange
 from zimage.waiting import pause, wait_before
 
@@ -110,7 +111,7 @@ def download(link: str, *, clock: Clock, endpoint: str, provider: Provider, expi
             failure = refused
         final = failure.code not in ("paid_not_downloaded", "image_unusable")
         spent = failure.code == "image_unusable" and attempt >= CORRUPT_DOWNLOAD_RETRIES
-        wait = wait_before(attempt, failure.facts.get("retry_after_s"))
+        wait = wait_before(attempt, failure.fault.retry_after_s)
         if final or spent or attempt == DOWNLOAD_RETRIES or time.monotonic() + wait >= clock.end:
             break
         pause(wait)
@@ -137,38 +138,39 @@ def picture_bytes(answer: HttpAnswer, expires_at: dt.datetime) -> bytes:
     raise Failure("link_refused", f"the link to the picture is answered with HTTP {status}", http_status=status)
 
 
-def fetch_source(evidence: Evidence, provider: Provider, clock: Clock, content: bytes = b"") -> Picture:
-    """The picture as the service made it: `content`, else what was handed over earlier, else by its link.
+def fetch_source(evidence: Evidence, provider: Provider, clock: Clock) -> Picture:
+    """The picture as the service made it: what was handed over, else by its link.
 
     Raises:
         Failure: as `verified` and `download`; disk_after_paying.
     """
-    link = evidence.data["response"].get("image_url")
-    held = held_path(evidence.path)
-    if content or not link:
-        try:
-            return verified(content or held.read_bytes())
-        except FileNotFoundError:
-            if evidence.data["status"] == "saved":
-                message = "the saved file has vanished, and there is no link to fetch the picture again"
-                raise Failure("link_expired", message, lasting=True) from None
-            hint = "report it: the picture was handed over, and no disk took it; do not pay again unasked"
-            raise Failure("image_unusable", f"{held} is not there", hint=hint, lasting=True) from None
-        except OSError as error:
-            raise Failure("disk_after_paying", f"{held} cannot be read: {os_reason(error)}") from None
-        except Failure as failure:  # the same bytes will not get better
-            failure.facts |= {"lasting": True, "hint": f"report it, do not rerun unasked; what came is kept as {held}"}
-            raise
-    return download(
-        link,
-        clock=clock,
-        endpoint=evidence.data["endpoint"],
-        provider=provider,
-        expires_at=moment_of(evidence.data["response"].get("expires_at")),
-    )
+    link = evidence.have.link
+    if evidence.content or not link:
+        return handed_over(evidence)
+    expires_at = moment_of(evidence.data["response"].get("expires_at"))
+    return download(link, clock=clock, endpoint=evidence.data["endpoint"], provider=provider, expires_at=expires_at)
 
 
-DEAD_LINK = ("link_expired", "link_refused")
+def handed_over(evidence: Evidence) -> Picture:
+    """The picture whose bytes came with the answer: they are in memory, or lie beside the evidence.
+
+    Raises:
+        Failure: as `verified`; link_expired, disk_after_paying.
+    """
+    held = evidence.held
+    try:
+        return verified(evidence.content or held.read_bytes())
+    except FileNotFoundError:
+        if evidence.data["status"] == "saved":
+            message = "the saved file has vanished, and there is no link to fetch the picture again"
+            raise Failure("link_expired", message, lasting=True) from None
+        hint = "report it: the picture was handed over, and no disk took it; do not pay again unasked"
+        raise Failure("image_unusable", f"{held} is not there", hint=hint, lasting=True) from None
+    except OSError as error:
+        raise Failure("disk_after_paying", f"{held} cannot be read: {os_reason(error)}") from None
+    except Failure as failure:  # the same bytes will not get better
+        hint = f"report it, do not rerun unasked; what came is kept as {held}"
+        raise failure.but(lasting=True, hint=hint) from None
 
 
 def fetch_anew(evidence: Evidence, provider: Provider, clock: Clock, task: Callable[[], Task]) -> Picture:
@@ -188,9 +190,8 @@ def fetch_anew(evidence: Evidence, provider: Provider, clock: Clock, task: Calla
             generated = None
         if generated is None:
             raise
-    evidence.update(response=generated_facts(generated, (), clock)["response"])
+    evidence.update(response=said_of(generated))
     try:
         return fetch_source(evidence, provider, clock)
     except Failure as failure:
-        failure.facts["lasting"] = failure.code in DEAD_LINK or None
-        raise
+        raise failure.but(lasting=failure.fault.lasting or failure.code in DEAD_LINK) from None

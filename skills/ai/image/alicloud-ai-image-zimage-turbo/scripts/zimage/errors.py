@@ -6,17 +6,19 @@ import contextlib
 import importlib.util
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
+from enum import Enum
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from zimage.contract import (
-    ERROR_SCHEMA,
     EXIT_BALANCE,
     EXIT_BLOCKED,
     EXIT_DISK,
+    EXIT_INCOMPLETE,
     EXIT_INVALID,
     EXIT_KEY,
     EXIT_SIGNAL,
+    EXIT_TIME_LIMIT,
     EXIT_UNAVAILABLE,
     EXIT_UNKNOWN,
     EXIT_UNUSABLE,
@@ -25,14 +27,31 @@ from zimage.contract import (
 from zimage.contract import GENERATE_IMAGE as GENERATE_IMAGE
 from zimage.outside import mask
 
+Billed = Literal["no", "unknown", "yes"]  # in this order: what is known to be paid outranks whatever fails later
+BILLED: tuple[Billed, ...] = ("no", "unknown", "yes")
+Concerns = Literal["picture", "service", "run"]  # what else would fail: nothing, the next calls, every other picture
+
+
+class Left(Enum):
+    """What a failure leaves of a picture."""
+
+    AGAIN = "again"  # not billed, and it may be sent as it is
+    REFUSED = "refused"  # not billed, and it would be refused again
+    OPEN = "open"  # the service works on its task
+    PAID = "paid"  # it can be fetched, free
+    SPENT = "spent"  # paid, and past help
+    UNKNOWN = "unknown"  # it may have been billed
+
 
 class Kind(NamedTuple):
-    """What one error code means: exit code, whether the same command may run again, billing, advice."""
+    """What one error code means. `retryable`: the same command may run again without paying twice."""
 
     exit_code: int
     retryable: bool
-    billed: str  # no | yes | unknown
+    billed: Billed
     hint: str
+    concerns: Concerns = "picture"
+    leaves: Left = Left.REFUSED  # of a picture that is not billed; SPENT also of one that is
 
 
 INSTALL_HINT = (
@@ -72,31 +91,74 @@ KINDS: dict[str, Kind] = {
     ),
     "missing_weights": Kind(EXIT_INVALID, False, "no", "fetch the model first, or name the folder that holds it"),
     "too_little_memory": Kind(EXIT_INVALID, False, "no", "free memory, take a smaller size, or use another provider"),
-    "internal_error": Kind(EXIT_INVALID, False, "no", "this is a fault of the tool: report it with this message"),
-    "key_missing": Kind(EXIT_KEY, False, "no", "tell the user; a key never belongs in the chat or on a command line"),
-    "key_malformed": Kind(EXIT_KEY, False, "no", "tell the user to store the key again, alone and without spaces"),
-    "disk": Kind(EXIT_DISK, False, "no", "make the folder writable and free some space, then run it again"),
+    "internal_error": Kind(
+        EXIT_INVALID, False, "no", "this is a fault of the tool: report it with this message", "run", Left.AGAIN
+    ),
+    "key_missing": Kind(
+        EXIT_KEY, False, "no", "tell the user; a key never belongs in the chat or on a command line", "run", Left.AGAIN
+    ),
+    "key_malformed": Kind(
+        EXIT_KEY, False, "no", "tell the user to store the key again, alone and without spaces", "run", Left.AGAIN
+    ),
+    "disk": Kind(
+        EXIT_DISK, False, "no", "make the folder writable and free some space, then run it again", "run", Left.AGAIN
+    ),
     # Answered by the service, and not billed.
     "rejected_by_service": Kind(EXIT_INVALID, False, "no", "correct the request as the service's message says"),
-    "not_found": Kind(EXIT_INVALID, False, "no", "check region and base URL: the model or path is not there"),
+    "not_found": Kind(
+        EXIT_INVALID, False, "no", "check region and base URL: the model or path is not there", "run", Left.AGAIN
+    ),
     "key_rejected": Kind(
-        EXIT_KEY, False, "no", "tell the user; it may be the key of another region (--region) or another account"
+        EXIT_KEY,
+        False,
+        "no",
+        "tell the user; it may be the key of another region (--region) or another account",
+        "run",
+        Left.AGAIN,
     ),
     "access_denied": Kind(
-        EXIT_KEY, False, "no", "tell the user to activate the model and check permissions in the provider's console"
+        EXIT_KEY,
+        False,
+        "no",
+        "tell the user to activate the model and check permissions in the provider's console",
+        "run",
+        Left.AGAIN,
     ),
-    "balance": Kind(EXIT_BALANCE, False, "no", "tell the user to settle the account; do not retry"),
-    "quota": Kind(EXIT_BALANCE, False, "no", "tell the user that the quota is used up; do not retry"),
+    "balance": Kind(EXIT_BALANCE, False, "no", "tell the user to settle the account; do not retry", "run", Left.AGAIN),
+    "quota": Kind(
+        EXIT_BALANCE, False, "no", "tell the user that the quota is used up; do not retry", "run", Left.AGAIN
+    ),
     "blocked": Kind(EXIT_BLOCKED, False, "no", "tell the user; reword the prompt only with their consent"),
     "rate_limited": Kind(
-        EXIT_UNAVAILABLE, True, "no", "wait retry_after_s, or a minute where it is not given, then run it once more"
+        EXIT_UNAVAILABLE,
+        True,
+        "no",
+        "wait retry_after_s, or a minute where it is not given, then run it once more",
+        "service",
+        Left.AGAIN,
     ),
-    "service_failing": Kind(EXIT_UNAVAILABLE, True, "no", "wait a minute, then run it once more"),
+    "service_failing": Kind(
+        EXIT_UNAVAILABLE, True, "no", "wait a minute, then run it once more", "service", Left.AGAIN
+    ),
     "unreachable": Kind(
-        EXIT_UNAVAILABLE, True, "no", "check network, proxy, certificates and base URL, then run it once more"
+        EXIT_UNAVAILABLE,
+        True,
+        "no",
+        "check network, proxy, certificates and base URL, then run it once more",
+        "service",
+        Left.AGAIN,
     ),
-    "task_failed": Kind(EXIT_UNAVAILABLE, True, "no", "nothing was billed; run it once more, then tell the user"),
-    "too_slow": Kind(EXIT_UNAVAILABLE, False, "no", "give a longer --timeout or a smaller size; nothing was billed"),
+    "task_failed": Kind(
+        EXIT_UNAVAILABLE, True, "no", "nothing was billed; run it once more, then tell the user", "service"
+    ),
+    "too_slow": Kind(
+        EXIT_UNAVAILABLE,
+        False,
+        "no",
+        "give a longer --timeout or a smaller size; nothing was billed",
+        "service",
+        Left.AGAIN,
+    ),
     "refused_by_service": Kind(EXIT_UNUSABLE, False, "no", "report the status and message; do not rerun unasked"),
     # After the request has left.
     "outcome_unknown": Kind(EXIT_UNKNOWN, False, "unknown", ASK_BEFORE_PAYING),
@@ -113,63 +175,118 @@ KINDS: dict[str, Kind] = {
         False,
         "yes",
         "run next_command once, free; then report it, and do not pay again unasked",
+        leaves=Left.SPENT,
     ),
-    "image_too_large": Kind(EXIT_UNUSABLE, False, "yes", "report it; do not pay again unasked"),
+    "image_too_large": Kind(EXIT_UNUSABLE, False, "yes", "report it; do not pay again unasked", leaves=Left.SPENT),
     "hop_refused": Kind(
-        EXIT_UNUSABLE, False, "yes", "report it: the link leads where no picture should be fetched from"
+        EXIT_UNUSABLE,
+        False,
+        "yes",
+        "report it: the link leads where no picture should be fetched from",
+        leaves=Left.SPENT,
     ),
     "link_expired": Kind(
-        EXIT_UNUSABLE, False, "yes", "the picture can only be made again: ask the user, then --replay EVIDENCE (costs)"
+        EXIT_UNUSABLE,
+        False,
+        "yes",
+        "the picture can only be made again: ask the user, then --replay EVIDENCE (costs)",
+        leaves=Left.SPENT,
     ),
     "link_refused": Kind(
         EXIT_UNUSABLE, False, "yes", "run next_command once, free; then report it, and do not pay again unasked"
     ),
-    "disk_after_paying": Kind(EXIT_DISK, False, "yes", "free space or mend the folder, then run next_command, free"),
+    "disk_after_paying": Kind(
+        EXIT_DISK, False, "yes", "free space or mend the folder, then run next_command, free", "run", Left.AGAIN
+    ),
     "interrupted": Kind(EXIT_SIGNAL, False, "no", "nothing was billed; run it again when you like"),
+    # Of a batch.
+    "invalid_rows": Kind(EXIT_INVALID, False, "no", "correct the rows named above; nothing has been sent"),
+    "changed_rows": Kind(
+        EXIT_INVALID,
+        False,
+        "no",
+        "undo the change, use another --output-dir, or, if the user agrees to the cost, add --accept-changes",
+    ),
+    "already_running": Kind(
+        EXIT_INVALID, True, "no", "wait for it: --status DIR tells how far it is; never start a second one"
+    ),
+    "no_batch": Kind(EXIT_INVALID, False, "no", "give the --output-dir of a batch that has been started"),
+    "batch_unreadable": Kind(
+        EXIT_INVALID, False, "no", "use another --output-dir; pictures and evidence in this one stay as they are"
+    ),
+    "incomplete": Kind(EXIT_INCOMPLETE, True, "no", "run the same command again"),
+    "time_limit": Kind(EXIT_TIME_LIMIT, True, "no", "run the same command again, until it ends with another exit code"),
 }
 
 
-class Failure(Exception):
-    """An end of a command that its user must know about.
+class Fault(NamedTuple):
+    """What went wrong, with all its facts: fields of the error object (ERROR_SCHEMA). A value, never changed."""
 
-    `code` is a key of KINDS, which gives exit code, retryable, billed and hint unless `facts` overrides them;
-    the other facts are fields of the error object (ERROR_SCHEMA).
-    """
+    code: str
+    message: str
+    hint: str
+    exit_code: int
+    retryable: bool
+    billed: Billed
+    problems: Sequence[str] | None = None
+    problem_count: int | None = None
+    changes: Mapping[str, Any] | None = None
+    progress: Mapping[str, Any] | None = None
+    next_command: str | None = None
+    retry_after_s: float | None = None
+    http_status: int | None = None
+    service_code: str | None = None
+    request_id: str | None = None
+    evidence_path: str | None = None
+    image_url: str | None = None
+    lasting: bool = False  # what is free now will not help later either; not told
 
-    def __init__(self, code: str, message: str, **facts: Any) -> None:
-        super().__init__(message)
-        self.code = code
-        self.message = message
-        self.facts = {name: value for name, value in facts.items() if value is not None}
-
-    def fact(self, name: str) -> Any:
-        """The named fact, from this failure or else from its kind."""
-        return self.facts.get(name, getattr(KINDS[self.code], name, None))
+    @classmethod
+    def of(cls, code: str, message: str, **given: Any) -> Fault:
+        """A fault of a kind, whose facts hold where none is given (None gives none). An unknown fact is a TypeError."""
+        kind = KINDS[code]
+        facts: dict[str, Any] = kind._asdict()
+        del facts["concerns"], facts["leaves"]
+        return cls(code, message, **facts | {name: value for name, value in given.items() if value is not None})
 
     @property
-    def exit_code(self) -> int:
-        return int(self.fact("exit_code"))
+    def concerns(self) -> Concerns:
+        """Whom it concerns. What is not reachable, and will not be at a second try, is so for every picture."""
+        return "run" if self.code == "unreachable" and not self.retryable else KINDS[self.code].concerns
 
-    @property
-    def billed(self) -> str:
-        return str(self.fact("billed"))
-
-    def object(self) -> dict[str, Any]:
+    def as_json(self) -> dict[str, Any]:
         """The error object of the contract. Key-like text is masked; paths, links and commands stay whole."""
-        result = {
-            "code": self.code,
-            "message": mask(self.message),
-            "hint": mask(self.fact("hint")),
-            "exit_code": self.exit_code,
-            "retryable": self.fact("retryable"),
-            "billed": self.billed,
-        }
-        for name in ERROR_SCHEMA["properties"]:
-            if name not in result and name in self.facts:
-                result[name] = self.facts[name]
-        if "problems" in result:
-            result["problems"] = [mask(problem) for problem in result["problems"]]
-        return result
+        told = {name: value for name, value in self._asdict().items() if value is not None and name != "lasting"}
+        told |= {"message": mask(self.message), "hint": mask(self.hint)}
+        if self.problems is not None:
+            told["problems"] = [mask(problem) for problem in self.problems]
+        return told
+
+
+class Failure(Exception):
+    """An end of a command that its user must know about: it carries a fault, and decides nothing."""
+
+    def __init__(self, code: str, message: str, **given: Any) -> None:
+        super().__init__(message)
+        self._fault = Fault.of(code, message, **given)
+
+    @property
+    def fault(self) -> Fault:
+        return self._fault
+
+    @property
+    def code(self) -> str:
+        return self._fault.code
+
+    @property
+    def message(self) -> str:
+        return self._fault.message
+
+    def but(self, **changes: Any) -> Failure:
+        """The same failure with other facts: for whoever knows more."""
+        other = Failure.__new__(Failure, self.message)
+        other._fault = self._fault._replace(**changes)
+        return other
 
 
 class Problem(NamedTuple):
@@ -199,7 +316,7 @@ def noting(problems: list[Problem]) -> Iterator[None]:
     try:
         yield
     except Failure as failure:
-        problems.append(Problem(failure.code, failure.message, failure.facts.get("hint")))
+        problems.append(Problem(failure.code, failure.message, failure.fault.hint))
 
 
 def os_reason(error: Exception) -> str:

@@ -9,17 +9,17 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from zimage.contract import EVIDENCE_SCHEMA, MAX_EVIDENCE_BYTES, SKILL
-from zimage.errors import Failure, os_reason
+from zimage.errors import Billed, Failure, Fault, Left, os_reason
 from zimage.files import OWNER_ONLY, replace_private, to_json, write_gitignore, write_new
 from zimage.outside import outside_text
 from zimage.request import decode_json_file, read_input
+from zimage.settle import STATES, Have
 
 if TYPE_CHECKING:
-    from zimage.provider import Generated, Provider, Submitted
-    from zimage.waiting import Clock
+    from zimage.provider import Generated, Submitted
 
 
 class Folders(NamedTuple):
@@ -54,32 +54,38 @@ def new_evidence_id(now: dt.datetime) -> str:
 class Evidence:
     """One evidence file. `data` is its content (EVIDENCE_SCHEMA).
 
-    `update` changes the content in memory, `record` replaces the file too.
+    All changes are in memory; a `Record` puts them on disk.
     """
 
     def __init__(self, path: Path, data: dict[str, Any]) -> None:
         self.path = path
         self.data = data
-        self.unwritten = False  # the last state is not on disk
+        self.content = b""  # a picture that was handed over and could not be put on disk yet
 
     @property
     def id(self) -> str:
         return self.path.stem
 
-    @classmethod
-    def create(cls, path: Path, data: dict[str, Any]) -> Evidence:
-        """Write the file for the first time, readable for its owner only: it will hold a signed link.
+    @property
+    def have(self) -> Have:
+        """What is known of the picture: the side of the record in the tables of `settle`."""
+        status, attempts = self.data["status"], self.data["attempts"]
+        billed: Billed = "no" if status == "failed" or (status == "submitting" and not attempts) else "unknown"
+        if attempts and status != "failed":  # a further one follows only on one that was not billed
+            billed = attempts[-1].get("billed", "unknown")
+        return Have(
+            billed="yes" if status in ("generated", "saved") else billed,
+            status=status,
+            task="task_id" in self.data,
+            link=self.data.get("response", {}).get("image_url", ""),
+            held=bool(self.content) or self.held.exists(),
+            billable=self.data["billable"],
+        )
 
-        Raises:
-            Failure: disk.
-        """
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write_gitignore(path.parent, "*\n")
-            write_new(path, to_json(data), mode=OWNER_ONLY)
-        except OSError as error:
-            raise Failure("disk", f"the evidence file {path} cannot be written: {os_reason(error)}") from None
-        return cls(path, data)
+    @property
+    def held(self) -> Path:
+        """Where bytes that a provider handed over lie until the picture is saved: no link leads to them."""
+        return self.path.with_suffix(".picture")
 
     @classmethod
     def load(cls, option: str, name: str, wait: float) -> Evidence:
@@ -107,29 +113,8 @@ class Evidence:
         """Merge changes; None removes a field."""
         self.data = {name: value for name, value in (self.data | changes).items() if value is not None}
 
-    def record(self, **changes: Any) -> None:
-        """Merge changes and replace the file in one step.
-
-        A disk that fails now must not lose a paid picture: `unwritten` tells, the command goes on.
-        """
-        self.update(**changes)
-        try:
-            replace_private(self.path, to_json(self.data))
-            self.unwritten = False
-        except OSError:
-            self.unwritten = True
-
     def begin_attempt(self) -> None:
-        """Put one more attempt on disk, before its request leaves.
-
-        Raises:
-            Failure: disk. Then nothing may be sent.
-        """
-        earlier = self.data["attempts"]
-        self.record(attempts=[*earlier, {"at": timestamp(utc_now())}])
-        if self.unwritten:
-            self.update(attempts=earlier)
-            raise Failure("disk", f"the evidence file {self.path} cannot be written: nothing more was sent")
+        self.update(attempts=[*self.data["attempts"], {"at": timestamp(utc_now())}])
 
     def end_attempt(self, **facts: Any) -> None:
         """Add to the last attempt how it ended."""
@@ -137,57 +122,59 @@ class Evidence:
         known = {name: value for name, value in facts.items() if value is not None}
         self.data["attempts"] = [*earlier, last | known]
 
-    def end_failed_attempt(self, failure: Failure, wait: float | None) -> None:
-        """Add to the last attempt how it failed, and how many seconds the next one waits, if there is one."""
-        self.end_attempt(
-            http_status=failure.facts.get("http_status"),
-            service_code=failure.facts.get("service_code"),
-            outcome=failure.code,
-            billed=failure.billed,
-            wait_s=wait and round(wait, 3),
+    def end_failed_attempt(self, fault: Fault) -> None:
+        """Add to the last attempt how it failed."""
+        facts = {"http_status": fault.http_status, "service_code": fault.service_code, "billed": fault.billed}
+        self.end_attempt(**facts, outcome=fault.code)
+
+    def submitted(self, submitted: Submitted) -> None:
+        """The id of a task is known."""
+        self.end_attempt(http_status=200, outcome="submitted")
+        response = {"request_id": submitted.request_id} if submitted.request_id else None
+        self.update(status="submitted", task_id=submitted.task_id, response=response)
+
+    def generated(
+        self, generated: Generated, warnings: Sequence[str], generate_ms: float, *, by_http: bool = True
+    ) -> None:
+        """A picture is known to be made. Bytes that were handed over go to disk first, else they stay in `content`."""
+        if self.data["attempts"]:
+            self.end_attempt(http_status=200 if by_http else None, outcome="generated", billed="yes")
+        if generated.content:
+            try:
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                replace_private(self.held, generated.content)
+            except OSError:  # the picture may yet be saved
+                self.content = generated.content
+        more = len(generated.other_urls)
+        several = (
+            [f"the service sent {more + 1} pictures; the first is saved, the evidence has the links"] if more else []
+        )
+        self.update(
+            status="generated",
+            generated_at=timestamp(utc_now()),
+            response=said_of(generated),
+            timings_ms={"generate": generate_ms},
+            warnings=[*warnings, *several, *generated.warnings] or None,
+            error=None,
         )
 
-    @property
-    def is_paid(self) -> bool:
-        """Whether a picture is known to have been made."""
-        return self.data["status"] in ("generated", "saved")
+    def saved(self, image: dict[str, Any], download_ms: float, total_ms: float) -> None:
+        """The picture lies in its place. `timings_ms` is of the command that saved it, but for `generate`."""
+        timings = self.data.get("timings_ms", {}) | {"download": download_ms, "total": total_ms}
+        self.update(status="saved", finished_at=timestamp(utc_now()), timings_ms=timings, image=image, error=None)
 
-    @property
-    def nothing_outstanding(self) -> bool:
-        """Whether every attempt is known to have ended unbilled."""
-        return all(attempt.get("billed") == "no" for attempt in self.data["attempts"])
+    def settled(self, left: Left, told: Fault) -> None:
+        """The work has ended without a saved picture."""
+        self.update(status=STATES[left][0], finished_at=timestamp(utc_now()), error=told.as_json())
 
-
-def keep_generated(evidence: Evidence, generated: Generated, warnings: Sequence[str], clock: Clock) -> None:
-    """Put what has been paid for on disk: bytes that were handed over, then the evidence."""
-    if generated.content:
-        with contextlib.suppress(OSError):  # then they are in memory still, and the picture may yet be saved
-            hold(evidence.path, generated.content)
-    evidence.record(**generated_facts(generated, warnings, clock))
-
-
-def held_path(evidence_path: Path) -> Path:
-    """Where bytes that a provider handed over lie until the picture is saved: there is no link to get them again."""
-    return evidence_path.with_suffix(".picture")
-
-
-def hold(evidence_path: Path, content: bytes) -> None:
-    """Raises OSError."""
-    evidence_path.parent.mkdir(parents=True, exist_ok=True)
-    replace_private(held_path(evidence_path), content)
-
-
-def drop_held(evidence: Evidence) -> None:
-    """Remove the bytes that were handed over, once the saved picture is on record."""
-    if not evidence.unwritten:
+    def drop_held(self) -> None:
+        """Remove the bytes that were handed over, once the saved picture is on record."""
         with contextlib.suppress(OSError):
-            held_path(evidence.path).unlink(missing_ok=True)
+            self.held.unlink(missing_ok=True)
 
 
-def generated_facts(generated: Generated, warnings: Sequence[str], clock: Clock) -> dict[str, Any]:
-    """What an evidence file says of a picture from the moment when it is known to be made."""
-    more = len(generated.other_urls)
-    several = [f"the service sent {more + 1} pictures; the first is saved, the evidence has the links"] if more else []
+def said_of(generated: Generated) -> dict[str, Any]:
+    """What the service said of a picture, as the evidence holds it."""
     response = {
         "request_id": generated.request_id,
         "usage": dict(generated.usage),
@@ -197,25 +184,78 @@ def generated_facts(generated: Generated, warnings: Sequence[str], clock: Clock)
         "rewritten_prompt": generated.rewritten_prompt or None,
         "reasoning": generated.reasoning or None,
     }
-    return {
-        "status": "generated",
-        "generated_at": timestamp(utc_now()),
-        "response": {name: value for name, value in response.items() if value is not None},
-        "timings_ms": {"generate": elapsed_ms(clock.start)},
-        "warnings": [*warnings, *several, *generated.warnings] or None,
-    }
+    return {name: value for name, value in response.items() if value is not None}
 
 
-def end_generated_attempt(evidence: Evidence, provider: Provider) -> None:
-    """Note that the last attempt has made a picture."""
-    evidence.end_attempt(http_status=None if provider.in_process else 200, outcome="generated", billed="yes")
+class Record(Protocol):
+    """Where one picture is remembered: an evidence file, or a row of a batch.
+
+    Before money is spent, a record that cannot be written raises. After that it never does: `behind` says what is
+    wrong with it, None where all that is known is on disk.
+    """
+
+    evidence: Evidence
+    behind: Failure | None
+    forgets_tries: bool  # one that was not billed leaves nothing to look at
+
+    def begin(self) -> None:
+        """One more attempt is on disk. Raises Failure: disk; then nothing may be sent."""
+
+    def ended(self, fault: Fault) -> None:
+        """The attempt has failed."""
+
+    def keep(self) -> None:
+        """Put the evidence on disk as it is now."""
+
+    def settled(self, left: Left, told: Fault) -> None:
+        """Put on disk what the end of the work has left."""
 
 
-def submitted_facts(submitted: Submitted, evidence: Evidence) -> dict[str, Any]:
-    """What an evidence file says of a task from the moment when its id is known."""
-    evidence.end_attempt(http_status=200, outcome="submitted")
-    response = {"request_id": submitted.request_id} if submitted.request_id else None
-    return {"status": "submitted", "task_id": submitted.task_id, "response": response}
+class EvidenceFile:
+    """The record of one picture in a file of its own, readable for its owner only: it will hold a signed link."""
+
+    forgets_tries = False
+
+    def __init__(self, evidence: Evidence) -> None:
+        self.evidence = evidence
+        self.behind: Failure | None = None
+
+    def begin(self) -> None:
+        evidence = self.evidence
+        earlier = evidence.data["attempts"]
+        evidence.begin_attempt()
+        try:
+            evidence.path.parent.mkdir(parents=True, exist_ok=True)
+            if earlier:
+                replace_private(evidence.path, to_json(evidence.data))
+            else:
+                write_gitignore(evidence.path.parent, "*\n")
+                write_new(evidence.path, to_json(evidence.data), mode=OWNER_ONLY)
+        except OSError as error:
+            evidence.update(attempts=earlier)
+            raise self._unwritten(error) from None
+
+    def ended(self, fault: Fault) -> None:
+        self.evidence.end_failed_attempt(fault)
+
+    def keep(self) -> None:
+        for _ in range(2):  # what fails may be a moment's
+            try:
+                replace_private(self.evidence.path, to_json(self.evidence.data))
+                self.behind = None
+                return
+            except OSError as error:
+                self.behind = self._unwritten(error)
+        if self.evidence.data["status"] == "saved":
+            warning = f"the evidence file {self.evidence.path} could not be brought up to date"
+            self.evidence.data["image"].setdefault("warnings", []).append(warning)
+
+    def settled(self, left: Left, told: Fault) -> None:
+        self.evidence.settled(left, told)
+        self.keep()
+
+    def _unwritten(self, error: OSError) -> Failure:
+        return Failure("disk", f"the evidence file {self.evidence.path} cannot be written: {os_reason(error)}")
 
 
 def elapsed_ms(start: float) -> float:

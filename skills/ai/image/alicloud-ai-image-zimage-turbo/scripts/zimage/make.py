@@ -2,39 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
 from zimage.contract import FORMATS, SKILL
-from zimage.download import fetch_source
+from zimage.download import fetch_anew, fetch_source
 from zimage.errors import Failure
-from zimage.evidence import (
-    EVIDENCE_ID,
-    MADE,
-    Evidence,
-    drop_held,
-    elapsed_ms,
-    end_generated_attempt,
-    keep_generated,
-    response_of,
-    submitted_facts,
-    timestamp,
-    utc_now,
-)
+from zimage.evidence import EVIDENCE_ID, MADE, Evidence, EvidenceFile, elapsed_ms, response_of, utc_now
 from zimage.files import check_free_name, check_space, check_writable, place, remove_leftovers
 from zimage.picture import converted, size_warning
 from zimage.provider import Generated, Submitted
-from zimage.settle import retry_wait, settling
-from zimage.task import TASK_ENDS, Task
+from zimage.settle import TASK_ENDS, ended_early, explained, retry_wait, settle
+from zimage.task import Task
 from zimage.transport import ask, wired_adapter
 from zimage.trust import key_for, telling_of_withheld
 from zimage.waiting import Interrupted, in_time, pause
 
 if TYPE_CHECKING:
     from zimage.console import Console
+    from zimage.evidence import Record
     from zimage.keys import Key
     from zimage.picture import Picture
     from zimage.plan import Options, Plan
@@ -63,17 +53,10 @@ def generate(plan: Plan, options: Options, clock: Clock, console: Console, env: 
     if key.warning:
         plan = plan._replace(warnings=(*plan.warnings, key.warning))
     console.warn(plan.warnings)
-    evidence = Evidence.create(plan.evidence_path, plan.evidence(utc_now()))
-    console.note(f"evidence: {evidence.path}")
-    with settling(evidence, flags=recovery_flags(plan, options)):
-        generated = obtain(plan, key, evidence, clock, options.max_retries)
-        keep_generated(evidence, generated, plan.warnings, clock)
-        start = time.monotonic()
-        source = fetch_source(evidence, plan.provider, clock, generated.content)
-        image = collect(evidence, source, plan.output, plan.provider, overwrite=plan.overwrite, again=False)
-        finish(evidence, image, clock, start)
-        drop_held(evidence)
-    return response_of(evidence, image)
+    record = EvidenceFile(Evidence(plan.evidence_path, plan.evidence(utc_now())))
+    with settling(record, flags=recovery_flags(plan, options)):
+        image = make(plan, key, record, clock, options.max_retries, console)
+    return response_of(record.evidence, image)
 
 
 def get_ready(provider: Provider, clock: Clock) -> None:
@@ -90,45 +73,74 @@ def recovery_flags(plan: Plan, options: Options) -> list[str]:
     return [*trust, *["--overwrite"] * plan.overwrite]
 
 
-def obtain(plan: Plan, key: Key, evidence: Evidence, clock: Clock, max_retries: int) -> Generated:
-    """The one step that costs money: sends the request until it is answered, and never twice for one picture.
+def make(
+    plan: Plan, key: Key, record: Record, clock: Clock, max_retries: int, console: Console | None = None
+) -> dict[str, Any]:
+    """One picture, from the paid call to the saved file; returns the `image` of the evidence.
 
     Raises:
         Failure: with `billed` as far as it is known. Interrupted.
     """
-    provider = plan.provider
-    attempt = 0
-    while True:
+    made: Generated | Submitted | None = None
+    tries = 0
+    while made is None:
         try:
-            made = send(plan, key, clock.generate_until)
+            made = attempt(plan, key, record, clock.generate_until, console if not tries else None)
         except Failure as failure:
-            wait = retry_wait(failure, attempt, max_retries, clock, clock.generate_until)
-            evidence.end_failed_attempt(failure, wait)
+            wait = retry_wait(failure, tries, max_retries, clock, clock.generate_until)
+            tries += 1
             if wait is None:
-                if attempt:
-                    failure.message += f" (tried {attempt + 1} times)"
-                raise
-        except Interrupted as interruption:
-            if not interruption.request_left:
-                evidence.end_attempt(outcome="interrupted", billed="no")
-            raise
-        else:
-            break
-        evidence.record()
-        pause(wait)
-        attempt += 1
-        evidence.begin_attempt()
+                raise failure.but(message=failure.message + f" (tried {tries} times)" * (tries > 1)) from None
+            record.evidence.end_attempt(wait_s=round(wait, 3))
+            record.keep()
+            pause(wait)
+    came(plan, record, made, clock)
     if isinstance(made, Submitted):
-        evidence.record(**submitted_facts(made, evidence))
-        task = Task(provider, plan.endpoint, key, plan.request, made.task_id)
-        try:
-            made = task.wait_for(clock.generate_until)
-        except Failure as failure:
-            if failure.code in TASK_ENDS:
-                evidence.end_failed_attempt(failure, None)
-            raise
-    end_generated_attempt(evidence, provider)
-    return made
+        follow(Task(plan.provider, plan.endpoint, key, plan.request, made.task_id), plan, record, clock)
+    return save(record, plan.provider, plan.output, clock, overwrite=plan.overwrite)
+
+
+def attempt(
+    plan: Plan, key: Key, record: Record, until: float, console: Console | None = None
+) -> Generated | Submitted:
+    """The one step that costs money: the attempt is on record, then the request is sent, once.
+
+    Raises:
+        Failure: with `billed` as far as it is known. Interrupted.
+    """
+    record.begin()
+    if console is not None:
+        console.note(f"evidence: {record.evidence.path}")
+    try:
+        return send(plan, key, until)
+    except Failure as failure:
+        record.ended(failure.fault)
+        raise
+    except Interrupted as interruption:
+        if not interruption.request_left:
+            record.evidence.end_attempt(outcome="interrupted", billed="no")
+        raise
+
+
+def came(plan: Plan, record: Record, made: Generated | Submitted, clock: Clock) -> None:
+    """Put on record what the service answered."""
+    if isinstance(made, Submitted):
+        record.evidence.submitted(made)
+    else:
+        by_http = not plan.provider.in_process
+        record.evidence.generated(made, plan.warnings, elapsed_ms(clock.start), by_http=by_http)
+    record.keep()
+
+
+def follow(task: Task, plan: Plan, record: Record, clock: Clock) -> None:
+    """Wait for a task and put on record what came of it. Raises as `Task.wait_for`."""
+    try:
+        made = task.wait_for(clock.generate_until)
+    except Failure as failure:
+        if failure.code in TASK_ENDS:
+            record.ended(failure.fault)
+        raise
+    came(plan, record, made, clock)
 
 
 def send(plan: Plan, key: Key, until: float) -> Generated | Submitted:
@@ -169,15 +181,46 @@ def collect(
     return image | origin | ({"warnings": warnings} if warnings else {})
 
 
-def finish(evidence: Evidence, image: dict[str, Any], clock: Clock, start: float) -> None:
-    """Bring the evidence to `saved`; `start` is when the download began, in seconds of time.monotonic().
+def save(
+    record: Record,
+    provider: Provider,
+    output: Path,
+    clock: Clock,
+    *,
+    task: Callable[[], Task] | None = None,
+    overwrite: bool = False,
+    again: bool = False,
+    also: Callable[[Picture], None] = lambda picture: None,
+) -> dict[str, Any]:
+    """Fetch, verify and save a picture that has been paid for; returns the `image` of the evidence.
 
-    `timings_ms` is of the command that saved the picture; `generate` stays that of the one that made it.
+    `task` is asked for a new link where the old one is dead; `also` is done with the picture before it is on record.
+
+    Raises:
+        Failure: as `fetch_anew` and `collect`.
     """
-    now = {"download": elapsed_ms(start), "total": elapsed_ms(clock.start)}
-    timings = evidence.data.get("timings_ms", {}) | now
-    evidence.record(status="saved", finished_at=timestamp(utc_now()), timings_ms=timings, image=image, error=None)
-    if evidence.unwritten:
-        evidence.record()  # what failed may have been a moment's
-    if evidence.unwritten:
-        image.setdefault("warnings", []).append(f"the evidence file {evidence.path} could not be brought up to date")
+    evidence, start = record.evidence, time.monotonic()
+    source = fetch_anew(evidence, provider, clock, task) if task else fetch_source(evidence, provider, clock)
+    image = collect(evidence, source, output, provider, overwrite=overwrite, again=again)
+    also(source)
+    evidence.saved(image, elapsed_ms(start), elapsed_ms(clock.start))
+    record.keep()
+    if record.behind is None:
+        evidence.drop_held()
+    return image
+
+
+@contextlib.contextmanager
+def settling(record: Record, *, flags: Sequence[str], saved: bool = False) -> Iterator[None]:
+    """Whatever ends the work, the record says how, and the error says where it is.
+
+    `flags` are those that a recovery needs to do what was asked for. `saved`: the picture is safe already; a copy
+    that fails changes nothing about that.
+    """
+    try:
+        yield
+    except (Exception, Interrupted) as error:
+        failure = error if isinstance(error, Failure) else ended_early(error, record.evidence)
+        if saved:
+            raise explained(record.evidence, failure, flags) from None
+        raise settle(record, failure, flags)[1] from None

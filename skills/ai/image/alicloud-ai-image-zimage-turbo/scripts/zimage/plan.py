@@ -73,7 +73,7 @@ class Plan(NamedTuple):
             "settings": self.provider.known_settings,
             "output": str(self.output),
             "started_at": timestamp(now),
-            "attempts": [{"at": timestamp(now)}],
+            "attempts": [],
             "cost": {
                 "estimate": self.price.estimate,
                 "currency": "USD",

@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zimage.contract import SKILL
-from zimage.download import fetch_anew
-from zimage.errors import Failure, Problem, noting, raise_problems
-from zimage.evidence import (
-    MADE,
-    Evidence,
-    drop_held,
-    end_generated_attempt,
-    generated_facts,
-    held_path,
-    keep_generated,
-    response_of,
-)
+from zimage.download import fetch_source
+from zimage.errors import KINDS, Failure, Problem, noting, raise_problems
+from zimage.evidence import MADE, Evidence, EvidenceFile, elapsed_ms, response_of
 from zimage.files import check_free_name, check_writable, checked_output, file_hash, leftovers_of, remove_leftovers
-from zimage.make import collect, finish, import_libraries
+from zimage.make import collect, import_libraries, save, settling
+from zimage.outside import outside_text
 from zimage.picture import verified
 from zimage.provider import Generated, Provider
 from zimage.registry import provider_named
 from zimage.request import normalize, request_problems
-from zimage.settle import explain, settling, unrecoverable
+from zimage.settle import explained
 from zimage.task import Task, is_task_id
 from zimage.trust import check_trust, key_for, parse_base_url
 
@@ -45,49 +36,63 @@ def recover(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str,
     evidence = Evidence.load("--recover", options.source, clock.timeout)
     provider = provider_named(evidence.data["provider"])
     output = recovery_output(evidence, options)
-    held = held_path(evidence.path).name
-    remove_leftovers(evidence.path.parent, f"{MADE}|{leftovers_of(evidence.id, evidence.path.name, held)}")
+    remove_leftovers(
+        evidence.path.parent, f"{MADE}|{leftovers_of(evidence.id, evidence.path.name, evidence.held.name)}"
+    )
     remove_leftovers(output.parent, leftovers_of(f"{SKILL}-{evidence.id}"))
-    saved = is_saved(evidence)
+    saved, have = is_saved(evidence), evidence.have
     if saved:
-        drop_held(evidence)  # a run that was killed may have left it
+        evidence.drop_held()  # a run that was killed may have left it
     if saved and options.output is None:
         return response_of(evidence, evidence.data["image"])
-    has_link = bool(evidence.data.get("response", {}).get("image_url"))
-    here = has_link or held_path(evidence.path).exists() or evidence.data["status"] in ("generated", "saved")
-    task_is_open = not here and "task_id" in evidence.data and evidence.data["status"] != "failed"
+    here = bool(have.link) or have.held or have.billed == "yes"
+    task_is_open = not here and have.task and have.status != "failed"
     if not here and not task_is_open:
-        failure = unrecoverable(evidence)
-        explain(evidence, failure, [])
-        raise failure
+        raise explained(evidence, unrecoverable(evidence, provider))
     check_writable(output.parent, evidence.id)
     flags = ["--output", str(output)] if options.output else []
     flags += [word for host in sorted(options.trusted) for word in ("--trust-host", host)] if task_is_open else []
     try:
         task = task_of(evidence, provider, options, env) if task_is_open else None
     except Failure as failure:
-        failure.facts["billed"] = "unknown"
-        explain(evidence, failure, flags)
-        raise
+        raise explained(evidence, failure.but(billed="unknown"), flags) from None
     import_libraries()
-    with settling(evidence, flags=[*flags, *["--overwrite"] * options.overwrite], saved=saved):
+    record = EvidenceFile(evidence)
+    warnings = evidence.data.get("warnings", ())
+    with settling(record, flags=[*flags, *["--overwrite"] * options.overwrite], saved=saved):
         if task is not None:
             evidence.update(status="submitted", error=None)
             generated = task.wait_for(clock.generate_until)
-            end_generated_attempt(evidence, provider)
-            keep_generated(evidence, generated, evidence.data.get("warnings", ()), clock)
+            evidence.generated(generated, warnings, elapsed_ms(clock.start))
+            record.keep()
         elif "response" not in evidence.data:  # killed between the bytes and the evidence
-            evidence.update(**generated_facts(Generated(), (), clock))
-        start = time.monotonic()
-        if saved and not ("source_format" in evidence.data["image"] and has_link):  # the bytes, or all there is of them
-            source = verified(Path(evidence.data["image"]["path"]).read_bytes())
-        else:
-            source = fetch_anew(evidence, provider, clock, lambda: task_of(evidence, provider, options, env))
-        image = collect(evidence, source, output, provider, overwrite=options.overwrite, again=True)
-        if not saved:  # else this is one more copy, and the evidence goes on naming the first
-            finish(evidence, image, clock, start)
-            drop_held(evidence)
+            evidence.generated(Generated(), warnings, 0.0, by_http=not provider.in_process)
+        if saved:
+            return response_of(evidence, one_more_copy(evidence, provider, output, clock, options))
+        image = save(
+            record,
+            provider,
+            output,
+            clock,
+            task=lambda: task_of(evidence, provider, options, env),
+            overwrite=options.overwrite,
+            again=True,
+        )
     return response_of(evidence, image)
+
+
+def one_more_copy(
+    evidence: Evidence, provider: Provider, output: Path, clock: Clock, options: Options
+) -> dict[str, Any]:
+    """Save a picture under another name too; the evidence goes on naming the first.
+
+    A converted one is fetched again: its file may have lost something.
+    """
+    if "source_format" in evidence.data["image"] and evidence.have.link:
+        source = fetch_source(evidence, provider, clock)
+    else:
+        source = verified(Path(evidence.data["image"]["path"]).read_bytes())
+    return collect(evidence, source, output, provider, overwrite=options.overwrite, again=True)
 
 
 def task_of(evidence: Evidence, provider: Provider, options: Options, env: Mapping[str, str]) -> Task:
@@ -135,3 +140,16 @@ def is_saved(evidence: Evidence) -> bool:
         return file_hash(Path(image["path"])) == str(image["sha256"])
     except (OSError, ValueError):
         return False
+
+
+def unrecoverable(evidence: Evidence, provider: Provider) -> Failure:
+    """Why there is nothing to fetch for an evidence file without a link."""
+    have = evidence.have
+    error = evidence.data.get("error", {"message": "it ended before the service made a picture"})
+    if have.status == "failed" or have.billed == "no" or provider.in_process:  # which has left nothing elsewhere
+        kind = KINDS.get(error.get("code", ""))
+        hint = kind.hint if kind and not kind.retryable else None
+        message = f"this request was not billed: {outside_text(error['message'])}"
+        return Failure("nothing_to_recover", message, hint=hint)
+    message = "the request left and no link came back: whether a picture was made and billed is not known"
+    return Failure("outcome_unknown", message, request_id=error.get("request_id"))

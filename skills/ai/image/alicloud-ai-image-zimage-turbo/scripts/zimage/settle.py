@@ -1,156 +1,226 @@
-"""Settle: how a run that ends early leaves its evidence."""
+"""Settle: what every end of the work leaves behind, and what is told of it. Tables, in the order they are asked."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from enum import Enum
+from typing import TYPE_CHECKING, NamedTuple
 
 from zimage.contract import EXIT_SIGNAL, EXIT_UNKNOWN, UNREACHABLE_RETRIES
-from zimage.download import DEAD_LINK
 from zimage.errors import (
     ASK_BEFORE_PAYING,
+    BILLED,
     GENERATE_IMAGE,
     GO_ON_FREE,
     KINDS,
     MAKE_ANEW,
     RECOVER_FREE,
+    Billed,
     Failure,
+    Fault,
+    Left,
     internal_error,
 )
-from zimage.evidence import held_path, timestamp, utc_now
-from zimage.outside import outside_text
-from zimage.registry import provider_named
-from zimage.task import TASK_ENDS, TASK_IS_DONE
 from zimage.waiting import Interrupted, wait_before
 
 if TYPE_CHECKING:
-    from zimage.evidence import Evidence
+    from zimage.evidence import Evidence, Record
     from zimage.waiting import Clock
+
+# What is left of a picture, as its evidence file and as its row of a batch say it. None: as it was before this run,
+# `pending`, or `failed` and `unknown` where it was sent again. `failed` means unbilled in a file; in a row that only
+# --retry-failed helps.
+STATES: dict[Left, tuple[str, str | None]] = {
+    Left.AGAIN: ("failed", None),
+    Left.REFUSED: ("failed", "failed"),
+    Left.OPEN: ("submitted", "submitted"),
+    Left.PAID: ("generated", "generated"),
+    Left.SPENT: ("generated", "failed"),
+    Left.UNKNOWN: ("unknown", "unknown"),
+}
+
+# Failures that say how a task has ended. All others say something of the question, and the task goes on.
+TASK_IS_DONE = ("task_failed", "blocked", "no_image")
+TASK_ENDS = (*TASK_IS_DONE, "outcome_unknown")  # what was lost may be found again
+DEAD_LINK = ("link_expired", "link_refused")
+NO_SECOND_TRY = ("link_expired", "hop_refused", "image_too_large")
+
+
+class Have(NamedTuple):
+    """What is known of one picture before its work ended."""
+
+    billed: Billed
+    status: str  # of the evidence
+    task: bool  # it has a name to ask after
+    link: str
+    held: bool  # its bytes lie beside the evidence
+    billable: bool
+
+    @property
+    def is_task_open(self) -> bool:
+        """Whether the service may still be working on a task that was submitted."""
+        return self.status == "submitted" and self.task
+
+
+class Way(Enum):
+    """How the picture can be had without paying."""
+
+    ASK = "ask"  # after its task
+    FETCH = "fetch"  # by its link, or from the bytes that are here
+    NONE = "none"
+
+
+def most_billed(*known: Billed) -> Billed:
+    """State only moves forward: what is known to be paid outranks whatever fails later."""
+    return max(known, key=BILLED.index)
+
+
+def left_by(fault: Fault, have: Have) -> Left:
+    """What a failure leaves of a picture of which so much is known."""
+    if have.is_task_open and fault.code not in TASK_ENDS:
+        return Left.OPEN
+    kind = KINDS[fault.code]
+    if kind.leaves is Left.SPENT:
+        return Left.SPENT
+    return {"yes": Left.PAID, "unknown": Left.UNKNOWN, "no": kind.leaves}[most_billed(fault.billed, have.billed)]
+
+
+def way_back(fault: Fault, have: Have) -> Way:
+    """How a picture can be had after a failure, free."""
+    link_is_dead = fault.code in DEAD_LINK and not fault.lasting
+    if have.task and fault.code not in TASK_IS_DONE and (link_is_dead or not have.link):
+        return Way.ASK
+    if (have.link or have.held) and fault.code not in NO_SECOND_TRY and not fault.lasting:
+        return Way.FETCH
+    return Way.NONE
+
+
+class Advice(NamedTuple):
+    """A row of advice: it is given where all its conditions hold; None is no condition. {hint} is the kind's own."""
+
+    hint: str
+    code: str | None = None
+    way: Way | None = None
+    has_link: bool | None = None
+    billable: bool | None = None
+    written: bool | None = None
+    left: Left | None = None
+
+    def fits(self, fault: Fault, way: Way, have: Have, left: Left, written: bool) -> bool:
+        conditions = (
+            (self.code, fault.code),
+            (self.way, way),
+            (self.has_link, bool(have.link)),
+            (self.billable, have.billable),
+            (self.written, written),
+            (self.left, left),
+        )
+        return all(wanted is None or wanted == found for wanted, found in conditions)
+
+
+ADVICE = (  # the first that fits
+    Advice("tell the user the name of the task: no evidence could be written; do not pay again",
+           written=False, left=Left.OPEN),
+    Advice("fetch image_url within 24 hours by other means: the evidence file could not be written",
+           written=False, has_link=True),
+    Advice("run next_command once, free: it asks after the task again; else " + MAKE_ANEW,
+           code="outcome_unknown", way=Way.ASK, billable=False),
+    Advice("run next_command once, free: it asks after the task again; else {hint}",
+           code="outcome_unknown", way=Way.ASK),
+    Advice("run next_command once, free: the service may name a new link for its task", way=Way.ASK, has_link=True),
+    Advice(MAKE_ANEW, code="outcome_unknown", billable=False),
+    Advice(f"the picture is lost: no disk took it; free space, then {ASK_BEFORE_PAYING}",
+           code="disk_after_paying", way=Way.NONE),
+    Advice(f"{{hint}}; {RECOVER_FREE}", code="internal_error", way=Way.FETCH),
+    Advice(f"{{hint}}; then {RECOVER_FREE}", code="disk", way=Way.FETCH),
+)  # fmt: skip
+
+
+def settle(
+    record: Record, failure: Failure, flags: Sequence[str] = (), hints: Mapping[str, str] | None = None
+) -> tuple[Left, Failure]:
+    """Put on record what a failure leaves of a picture; returns that, and what is told of it.
+
+    `flags` are those that a recovery needs to do what was asked for; `hints` stand in for those of KINDS.
+    """
+    have = record.evidence.have
+    left = left_by(failure.fault, have)
+    if left is Left.AGAIN and record.forgets_tries:
+        record.settled(left, failure.fault)
+        return left, failure
+    told = explained(record.evidence, failure, flags, hints)
+    record.settled(left, told.fault)
+    if record.behind is not None:
+        told = explained(record.evidence, failure, flags, hints, have=have, written=False)
+    return left, told
+
+
+def explained(
+    evidence: Evidence,
+    failure: Failure,
+    flags: Sequence[str] = (),
+    hints: Mapping[str, str] | None = None,
+    *,
+    have: Have | None = None,
+    written: bool = True,
+) -> Failure:
+    """The failure with what leads back to its picture. `written`: the evidence is on disk as it is in memory."""
+    have = have or evidence.have
+    fault, path = failure.fault, str(evidence.path)
+    way, left = way_back(fault, have), left_by(fault, have)
+    own = (hints or {}).get(fault.code, fault.hint)
+    hint = next((row.hint for row in ADVICE if row.fits(fault, way, have, left, written)), "{hint}")
+    reachable = way is not Way.NONE and (written or not (have.link or left is Left.OPEN))
+    said = evidence.data.get("response", {})
+    return failure.but(
+        billed=most_billed(fault.billed, have.billed),
+        hint=hint.replace("{hint}", own).replace("EVIDENCE", shlex.quote(path)),
+        evidence_path=path,
+        image_url=have.link or fault.image_url,
+        request_id=fault.request_id or said.get("request_id") or None,
+        next_command=own_command("--recover", path, *flags, "--print-response") if reachable else None,
+    )
+
+
+def ended_early(error: BaseException, evidence: Evidence) -> Failure:
+    """The failure that a signal, or a fault of this tool, means for a picture of which so much is known."""
+    have = evidence.have
+    if isinstance(error, Exception):  # it must not lose what was paid for
+        return internal_error(error, billed=have.billed, exit_code=EXIT_UNKNOWN)
+    assert isinstance(error, Interrupted)
+    return interrupted(error, have)
+
+
+def interrupted(interruption: Interrupted, have: Have) -> Failure:
+    """The failure of a command that a signal ended, with what is known of the money."""
+    messages = {
+        "no": ("nothing was billed", KINDS["interrupted"].hint),
+        "unknown": ("the request was out; whether it was billed is not known", ASK_BEFORE_PAYING),
+        "yes": ("the picture is paid for and not saved yet", RECOVER_FREE),
+        "open": ("the service works on the picture", GO_ON_FREE),
+    }
+    message, hint = messages["open" if have.is_task_open else have.billed]
+    name = signal.Signals(interruption.signum).name
+    exit_code = EXIT_SIGNAL + interruption.signum
+    return Failure(
+        "interrupted", f"interrupted by {name}; {message}", exit_code=exit_code, billed=have.billed, hint=hint
+    )
 
 
 def retry_wait(failure: Failure, attempt: int, max_retries: int, clock: Clock, until: float) -> float | None:
     """Seconds to wait before the call is sent again; None where it must not be."""
-    if not failure.fact("retryable") or failure.code in TASK_ENDS:
+    fault = failure.fault
+    if not fault.retryable or fault.code in TASK_ENDS:
         return None  # it may have been billed, or would fail again
-    if attempt >= (min(max_retries, UNREACHABLE_RETRIES) if failure.code == "unreachable" else max_retries):
+    if attempt >= (min(max_retries, UNREACHABLE_RETRIES) if fault.code == "unreachable" else max_retries):
         return None
-    wait = wait_before(attempt, failure.facts.get("retry_after_s"))
-    if not clock.room_for_attempt_after(wait, until):
-        return None  # an attempt that could not end in time might be paid for in vain
-    return wait
-
-
-@contextlib.contextmanager
-def settling(evidence: Evidence, *, flags: Sequence[str], saved: bool = False) -> Iterator[None]:
-    """Whatever ends the work, the evidence says how, and the error says where the evidence is.
-
-    `flags` are those that a recovery needs to do what was asked for. `saved`: the picture is safe already; a copy
-    that fails changes nothing about that.
-    """
-    try:
-        yield
-        return
-    except Failure as error:
-        failure = error
-    except Interrupted as interruption:
-        failure = interrupted(interruption, evidence)
-    except Exception as error:  # a fault of this tool must not lose what was paid for
-        failure = internal_error(error, billed=billed_so_far(evidence), exit_code=EXIT_UNKNOWN)
-    explain(evidence, failure, flags)
-    if not saved:
-        settle(evidence, failure)
-    raise failure
-
-
-def billed_so_far(evidence: Evidence) -> str:
-    if evidence.is_paid:
-        return "yes"
-    return "no" if evidence.nothing_outstanding else "unknown"
-
-
-def interrupted(interruption: Interrupted, evidence: Evidence) -> Failure:
-    """The failure of a command that a signal ended, with what is known of the money."""
-    billed = billed_so_far(evidence)
-    messages = {
-        "no": "interrupted by {name}; nothing was billed",
-        "unknown": "interrupted by {name} while the request was out; whether it was billed is not known",
-        "yes": "interrupted by {name}; the picture is paid for and not saved yet",
-    }
-    hints = {"no": KINDS["interrupted"].hint, "unknown": ASK_BEFORE_PAYING, "yes": RECOVER_FREE}
-    if is_task_open(evidence):
-        messages["unknown"] = "interrupted by {name} while the service works on the picture"
-        hints["unknown"] = GO_ON_FREE
-    name = signal.Signals(interruption.signum).name
-    return Failure(
-        "interrupted",
-        messages[billed].format(name=name),
-        exit_code=EXIT_SIGNAL + interruption.signum,
-        billed=billed,
-        hint=hints[billed],
-    )
-
-
-def is_task_open(evidence: Evidence) -> bool:
-    """Whether the service may still be working on a task that was submitted."""
-    return evidence.data["status"] == "submitted" and "task_id" in evidence.data
-
-
-def outlives(evidence: Evidence, failure: Failure) -> bool:
-    """Whether a task goes on after a failure: what failed was a question, and it can be asked again."""
-    return is_task_open(evidence) and failure.code not in TASK_ENDS
-
-
-def explain(evidence: Evidence, failure: Failure, flags: Sequence[str]) -> None:
-    """Add to a failure what leads back to the picture."""
-    link = evidence.data.get("response", {}).get("image_url")
-    path = str(evidence.path)
-    failure.facts["evidence_path"] = path
-    if failure.code == "outcome_unknown" and not evidence.data["billable"]:
-        failure.facts["hint"] = MAKE_ANEW
-    failure.facts["hint"] = failure.fact("hint").replace("EVIDENCE", shlex.quote(path))
-    if link:
-        failure.facts["image_url"] = link
-    if evidence.data.get("response", {}).get("request_id"):
-        failure.facts.setdefault("request_id", evidence.data["response"]["request_id"])
-    link_is_dead = failure.code in DEAD_LINK and "lasting" not in failure.facts
-    goes_on = "task_id" in evidence.data and failure.code not in TASK_IS_DONE and (link_is_dead or not link)
-    if goes_on and failure.code == "outcome_unknown":
-        failure.facts["hint"] = (
-            f"run next_command once, free: it asks after the task again; else {failure.fact('hint')}"
-        )
-    if goes_on and link:
-        failure.facts["hint"] = "run next_command once, free: the service may name a new link for its task"
-    is_here = link or held_path(evidence.path).exists()
-    if goes_on or (is_here and failure.code not in NO_SECOND_TRY and "lasting" not in failure.facts):
-        failure.facts["next_command"] = own_command("--recover", path, *flags, "--print-response")
-
-
-NO_SECOND_TRY = ("link_expired", "hop_refused", "image_too_large")
-
-
-def settle(evidence: Evidence, failure: Failure) -> None:
-    """Write a failure into the evidence."""
-    if failure.code == "disk_after_paying" and "next_command" not in failure.facts:
-        failure.facts["hint"] = f"the picture is lost: no disk took it; free space, then {ASK_BEFORE_PAYING}".replace(
-            "EVIDENCE", shlex.quote(str(evidence.path))
-        )
-    status = {"no": "failed", "unknown": "unknown", "yes": "generated"}[failure.billed]
-    if outlives(evidence, failure):
-        status = "submitted"
-    evidence.record(status=status, finished_at=timestamp(utc_now()), error=failure.object())
-    if evidence.unwritten and is_task_open(evidence):
-        failure.facts.pop("next_command", None)
-        failure.facts["hint"] = "tell the user the name of the task: no evidence could be written; do not pay again"
-    if evidence.unwritten and "image_url" in failure.facts:
-        # The file on disk does not hold the link: only the error does.
-        failure.facts.pop("next_command", None)
-        failure.facts["hint"] = "fetch image_url within 24 hours by other means: the evidence file could not be written"
+    wait = wait_before(attempt, fault.retry_after_s)
+    return wait if clock.room_for_attempt_after(wait, until) else None  # else it might be paid for in vain
 
 
 def own_command(*arguments: str) -> str:
@@ -159,18 +229,18 @@ def own_command(*arguments: str) -> str:
     return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
 
 
-def unrecoverable(evidence: Evidence) -> Failure:
-    """Why there is nothing to fetch for an evidence file without a link."""
-    provider = provider_named(evidence.data["provider"])
-    failed = evidence.data["status"] == "failed" or provider.in_process  # which has left nothing anywhere else
-    error = evidence.data.get("error", {"message": "it ended before the service made a picture"})
-    if failed or (evidence.data["status"] == "submitting" and evidence.nothing_outstanding):
-        kind = KINDS.get(error.get("code", ""))
-        hint = kind.hint if kind and not kind.retryable else None
-        message = f"this request was not billed: {outside_text(error['message'])}"
-        return Failure("nothing_to_recover", message, hint=hint)
-    return Failure(
-        "outcome_unknown",
-        "the request left and no link came back: whether a picture was made and billed is not known",
-        request_id=error.get("request_id"),
-    )
+def table() -> str:
+    """What each error code means and leaves, as the Markdown table of references/errors.md."""
+    lines = [
+        "| code | exit | billed | same command again | leaves | evidence | row |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for code, kind in KINDS.items():
+        nothing = Have("no", "submitting", False, "", False, True)
+        left = left_by(Fault.of(code, ""), nothing)
+        status, state = STATES[left]
+        again = "yes" if kind.retryable else "no"
+        exit_code = "130, 143" if code == "interrupted" else str(kind.exit_code)
+        cells = (f"`{code}`", exit_code, kind.billed, again, left.value, status, state or "as before")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

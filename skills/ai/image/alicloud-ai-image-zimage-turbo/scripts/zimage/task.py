@@ -18,6 +18,7 @@ from zimage.contract import (
 from zimage.errors import GO_ON_FREE, Failure
 from zimage.evidence import utc_now
 from zimage.outside import mask, outside_text, without_surrogates
+from zimage.settle import TASK_IS_DONE
 from zimage.transport import ask
 from zimage.waiting import pause
 
@@ -26,11 +27,6 @@ if TYPE_CHECKING:
     from zimage.keys import Key
     from zimage.provider import Generated, Provider
     from zimage.request import ImageRequest
-
-
-# Failures that say how a task has ended. All others say something of the question, and the task goes on.
-TASK_IS_DONE = ("task_failed", "blocked", "no_image")
-TASK_ENDS = (*TASK_IS_DONE, "outcome_unknown")  # what was lost may be found again
 
 
 class Task:
@@ -69,14 +65,13 @@ class Task:
         except Failure as failure:
             if failure.code in TASK_IS_DONE:
                 raise
-            if failure.exit_code == EXIT_KEY:
-                failure.facts |= {"billed": "unknown", "hint": f"{failure.fact('hint')}; then run next_command, free"}
-                raise
+            if failure.fault.exit_code == EXIT_KEY:
+                raise failure.but(billed="unknown", hint=f"{failure.fault.hint}; then run next_command, free") from None
             self._strange_in_a_row = self._strange_in_a_row + 1 if failure.code in TASK_IS_STRANGE else 0
             if self._strange_in_a_row >= LOST_AFTER:
                 message = f"the service does not know task {outside_text(self.id, 100)} any more: {failure.message}"
-                raise Failure("outcome_unknown", message, http_status=failure.facts.get("http_status")) from None
-            self._retry_after_s = failure.facts.get("retry_after_s")
+                raise Failure("outcome_unknown", message, http_status=failure.fault.http_status) from None
+            self._retry_after_s = failure.fault.retry_after_s
             self.pause_s = max(self._interval, self._retry_after_s or 0.0)
             self._trouble = f"; the last question failed: {failure.message}"
             return None

@@ -182,6 +182,6 @@ def telling_of_withheld(key: Key) -> Iterator[None]:
     try:
         yield
     except Failure as failure:
-        if key.warning and failure.exit_code == EXIT_KEY:
-            failure.facts["hint"] = key.warning
+        if key.warning and failure.fault.exit_code == EXIT_KEY:
+            raise failure.but(hint=key.warning) from None
         raise

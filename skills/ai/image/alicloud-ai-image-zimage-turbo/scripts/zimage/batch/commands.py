@@ -188,8 +188,8 @@ def conclude(run: Run, failure: Failure | None, console: Console) -> None:
         summary["warnings"] = warnings
     if failure is not None:
         console.tell(failure)
-        summary["error"] = failure.object()
-    run.close(failure.exit_code if failure else EXIT_OK)
+        summary["error"] = failure.fault.as_json()
+    run.close(failure.fault.exit_code if failure else EXIT_OK)
     if not console.data(summary):
         console.note(f"warning: standard output cannot be written; --status {folder} gives the counts")
 
@@ -207,9 +207,9 @@ def dry_run(options: BatchOptions, stage: Stage, env: Mapping[str, str]) -> dict
         try:
             check()
         except Failure as failure:
-            problems.append(failure.object())
+            problems.append(failure.fault.as_json())
     if changed and not options.accept_changes:
-        problems.append(changed.object())
+        problems.append(changed.fault.as_json())
     limit = sys.maxsize if options.limit is None else options.limit
     budget = math.inf if options.max_cost is None else options.max_cost - survey.spent
     pictures, cost = stage.first(limit, budget, with_changed=options.accept_changes)
@@ -308,10 +308,10 @@ class Interruptions:
             os.write(2, b"interrupted: nothing new is sent; waiting for requests that are out (again: stop at once)\n")
         else:
             failure = interrupted_run(signum, "stopped at once")
-            os.write(2, f"error: interrupted: {failure.message}\nnext: {failure.fact('hint')}\n".encode())
+            os.write(2, f"error: interrupted: {failure.message}\nnext: {failure.fault.hint}\n".encode())
             with contextlib.suppress(OSError):
-                os.write(1, to_json({"error": failure.object()}))
-            os._exit(failure.exit_code)
+                os.write(1, to_json({"error": failure.fault.as_json()}))
+            os._exit(failure.fault.exit_code)
 
 
 INTERRUPTIONS = Interruptions()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from zimage.contract import EXIT_INVALID, MIB, REQUEST_SCHEMA, REQUIREMENTS, SKILL
-from zimage.errors import KINDS, Kind
+from zimage.contract import MIB, REQUEST_SCHEMA, REQUIREMENTS, SKILL
 
 BATCH_REQUIREMENTS = REQUIREMENTS | {"tqdm": "tqdm>=4.66,<5"}
 
@@ -45,29 +44,6 @@ THUMB_SIDE = 384  # pixels
 PENDING_SHOWN = 1000  # pictures still to come that the gallery lists; the results list all of them
 TICK = 0.25  # seconds between looks at the clock while nothing happens
 REPORT_EVERY = 5.0  # seconds between progress lines where stderr is no terminal
-
-EXIT_INCOMPLETE = 1
-EXIT_TIME_LIMIT = 11
-
-BATCH_KINDS: dict[str, Kind] = {
-    "invalid_rows": Kind(EXIT_INVALID, False, "no", "correct the rows named above; nothing has been sent"),
-    "changed_rows": Kind(
-        EXIT_INVALID,
-        False,
-        "no",
-        "undo the change, use another --output-dir, or, if the user agrees to the cost, add --accept-changes",
-    ),
-    "already_running": Kind(
-        EXIT_INVALID, True, "no", "wait for it: --status DIR tells how far it is; never start a second one"
-    ),
-    "no_batch": Kind(EXIT_INVALID, False, "no", "give the --output-dir of a batch that has been started"),
-    "batch_unreadable": Kind(
-        EXIT_INVALID, False, "no", "use another --output-dir; pictures and evidence in this one stay as they are"
-    ),
-    "incomplete": Kind(EXIT_INCOMPLETE, True, "no", "run the same command again"),
-    "time_limit": Kind(EXIT_TIME_LIMIT, True, "no", "run the same command again, until it ends with another exit code"),
-}
-KINDS.update(BATCH_KINDS)
 
 _row_fields = {name: rule for name, rule in REQUEST_SCHEMA["properties"].items() if name != "base_url"}
 ROW_SCHEMA: dict[str, Any] = REQUEST_SCHEMA | {

@@ -18,13 +18,15 @@ from zimage.batch.contract import DATABASE, KEPT_FACTS, NO_SEED
 from zimage.batch.folder import Reserve, database_failures, facts_of, open_database
 from zimage.batch.names import evidence_name, output_key
 from zimage.endpoint import Endpoint
-from zimage.errors import Failure, internal_error
-from zimage.evidence import Evidence, utc_now
+from zimage.errors import Failure, Fault, Left, internal_error
+from zimage.evidence import Evidence, EvidenceFile, timestamp, utc_now
 from zimage.keys import Key
+from zimage.outside import outside_text
 from zimage.plan import Plan, request_warnings
 from zimage.provider import Provider
 from zimage.registry import provider_named
 from zimage.request import ImageRequest
+from zimage.settle import STATES
 from zimage.task import Task
 from zimage.waiting import Clock
 
@@ -46,7 +48,6 @@ class Job:
         self.task: Task | None = None  # that the service works on
         self.give_up_at = 0.0  # moment of time.monotonic() after which it is left to the next run
         self.clock: Clock | None = None  # of the request
-        self.content = b""  # a picture that was handed over and could not be put on disk yet
         self.facts_before = facts
         self.evidence = Evidence(plan.evidence_path, plan.evidence(utc_now()) | {"attempts": []})
         if self.state in TO_SEND:  # of earlier tries only the attempts are true of the next one
@@ -58,10 +59,10 @@ class Job:
         """How messages call it."""
         return f"line {self.line}" + (f" ({self.id})" if self.id else "") if self.line else f"picture {self.number}"
 
-    def take_back(self, failure: Failure) -> str:
+    def take_back(self, fault: Fault) -> str:
         """Forget a try that surely was not billed; returns the state from before it, which stays true."""
         if self.state_before == "pending":
-            self.evidence.update(error=failure.object())
+            self.evidence.update(error=fault.as_json())
         else:
             self.evidence.update(**self.facts_before | {"attempts": self.evidence.data["attempts"]})
         return self.state_before
@@ -146,6 +147,8 @@ class Journal:
     def keep(self, job: Job, state: str) -> Future[None]:
         """Have the state of a picture committed."""
         job.state = state
+        if state == "saved":
+            job.plan = job.plan._replace(output=Path(job.evidence.data["image"]["path"]))
         output = os.path.relpath(job.plan.output, self._path.parent).replace(os.sep, "/")
         key = output_key(output)
         # Where its name was taken it has another one, which a row that has no picture yet may want too.
@@ -215,3 +218,67 @@ class Journal:
                 self._database.execute("ROLLBACK")
             raise
         return ends
+
+
+class JournalRow:
+    """The record of one picture of a batch: its row in the database, and an evidence file once it is settled."""
+
+    forgets_tries = True
+
+    def __init__(self, job: Job, journal: Journal) -> None:
+        self.evidence = job.evidence
+        self.behind: Failure | None = None
+        self._job = job
+        self._journal = journal
+        self._file = EvidenceFile(job.evidence)
+
+    def begin(self) -> None:
+        job, evidence = self._job, self.evidence
+        earlier = evidence.data["attempts"]
+        job.tries += 1
+        if job.tries == 1:
+            evidence.update(started_at=timestamp(utc_now()))
+        evidence.begin_attempt()
+        evidence.update(status="submitting", error=None)
+        job.paid += 1
+        try:
+            self._journal.keep(job, "submitting").result()
+        except Failure:
+            job.paid -= 1
+            evidence.update(attempts=earlier)
+            raise
+
+    def ended(self, fault: Fault) -> None:
+        self.evidence.end_failed_attempt(fault)
+        self._job.paid -= fault.billed == "no"
+
+    def keep(self) -> None:
+        if self.evidence.data["status"] == "saved":
+            self._write_file()
+        self._keep(self.evidence.data["status"])
+
+    def settled(self, left: Left, told: Fault) -> None:
+        state = STATES[left][1]
+        if state is None:
+            state = self._job.take_back(told)
+        else:
+            self.evidence.settled(left, told)
+            self._write_file()
+        self._keep(state)
+
+    def _keep(self, state: str) -> None:
+        try:
+            self._journal.keep(self._job, state).result()
+            self.behind = None
+        except Failure as failure:
+            have, task = self.evidence.have, ""
+            if have.is_task_open:
+                task = f"; the service works on task {outside_text(self.evidence.data['task_id'], 100)}"
+            message = failure.message + task
+            self.behind = failure.but(message=message, billed=have.billed, image_url=have.link or None)
+            self._write_file()  # it may hold what the database could not take
+
+    def _write_file(self) -> None:
+        with contextlib.suppress(OSError):
+            self.evidence.path.parent.mkdir(parents=True, exist_ok=True)
+        self._file.keep()

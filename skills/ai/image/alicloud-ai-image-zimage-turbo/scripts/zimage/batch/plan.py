@@ -28,8 +28,7 @@ from zimage.batch.rows import Row, WrongRow
 from zimage.contract import MAX_SEED
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, Problem, os_reason
-from zimage.evidence import Evidence
-from zimage.files import DISK, checked_output, file_hash
+from zimage.files import DISK, checked_output, file_hash, replace_private, to_json
 from zimage.outside import outside_text, shown
 from zimage.provider import Provider
 from zimage.request import ImageRequest, parse_json, pick_seed
@@ -367,7 +366,7 @@ def settle_moves(folder: Path) -> None:
             with contextlib.suppress(OSError, ValueError):  # there is none, or it cannot be read: no reason to stop
                 content = parse_json(evidence.read_text(encoding="utf-8"))
                 if isinstance(content, dict):
-                    Evidence(evidence, with_image_at(path, content)).record(output=str(path))
+                    replace_private(evidence, to_json(with_image_at(path, content) | {"output": str(path)}))
             facts = json.dumps(with_image_at(path, facts_of(said)), ensure_ascii=False)
             database.execute("UPDATE pictures SET moved_from = NULL, facts = ? WHERE number = ?", (facts, number))
 

@@ -23,15 +23,14 @@ from zimage.batch.contract import (
 from zimage.batch.folder import database_failures, facts_of, open_database
 from zimage.batch.journal import Job, job_of, read_services
 from zimage.batch.plan import settle_moves
-from zimage.batch.work import explain_row
+from zimage.batch.work import ROW_HINTS
 from zimage.console import Console
 from zimage.contract import SKILL
 from zimage.errors import Failure
-from zimage.evidence import generated_facts, held_path, moment_of, utc_now
+from zimage.evidence import EvidenceFile, moment_of, utc_now
 from zimage.files import check_space, file_hash, leftovers_of, remove_leftovers
 from zimage.provider import Generated
 from zimage.settle import settle
-from zimage.waiting import Clock
 
 
 def clean_up(folder: Path, console: Console) -> None:
@@ -101,8 +100,7 @@ def close_submitting(database: sqlite3.Connection, folder: Path) -> int:
         if not adopted:
             failure = Failure("outcome_unknown", "the run was cut off while the request was out")
             job.evidence.path.parent.mkdir(parents=True, exist_ok=True)
-            explain_row(job, failure)
-            settle(job.evidence, failure)
+            settle(EvidenceFile(job.evidence), failure, hints=ROW_HINTS)
             unknown += 1
         database.execute(
             "UPDATE pictures SET state = ?, facts = ? WHERE number = ?",
@@ -117,8 +115,8 @@ def adopt(job: Job) -> bool:
     That is so only where the disk failed under the database while it still took the picture or its evidence, or
     where the process died between the picture that was handed over and the database.
     """
-    if not adopt_written(job) and job.state == "submitting" and held_path(job.evidence.path).exists():
-        job.evidence.update(**generated_facts(Generated(), job.plan.warnings, Clock(0.0)))
+    if not adopt_written(job) and job.state == "submitting" and job.evidence.held.exists():
+        job.evidence.generated(Generated(), job.plan.warnings, 0.0)
     return bool(job.evidence.data["status"] != job.state)
 
 
@@ -161,7 +159,7 @@ def find_vanished(database: sqlite3.Connection, folder: Path) -> tuple[int, int]
         alive = position is not None and moment_of(response.get("expires_at")) > utc_now()
         if not alive:
             failure = Failure("link_expired", "the saved file has vanished, and its link is not good any more")
-            facts["error"] = failure.object()
+            facts["error"] = failure.fault.as_json()
         facts.pop("image", None)
         database.execute(
             "UPDATE pictures SET state = ?, facts = ? WHERE number = ?",

@@ -40,14 +40,14 @@ from zimage.batch.pacer import Pacer
 from zimage.batch.progress import Progress, Tally
 from zimage.batch.results import totals
 from zimage.batch.tasks import OpenTasks
-from zimage.batch.work import Outcome, Worker, own_fault, state_after, stops_the_run
+from zimage.batch.work import Outcome, Worker, own_fault
 from zimage.console import Console
 from zimage.contract import EXIT_DISK, EXIT_SIGNAL, EXIT_UNAVAILABLE, EXIT_UNKNOWN, MIN_FREE_BYTES
-from zimage.download import DEAD_LINK
-from zimage.errors import Failure
+from zimage.errors import Failure, Left
 from zimage.evidence import moment_of, timestamp, utc_now
 from zimage.files import check_space
 from zimage.provider import Provider
+from zimage.settle import DEAD_LINK
 from zimage.waiting import no_more_waiting, wait_before
 
 
@@ -354,7 +354,7 @@ class Run:
             sent = self._out.pop(job.number)
             if failure is not None and failure.code == "too_slow":
                 self._latencies.append(2 * outcome.seconds)  # at least: the next run needs more time than this one
-            elif outcome.seconds and (failure is None or failure.billed != "no"):
+            elif outcome.seconds and (failure is None or failure.fault.billed != "no"):
                 self._latencies.append(outcome.seconds)
             if failure is None or failure.code != "rate_limited":
                 self._pacer.accepted(now, sent)
@@ -370,7 +370,7 @@ class Run:
             sent, before = outcome.began, "generated"
             if failure is None:
                 self._saving_times.append(outcome.seconds)
-        self.tally.spent -= job.plan.price.estimate * (failure is not None and failure.billed == "no")
+        self.tally.spent -= job.plan.price.estimate * (failure is not None and failure.fault.billed == "no")
         if outcome.step != "find" or job.state != before:
             self.tally.move(job, before, job.state)
         # Also where the database could not take it; once, whether this report or `_feed_savers` comes first.
@@ -393,18 +393,18 @@ class Run:
             self._halt_for_time()
         elif failure.code == "rate_limited":
             self._hold(job, failure, now, sent)
-        elif stops_the_run(failure):
+        elif failure.fault.concerns == "run":
             self._halt(failure)
-        elif failure.billed == "unknown" or failure.exit_code == EXIT_UNAVAILABLE or job.state == "generated":
+        elif failure.fault.billed == "unknown" or failure.fault.concerns == "service" or job.state == "generated":
             self._count_failure(outcome.step, failure)
         else:  # the row's own fault: the service works
             self._failures_in_a_row[outcome.step] = 0
             self._unknown_in_a_row = 0
-        if outcome.step == "generate" and state_after(failure) == "pending" and self._stop is None:
+        if outcome.step == "generate" and outcome.left is Left.AGAIN and self._stop is None:
             self._plan_retry(job, failure, now)
 
     def _hold(self, job: Job, failure: Failure, now: float, sent: float) -> None:
-        wait = failure.facts.get("retry_after_s")
+        wait = failure.fault.retry_after_s
         if wait is not None and wait > self.options.timeout:
             self._halt(failure)
         elif self._pacer.refused(now, sent, wait):
@@ -413,7 +413,7 @@ class Run:
     def _count_failure(self, step: str, failure: Failure) -> None:
         """No storms: what fails again and again, or ends unknown again and again, is not tried on and on."""
         self._failures_in_a_row[step] += 1
-        self._unknown_in_a_row += failure.billed == "unknown"
+        self._unknown_in_a_row += failure.fault.billed == "unknown"
         if self._unknown_in_a_row >= UNKNOWN_IN_A_ROW:
             unfinished = failure.code == "paid_not_downloaded"
             what = "tasks in a row are not finished in time" if unfinished else "outcomes in a row are unknown"
@@ -424,10 +424,10 @@ class Run:
 
     def _plan_retry(self, job: Job, failure: Failure, now: float) -> None:
         """Send a picture again after a wait, where its call surely was not billed and it has tries left."""
-        if not failure.fact("retryable") or job.tries > self.options.max_retries:
+        if not failure.fault.retryable or job.tries > self.options.max_retries:
             self._gave_up = failure
             return
-        wait = wait_before(job.tries - 1, failure.facts.get("retry_after_s"))
+        wait = wait_before(job.tries - 1, failure.fault.retry_after_s)
         if wait > self.options.timeout:
             self._halt(failure)
             return
@@ -435,8 +435,8 @@ class Run:
 
     def _tell(self, job: Job, failure: Failure) -> None:
         """A line on stderr for a picture that will not come by itself, or whose link may stand nowhere else."""
-        if failure.facts.get("image_url") and failure.exit_code == EXIT_DISK:
-            self.progress.note(f"paid, and not on disk: {job.name}: {failure.facts['image_url']}")
+        if failure.fault.image_url and failure.fault.exit_code == EXIT_DISK:
+            self.progress.note(f"paid, and not on disk: {job.name}: {failure.fault.image_url}")
         if job.state in ("failed", "unknown") and self._told < FAILURES_TOLD:
             self._told += 1
             more = f" (further ones: {RESULTS})" if self._told == FAILURES_TOLD else ""
@@ -555,17 +555,17 @@ def incomplete(database: sqlite3.Connection, bound: str | None) -> Failure | Non
 def storm(failure: Failure, what: str, exit_code: int) -> Failure:
     """The failure of a run that stops because the last one came again and again."""
     unknown = exit_code == EXIT_UNKNOWN
-    known = failure.exit_code == exit_code
+    known = failure.fault.exit_code == exit_code
     return Failure(
         failure.code if known else "outcome_unknown" if unknown else "service_failing",
         f"{what}; the last: {failure.message}",
         exit_code=exit_code,
         billed="unknown" if unknown else "no",
         retryable=not unknown or failure.code == "paid_not_downloaded",
-        http_status=failure.facts.get("http_status"),
-        service_code=failure.facts.get("service_code"),
-        retry_after_s=failure.facts.get("retry_after_s"),
-        hint=failure.fact("hint")
+        http_status=failure.fault.http_status,
+        service_code=failure.fault.service_code,
+        retry_after_s=failure.fault.retry_after_s,
+        hint=failure.fault.hint
         if failure.code == "too_slow"
         else "what was not sent stays pending; "
         + (
