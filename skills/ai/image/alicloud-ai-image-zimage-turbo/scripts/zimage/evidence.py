@@ -78,7 +78,7 @@ class Evidence:
             status=status,
             task="task_id" in self.data,
             link=self.data.get("response", {}).get("image_url", ""),
-            held=bool(self.content) or self.held.exists(),
+            held=self.held.exists(),
             billable=self.data["billable"],
         )
 
@@ -241,6 +241,7 @@ class EvidenceFile:
     def keep(self) -> None:
         for _ in range(2):  # what fails may be a moment's
             try:
+                self.evidence.path.parent.mkdir(parents=True, exist_ok=True)
                 replace_private(self.evidence.path, to_json(self.evidence.data))
                 self.behind = None
                 return

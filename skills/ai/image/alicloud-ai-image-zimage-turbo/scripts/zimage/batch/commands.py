@@ -31,15 +31,17 @@ from zimage.batch.contract import (
     THUMBS,
     UNPACED_CONCURRENCY,
 )
+from zimage.batch.ending import interrupted_run
 from zimage.batch.folder import FolderLock, create_database, database_failures, open_database
 from zimage.batch.gallery import write_gallery
 from zimage.batch.journal import Place
 from zimage.batch.names import Names
+from zimage.batch.options import BatchOptions
 from zimage.batch.plan import Stage
 from zimage.batch.results import counts, totals, write_results
 from zimage.batch.resume import check_outputs_are_free, clean_up
 from zimage.batch.rows import checked_row, read_rows
-from zimage.batch.run import BatchOptions, Run, interrupted_run
+from zimage.batch.run import Run
 from zimage.console import Console
 from zimage.contract import (
     EXIT_OK,

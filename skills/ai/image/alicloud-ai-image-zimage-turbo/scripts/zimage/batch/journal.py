@@ -254,7 +254,7 @@ class JournalRow:
 
     def keep(self) -> None:
         if self.evidence.data["status"] == "saved":
-            self._write_file()
+            self._file.keep()
         self._keep(self.evidence.data["status"])
 
     def settled(self, left: Left, told: Fault) -> None:
@@ -263,7 +263,7 @@ class JournalRow:
             state = self._job.take_back(told)
         else:
             self.evidence.settled(left, told)
-            self._write_file()
+            self._file.keep()
         self._keep(state)
 
     def _keep(self, state: str) -> None:
@@ -276,9 +276,4 @@ class JournalRow:
                 task = f"; the service works on task {outside_text(self.evidence.data['task_id'], 100)}"
             message = failure.message + task
             self.behind = failure.but(message=message, billed=have.billed, image_url=have.link or None)
-            self._write_file()  # it may hold what the database could not take
-
-    def _write_file(self) -> None:
-        with contextlib.suppress(OSError):
-            self.evidence.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file.keep()
+            self._file.keep()  # it may hold what the database could not take

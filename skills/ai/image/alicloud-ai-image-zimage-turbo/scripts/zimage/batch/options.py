@@ -7,8 +7,8 @@ import os
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from zimage.batch.run import BatchOptions
 from zimage.contract import (
     DEFAULT_MAX_RETRIES,
     DEFAULT_TIMEOUT,
@@ -38,6 +38,38 @@ from zimage.outside import outside_text, without_surrogates
 from zimage.provider import Provider
 from zimage.registry import DEFAULT_PROVIDER, provider_class
 from zimage.trust import trusted_hosts
+
+
+class BatchOptions(NamedTuple):
+    """The command line after checking: typed, defaults filled in. US$ and seconds; None is no bound."""
+
+    mode: str  # make | status | gallery
+    input: str | None
+    prompt: str | None
+    folder: Path
+    variants: int
+    concurrency: int | None
+    rpm: float
+    max_cost: float | None
+    time_limit: float | None
+    limit: int | None
+    provider: Provider
+    region: str | None
+    base_url: str | None
+    trusted: frozenset[str]
+    timeout: float
+    max_retries: int
+    retry_failed: bool
+    retry_unknown: bool
+    accept_changes: bool
+    dry_run: bool
+    gallery: bool
+
+    @property
+    def sends(self) -> tuple[str, ...]:
+        """The states from which pictures are sent."""
+        return ("pending", *["failed"] * self.retry_failed, *["unknown"] * self.retry_unknown)
+
 
 DESCRIPTION = "Turn a list of prompts into pictures with Z-Image Turbo. Run it again to go on; --dry-run costs nothing."
 

@@ -99,7 +99,6 @@ def close_submitting(database: sqlite3.Connection, folder: Path) -> int:
             continue
         if not adopted:
             failure = Failure("outcome_unknown", "the run was cut off while the request was out")
-            job.evidence.path.parent.mkdir(parents=True, exist_ok=True)
             settle(EvidenceFile(job.evidence), failure, hints=ROW_HINTS)
             unknown += 1
         database.execute(

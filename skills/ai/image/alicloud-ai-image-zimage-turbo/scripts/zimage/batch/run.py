@@ -7,18 +7,13 @@ import heapq
 import math
 import os
 import queue
-import signal
 import sqlite3
-import statistics
 import time
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import NamedTuple
 
 from zimage.batch.contract import (
-    ASSUMED_LATENCY,
     CONCURRENCY_RANGE,
     DATABASE,
     DOWNLOADS_AT_ONCE,
@@ -32,54 +27,24 @@ from zimage.batch.contract import (
     SPACING,
     TICK,
     UNKNOWN_IN_A_ROW,
-    UNPACED_CONCURRENCY,
 )
+from zimage.batch.ending import incomplete, interrupted_run, storm
 from zimage.batch.folder import facts_of, open_database
+from zimage.batch.forecast import Forecast
 from zimage.batch.journal import Job, Journal, Place, job_of, read_services
+from zimage.batch.options import BatchOptions
 from zimage.batch.pacer import Pacer
 from zimage.batch.progress import Progress, Tally
 from zimage.batch.results import totals
 from zimage.batch.tasks import OpenTasks
 from zimage.batch.work import Outcome, Worker, own_fault
 from zimage.console import Console
-from zimage.contract import EXIT_DISK, EXIT_SIGNAL, EXIT_UNAVAILABLE, EXIT_UNKNOWN, MIN_FREE_BYTES
+from zimage.contract import EXIT_DISK, EXIT_UNAVAILABLE, EXIT_UNKNOWN, MIN_FREE_BYTES
 from zimage.errors import Failure, Left
 from zimage.evidence import moment_of, timestamp, utc_now
 from zimage.files import check_space
-from zimage.provider import Provider
 from zimage.settle import DEAD_LINK
 from zimage.waiting import no_more_waiting, wait_before
-
-
-class BatchOptions(NamedTuple):
-    """The command line after checking: typed, defaults filled in. US$ and seconds; None is no bound."""
-
-    mode: str  # make | status | gallery
-    input: str | None
-    prompt: str | None
-    folder: Path
-    variants: int
-    concurrency: int | None
-    rpm: float
-    max_cost: float | None
-    time_limit: float | None
-    limit: int | None
-    provider: Provider
-    region: str | None
-    base_url: str | None
-    trusted: frozenset[str]
-    timeout: float
-    max_retries: int
-    retry_failed: bool
-    retry_unknown: bool
-    accept_changes: bool
-    dry_run: bool
-    gallery: bool
-
-    @property
-    def sends(self) -> tuple[str, ...]:
-        """The states from which pictures are sent."""
-        return ("pending", *["failed"] * self.retry_failed, *["unknown"] * self.retry_unknown)
 
 
 class Run:
@@ -115,11 +80,8 @@ class Run:
         self._askers = ThreadPoolExecutor(POLLS_AT_ONCE, "ask")
         self._savers = ThreadPoolExecutor(DOWNLOADS_AT_ONCE, "save")
         self._tasks = OpenTasks(options.timeout)
-        self._ready_at = time.monotonic()
         self._pacer = Pacer(options.rpm, start=self._first_start())
-        self._latencies: deque[float] = deque(maxlen=20)
-        self._saving_times: deque[float] = deque(maxlen=20)
-        self._known_latency = self._latency_before()
+        self._forecast = Forecast(self._latency_before(), self.deadline)
         self._out: dict[int, float] = {}  # number -> when its request left
         self._saving: set[int] = set()
         self._looking_for: set[int] = set()  # tasks that were lost
@@ -220,13 +182,13 @@ class Run:
             if waiting and not self._due:
                 return self._later(job, None)
             start = max(now, self._due[0][0] if waiting else self._pacer.next_start)
-            if start > self._last_start():
+            if start > self._forecast.last_start:
                 self._halt_for_time()
                 return self._later(job, None)
             if job is None or waiting:
                 return self._later(job, start - now)
             crowded = (
-                len(self._out) >= self._concurrency(now)
+                len(self._out) >= self._most_out(now)
                 or len(self._saving) >= MOST_WAITING_DOWNLOADS
                 or len(self._tasks) >= MOST_OPEN_TASKS
             )
@@ -304,40 +266,15 @@ class Run:
                 self._fed = (rows[-1]["position"], rows[-1]["variant"])
         return self._feed.popleft() if self._feed else None
 
-    def _concurrency(self, now: float) -> int:
-        """How many requests may be out: as many as the rate needs at the latency that is seen."""
-        if self.options.concurrency:
-            return self.options.concurrency
-        if not self._pacer.base:
-            return UNPACED_CONCURRENCY
-        least, most = CONCURRENCY_RANGE
-        if self.latency is None and self.deadline < math.inf:
-            return least  # a call that the time limit cuts may be paid for and lost: first see how long one takes
-        latency = max(self._latencies, default=ASSUMED_LATENCY)
-        latency = max([latency, *(now - sent for sent in self._out.values())])
-        return min(most, max(least, math.ceil(1.25 * latency / self._pacer.base) + 2))
-
-    @property
-    def latency(self) -> float | None:
-        """Seconds from request to answer, the longest of the last ones; None while none is known."""
-        return max(self._latencies) if self._latencies else self._known_latency
-
-    def _last_start(self) -> float:
-        """The last moment at which a request may leave and still end, downloaded, before the time limit."""
-        if self.latency is not None:
-            return self._last_save() - 1.25 * self.latency
-        # Nothing is known: leave twice the time that has passed since all was loaded.
-        return self._ready_at + (self.deadline - self._ready_at) / 3
-
-    def _last_save(self) -> float:
-        """The last moment at which a download may begin and still end before the time limit."""
-        return self.deadline - 1.5 * max(self._saving_times, default=0.3)
+    def _most_out(self, now: float) -> int:
+        """How many requests may be out."""
+        return self.options.concurrency or self._forecast.concurrency(self._pacer.base, now, self._out.values())
 
     def _halt_for_time(self) -> None:
         limit = self.options.time_limit or 0.0
-        if not self.tally.sent and self._known_latency and self.options.time_limit:
-            least = 1.25 * self._known_latency + 0.5 + self.reserve + self._ready_at - self.began
-            text = f"--time-limit: {limit:g} s is too short, a picture takes {self._known_latency:.0f} s here"
+        if not self.tally.sent and self._forecast.latency_before and self.options.time_limit:
+            least = 1.25 * self._forecast.latency_before + 0.5 + self.reserve + self._forecast.ready_at - self.began
+            text = f"--time-limit: {limit:g} s is too short, a picture takes {self._forecast.latency_before:.0f} s here"
             if limit < least:
                 self._halt(Failure("usage", text, hint=f"give at least --time-limit {math.ceil(least)}"))
         text = f"the time limit of {limit:g} s ends this run; what is left stays as it is"
@@ -353,9 +290,9 @@ class Run:
         if outcome.step == "generate":
             sent = self._out.pop(job.number)
             if failure is not None and failure.code == "too_slow":
-                self._latencies.append(2 * outcome.seconds)  # at least: the next run needs more time than this one
+                self._forecast.answered(2 * outcome.seconds)  # at least: the next run needs more time than this one
             elif outcome.seconds and (failure is None or failure.fault.billed != "no"):
-                self._latencies.append(outcome.seconds)
+                self._forecast.answered(outcome.seconds)
             if failure is None or failure.code != "rate_limited":
                 self._pacer.accepted(now, sent)
             before = "submitting"
@@ -369,7 +306,7 @@ class Run:
             self._saving.discard(job.number)
             sent, before = outcome.began, "generated"
             if failure is None:
-                self._saving_times.append(outcome.seconds)
+                self._forecast.saved(outcome.seconds)
         self.tally.spent -= job.plan.price.estimate * (failure is not None and failure.fault.billed == "no")
         if outcome.step != "find" or job.state != before:
             self.tally.move(job, before, job.state)
@@ -471,7 +408,7 @@ class Run:
 
     def _ask(self, now: float) -> float | None:
         """Ask after the tasks whose time has come; returns the seconds to the next, None where none is open."""
-        if self._stop is None and len(self._tasks) and now > self._last_save():
+        if self._stop is None and len(self._tasks) and now > self._forecast.last_save:
             self._halt_for_time()
         if self._stop is not None:
             self._tasks.leave()
@@ -489,7 +426,7 @@ class Run:
     def _feed_savers(self) -> None:
         """Hand on what earlier runs have paid for and not downloaded."""
         while self._stop is None and len(self._saving) < 2 * DOWNLOADS_AT_ONCE and not self._saves_are_fed:
-            if time.monotonic() > self._last_save():
+            if time.monotonic() > self._forecast.last_save:
                 return self._halt_for_time()
             rows = self.database.execute(
                 "SELECT * FROM pictures WHERE state = 'generated' AND number > ? ORDER BY number LIMIT ?",
@@ -510,7 +447,7 @@ class Run:
         if self._gave_up is not None and self._failures_in_a_row["generate"]:
             return storm(self._gave_up, "pictures are left after their retries", EXIT_UNAVAILABLE)
         ending = incomplete(self.database, self._bound)
-        if ending is not None and time.monotonic() > self._last_save():  # it cut what was left to download
+        if ending is not None and time.monotonic() > self._forecast.last_save:  # it cut what was left to download
             self._halt_for_time()
             return self._stop
         return ending
@@ -518,71 +455,8 @@ class Run:
     def close(self, exit_code: int) -> None:
         """Note the end of the run and close the database."""
         now = timestamp(utc_now())
-        latency = statistics.median(self._latencies) if self._latencies else None
+        latency = self._forecast.typical_latency
         statement = "UPDATE runs SET updated_at = ?, finished_at = ?, exit_code = ?, latency_s = ? WHERE number = ?"
         self._journal.write(statement, (now, now, exit_code, latency, self.number))
         self._journal.close()
         self.database.close()
-
-
-def incomplete(database: sqlite3.Connection, bound: str | None) -> Failure | None:
-    """The failure of a run that ended by itself and left pictures of the input unsaved; None where all are saved."""
-    rows = database.execute(
-        "SELECT state, count(*) FROM pictures WHERE position IS NOT NULL OR state IN ('submitted', 'generated') "
-        "GROUP BY state"
-    )
-    left = Counter({state: count for state, count in rows if state != "saved"})
-    if not left:
-        return None
-    why = {
-        "failed": f"failed ones: {RESULTS} says why; --retry-failed makes them again (costs)",
-        "unknown": "unknown ones may have been billed: ask the user, then --retry-unknown (costs again)",
-        "submitted": "submitted ones are being made: run the same command again to wait for them, free",
-        "generated": "generated ones are paid: run the same command again to download them, free",
-        "pending": {
-            "cost": "the rest waits for a higher --max-cost: ask the user first",
-            "limit": "the rest waits: run the same command again",
-        }.get(bound or "", "the rest waits: run the same command again"),
-    }
-    counts = ", ".join(f"{count} {state}" for state, count in sorted(left.items()))
-    hints = [text for state, text in why.items() if left[state]]
-    if bound == "cost" and not left["pending"]:
-        hints.append("--max-cost keeps them from being made again")
-    retryable = left["generated"] + left["submitted"] > 0 or (left["pending"] > 0 and bound != "cost")
-    return Failure("incomplete", f"not every picture is saved: {counts}", hint="; ".join(hints), retryable=retryable)
-
-
-def storm(failure: Failure, what: str, exit_code: int) -> Failure:
-    """The failure of a run that stops because the last one came again and again."""
-    unknown = exit_code == EXIT_UNKNOWN
-    known = failure.fault.exit_code == exit_code
-    return Failure(
-        failure.code if known else "outcome_unknown" if unknown else "service_failing",
-        f"{what}; the last: {failure.message}",
-        exit_code=exit_code,
-        billed="unknown" if unknown else "no",
-        retryable=not unknown or failure.code == "paid_not_downloaded",
-        http_status=failure.fault.http_status,
-        service_code=failure.fault.service_code,
-        retry_after_s=failure.fault.retry_after_s,
-        hint=failure.fault.hint
-        if failure.code == "too_slow"
-        else "what was not sent stays pending; "
-        + (
-            "run the same command again: it goes on waiting for what was submitted, free; or give a longer --timeout"
-            if failure.code == "paid_not_downloaded"
-            else "find out what is wrong with the service or the network before the same command goes on with it"
-            if unknown
-            else "wait a minute, then run the same command again"
-        ),
-    )
-
-
-def interrupted_run(signum: int, how: str = "requests that were out were waited for") -> Failure:
-    return Failure(
-        "interrupted",
-        f"interrupted by {signal.Signals(signum).name}; {how}",
-        exit_code=EXIT_SIGNAL + signum,
-        retryable=True,
-        hint="run the same command again: it goes on where it stopped",
-    )
