@@ -81,6 +81,8 @@ class Gate:
 class Batch:
     """`out` is the output folder, `input` the file of rows. Rows that name no size ask for a small one."""
 
+    is_in_tables = False  # a run holds its folder's lock to the end of its process
+
     def __init__(self, shell: Shell, service: FaultServer) -> None:
         shell.script = BATCH
         self.shell = shell
@@ -109,7 +111,8 @@ class Batch:
 
     def call(self, *arguments: str, stdin: bytes | None = None, timeout: float = 30) -> Result:
         """Run with exactly these arguments."""
-        return self.checked(self.shell.run(*arguments, stdin=stdin, timeout=timeout))
+        run = self.shell.call if self.is_in_tables else self.shell.run
+        return self.checked(run(*arguments, stdin=stdin, timeout=timeout))
 
     def start(self, *options: str) -> subprocess.Popen[bytes]:
         return self.shell.start(*self.arguments(*options))

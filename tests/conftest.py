@@ -6,15 +6,23 @@ A test gets `shell`, a `Shell` whose working folder, home and environment hold n
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import importlib
+import io
 import json
 import os
+import signal
 import subprocess
 import sys
+import tempfile
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
+from unittest.mock import patch
 
 import pytest
 
@@ -36,6 +44,8 @@ collect_ignore = ["test_batch_run.py", "test_batch_state.py"] if os.name == "nt"
 
 from fault_server import FaultServer
 from mock_server import MockServer
+from zimage import outside, waiting
+from zimage.batch.commands import INTERRUPTIONS
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
@@ -106,6 +116,7 @@ class Shell:
     env: dict[str, str] = field(default_factory=dict)
     script: Path = GENERATE
     started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    is_first_row: bool = True  # or no row of a table at all
 
     def use(self, mock: MockServer) -> None:
         """Point the script at a mock service, and give it the mock's key."""
@@ -133,6 +144,24 @@ class Shell:
             check=False,
         )
         return Result(done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"))
+
+    def call(self, *arguments: str, stdin: bytes | None = None, timeout: float = 60) -> Result:
+        """As `run`, for tables: the first row is a process, the others save themselves its start and run in this one.
+
+        Not for what lies between command and process: closed streams, signals, memory, imports, Python's variables.
+        """
+        if self.is_first_row or self.script.parent != SCRIPTS:
+            return self.run(*arguments, stdin=stdin, timeout=timeout)
+        main = importlib.import_module(self.script.stem).main
+        out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
+        with tempfile.TemporaryFile() as given, as_in_a_process(self.folder, self.environment()):
+            given.write(stdin or b"")
+            given.seek(0)
+            with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), io.TextIOWrapper(given) as sys.stdin:
+                sys.argv = [str(self.script), *arguments]
+                code = main()
+        texts = [stream.buffer.getvalue().decode("utf-8") for stream in (out, err)]
+        return Result(code, *texts)
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Start the script and leave it running; what still runs at the end of the test is ended then."""
@@ -166,12 +195,42 @@ class Shell:
         return sorted(str(path.relative_to(self.folder)) for path in self.folder.rglob("*") if not path.is_dir())
 
 
+@contextlib.contextmanager
+def as_in_a_process(folder: Path, env: dict[str, str]) -> Iterator[None]:
+    """What a command may change and a process of its own would take with it: all is as before at the end."""
+    kept = os.getcwd(), os.environ.copy(), sys.argv, sys.stdin
+    handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
+    os.chdir(folder)
+    os.environ.clear()
+    os.environ.update(env)
+    try:
+        with patch.object(waiting, "BACKOFF_BASE", 0.02):  # the first rows wait as long as users do
+            yield
+    finally:
+        os.chdir(kept[0])
+        os.environ.clear()
+        os.environ.update(kept[1])
+        sys.argv, sys.stdin = kept[2:]
+        for signum, handler in handlers.items():
+            signal.signal(signum, handler)
+        outside._secrets.clear()
+        waiting.no_more_waiting.clear()
+        waiting.abandoned_work.clear()
+        vars(waiting.SIGNALS).update(vars(waiting.Signals()))
+        vars(INTERRUPTIONS).update(vars(type(INTERRUPTIONS)()))
+        with warnings.catch_warnings():  # an answer that is left unread is closed by the end of a process
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
+            gc.freeze()  # what is there now need not be looked through again
+
+
 @pytest.fixture
-def shell(tmp_path: Path) -> Iterator[Shell]:
+def shell(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Shell]:
     folder, home = tmp_path / "project", tmp_path / "home"
     folder.mkdir()
     home.mkdir()
-    shell = Shell(folder, home)
+    row = getattr(request.node, "callspec", None)
+    shell = Shell(folder, home, is_first_row=row is None or not any(row.indices.values()))
     yield shell
     for process in shell.started:
         if process.poll() is None:
@@ -185,6 +244,9 @@ def service(shell: Shell) -> Iterator[FaultServer]:
     with FaultServer() as server:
         shell.env |= {"DASHSCOPE_API_KEY": TEST_KEY, "DASHSCOPE_BASE_URL": server.base_url}
         yield server
+
+
+MockServer.poll_s = 0.002  # more than a thousand are closed in a run
 
 
 @pytest.fixture

@@ -351,7 +351,7 @@ class Lab:
         return self.call(*self.request, *more)
 
     def call(self, *arguments: str) -> Result:
-        return self.noted(self.shell.run(*arguments))
+        return self.noted(self.shell.call(*arguments))
 
     def start(self, *more: str) -> subprocess.Popen[bytes]:
         return self.shell.start(*self.request, *more)

@@ -140,7 +140,7 @@ def test_version_is_one_line(shell: Shell) -> None:
 @pytest.mark.parametrize("option", [o for o in OPTIONS if len(o) > len("--file")])
 def test_no_option_can_be_abbreviated(shell: Shell, mock: MockServer, option: str) -> None:
     shell.use(mock)
-    result = shell.run("--prompt", "a cat", option[:-1], "--print-response")
+    result = shell.call("--prompt", "a cat", option[:-1], "--print-response")
     assert result.code == 2
     assert result.error["code"] == "usage"
     assert option[:-1] in result.error["message"]
@@ -149,12 +149,12 @@ def test_no_option_can_be_abbreviated(shell: Shell, mock: MockServer, option: st
 
 @pytest.mark.parametrize("arguments", [[], ["--bogus"], ["--prompt"], ["--prompt", "x", "--check"], ["--schema", "x"]])
 def test_a_usage_error_is_json_only_where_json_was_asked_for(shell: Shell, arguments: list[str]) -> None:
-    plain = shell.run(*arguments)
+    plain = shell.call(*arguments)
     assert plain.code == 2
     if not {"--check", "--schema"} & set(arguments):
         assert plain.stdout == ""
     plain.assert_one_line_of_advice()
-    error = shell.run(*arguments, "--print-response").error
+    error = shell.call(*arguments, "--print-response").error
     assert (error["code"], error["billed"], error["retryable"]) == ("usage", "no", False)
 
 
@@ -179,11 +179,11 @@ def test_stdout_carries_one_json_object_where_asked(shell: Shell, mock: MockServ
 @pytest.mark.parametrize("arguments", [["--check"], [*SMALL, "--dry-run"], ["--schema", "request"]])
 def test_some_modes_always_print_json(shell: Shell, mock: MockServer, arguments: list[str]) -> None:
     shell.use(mock)
-    plain = shell.run(*arguments, "--seed", "5") if "--dry-run" in arguments else shell.run(*arguments)
+    plain = shell.call(*arguments, "--seed", "5") if "--dry-run" in arguments else shell.call(*arguments)
     assert plain.code == 0
     assert plain.json
     assert plain.stderr == ""
-    assert shell.run(*arguments, "--print-response").json.keys() == plain.json.keys()
+    assert shell.call(*arguments, "--print-response").json.keys() == plain.json.keys()
     assert shell.files() == []
 
 
@@ -418,8 +418,8 @@ def test_flags_win_over_the_replayed_request(
     shell: Shell, mock: MockServer, flags: list[str], changed: dict[str, Any]
 ) -> None:
     shell.use(mock)
-    assert shell.run(*SMALL, "--seed", "5").code == 0
-    plan = shell.run("--replay", str(shell.evidence_files()[0]), *flags, "--dry-run").json
+    assert shell.call(*SMALL, "--seed", "5").code == 0
+    plan = shell.call("--replay", str(shell.evidence_files()[0]), *flags, "--dry-run").json
     expected = {"prompt": "a cat", "size": "512*512", "seed": 5, "prompt_extend": False} | changed
     if flags == ["--seed", "-1"]:
         expected["seed"] = plan["request"]["seed"]
@@ -435,7 +435,7 @@ def test_flags_win_over_the_replayed_request(
 def test_what_is_no_evidence_file_is_refused(shell: Shell, mock: MockServer, mode: str, content: bytes) -> None:
     shell.use(mock)
     (shell.folder / "evidence.json").write_bytes(content)
-    result = shell.run(mode, "evidence.json", "--print-response")
+    result = shell.call(mode, "evidence.json", "--print-response")
     assert result.code == 2
     assert result.error["code"] == "invalid_evidence"
     assert "evidence.json" in result.error["message"]
@@ -462,7 +462,7 @@ def test_the_services_bytes_are_kept_or_converted_with_both_hashes(
 ) -> None:
     with MockServer(rpm=0, faults=faults) as mock:
         shell.use(mock)
-        path = saved_path(shell.run(*SMALL, "--output", f"new folder/猫/{name}"))
+        path = saved_path(shell.call(*SMALL, "--output", f"new folder/猫/{name}"))
         evidence = shell.evidence()
         served = requests.get(evidence["response"]["image_url"], timeout=10).content
     assert path == shell.folder / "new folder" / "猫" / name
@@ -493,7 +493,7 @@ def test_refuses_an_output_that_cannot_be_before_paying(shell: Shell, mock: Mock
     shell.use(mock)
     for folder in ("folder", "folder.png"):
         (shell.folder / folder).mkdir()
-    result = shell.run(*SMALL, "--output", name, "--print-response")
+    result = shell.call(*SMALL, "--output", name, "--print-response")
     assert result.code == 2
     assert "--output" in result.error["message"]
     assert mock.stats()["requests"] == []
@@ -522,7 +522,7 @@ def test_refuses_to_overwrite_before_paying(shell: Shell, mock: MockServer, targ
         if target == "link":
             taken.write_text("mine")
     before = shell.files()
-    result = shell.run(*SMALL, "--output", "cat.png", "--print-response")
+    result = shell.call(*SMALL, "--output", "cat.png", "--print-response")
     assert result.code == 2
     assert result.error["code"] == "output_exists"
     assert str(taken) in result.error["message"]
@@ -635,7 +635,7 @@ def test_a_picture_is_named_as_its_evidence_and_by_its_prompt(
     shell: Shell, mock: MockServer, prompt: str, slug: str | None
 ) -> None:
     shell.use(mock)
-    path = saved_path(shell.run(f"--prompt={prompt}", "--size", "512x512"))
+    path = saved_path(shell.call(f"--prompt={prompt}", "--size", "512x512"))
     (evidence,) = shell.evidence_files()
     assert path.parent == shell.folder / IMAGES
     if slug is None:
@@ -788,7 +788,7 @@ def test_every_outcome_has_its_exit_code(
 ) -> None:
     with MockServer(rpm=0, faults=faults) as mock:
         shell.use(mock)
-        result = shell.run(*SMALL, "--max-retries", "1", "--print-response")
+        result = shell.call(*SMALL, "--max-retries", "1", "--print-response")
         assert posted(mock) == calls
     assert result.code == code, result.stdout
     error = result.error
@@ -814,7 +814,7 @@ def test_an_outcome_tells_what_the_service_said(shell: Shell) -> None:
 def test_what_surely_was_not_billed_is_tried_again_by_itself(shell: Shell, faults: str) -> None:
     with MockServer(rpm=0, faults=faults) as mock:
         shell.use(mock)
-        saved_path(shell.run(*SMALL))
+        saved_path(shell.call(*SMALL))
         assert mock.stats()["billed"] == 1
 
 

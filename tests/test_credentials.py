@@ -65,7 +65,7 @@ def named_file(shell: Shell, text: str | bytes) -> None:
 
 def source(shell: Shell) -> str | None:
     """Where a dry run says that the key would come from."""
-    result = shell.run("--prompt", "a cat", "--dry-run")
+    result = shell.call("--prompt", "a cat", "--dry-run")
     assert result.code == 0, result.stdout
     found: str | None = result.json["key_source"]
     return found
@@ -74,7 +74,7 @@ def source(shell: Shell) -> str | None:
 def key_used(shell: Shell, key: str) -> None:
     """Assert that a run is sent with exactly this key: the service takes no other."""
     with MockServer(rpm=0, api_key=key) as mock:
-        result = shell.run("--check", "--base-url", mock.base_url)
+        result = shell.call("--check", "--base-url", mock.base_url)
         assert result.code == 0, result.stdout
         assert key not in result.stdout + result.stderr
 
@@ -83,7 +83,7 @@ def refused(shell: Shell, mock: MockServer) -> dict[str, Any]:
     """The error of a run that must end for want of a key, before anything is sent or written."""
     before = shell.files()
     shell.env["DASHSCOPE_BASE_URL"] = mock.base_url
-    result = shell.run("--prompt", "a cat", "--print-response")
+    result = shell.call("--prompt", "a cat", "--print-response")
     assert result.code == 3, result.stdout
     assert mock.stats()["requests"] == []
     assert shell.files() == before
@@ -308,7 +308,7 @@ def test_a_malformed_key_is_refused_by_the_place_it_is_in(shell: Shell, mock: Mo
 @pytest.mark.parametrize("arguments", [["--prompt", "a cat", "--print-response"], ["--check"]])
 def test_a_missing_key_is_told_where_to_put_it(shell: Shell, mock: MockServer, arguments: list[str]) -> None:
     shell.env["DASHSCOPE_BASE_URL"] = mock.base_url
-    result = shell.run(*arguments)
+    result = shell.call(*arguments)
     assert result.code == 3
     assert result.error["code"] == "key_missing"
     advice = result.stderr.strip().splitlines()[-1]
@@ -435,7 +435,7 @@ def assert_nowhere(shell: Shell, result: Result, secret: str = SECRET) -> None:
 @pytest.mark.parametrize("known", [False, True])
 def test_wrong_arguments_never_repeat_a_key(shell: Shell, arguments: list[str], known: bool) -> None:
     shell.env |= {"DASHSCOPE_API_KEY": SECRET} if known else {}
-    result = shell.run(*arguments, "--print-response")
+    result = shell.call(*arguments, "--print-response")
     assert result.code == 2
     assert result.error["message"]
     assert_nowhere(shell, result)
@@ -443,7 +443,7 @@ def test_wrong_arguments_never_repeat_a_key(shell: Shell, arguments: list[str], 
 
 @pytest.mark.parametrize("arguments", [["--api-key", "0123456789abcdef"], ["--api-key=0123456789abcdef"]])
 def test_the_value_of_an_unknown_option_is_not_repeated(shell: Shell, arguments: list[str]) -> None:
-    result = shell.run("--prompt", "a cat", *arguments, "--print-response")
+    result = shell.call("--prompt", "a cat", *arguments, "--print-response")
     assert result.code == 2
     assert "--api-key" in result.error["message"]
     assert_nowhere(shell, result, "0123456789abcdef")
@@ -454,14 +454,14 @@ def test_the_value_of_an_unknown_option_is_not_repeated(shell: Shell, arguments:
 def test_the_key_is_in_no_output_and_no_file_of_a_good_run(shell: Shell, place: str, secret: str) -> None:
     put(shell, place, secret)
     with MockServer(rpm=0, api_key=secret) as mock:
-        result = shell.run(
+        result = shell.call(
             *("--prompt", "a cat", "--size", "512x512", "--prompt-extend", "--print-response"),
             *("--base-url", mock.base_url),
         )
         assert result.code == 0, result.stderr
         assert_nowhere(shell, result, secret)
         for arguments in (["--prompt", "a cat", "--dry-run"], ["--check"]):
-            result = shell.run(*arguments, "--base-url", mock.base_url)
+            result = shell.call(*arguments, "--base-url", mock.base_url)
             assert result.code == 0
             assert_nowhere(shell, result, secret)
 
@@ -474,11 +474,11 @@ def test_the_key_is_in_no_output_and_no_file_of_a_failed_run(shell: Shell, fault
     put(shell, "environment", SECRET)
     with MockServer(rpm=0, api_key=SECRET, faults=faults) as mock:
         shell.env["DASHSCOPE_BASE_URL"] = mock.base_url
-        result = shell.run("--prompt", "a cat", "--size", "512x512", "--print-response")
+        result = shell.call("--prompt", "a cat", "--size", "512x512", "--print-response")
         assert result.code != 0
         assert_nowhere(shell, result)
         (evidence,) = shell.evidence_files()
-        assert_nowhere(shell, shell.run("--recover", str(evidence), "--print-response"))
+        assert_nowhere(shell, shell.call("--recover", str(evidence), "--print-response"))
 
 
 def test_a_prompt_that_looks_like_a_key_is_sent_and_kept_as_it_is(shell: Shell, mock: MockServer) -> None:

@@ -79,7 +79,7 @@ def elsewhere() -> Iterator[FaultServer]:
 def run(shell: Shell, *more: str, timeout: float = 10, retries: int = 0) -> Result:
     flags = ("--print-response", "--timeout", f"{timeout:g}", "--max-retries", str(retries))
     started = time.monotonic()
-    result = shell.run("--prompt", "x", "--output", "out.png", *flags, *more)
+    result = shell.call("--prompt", "x", "--output", "out.png", *flags, *more)
     assert time.monotonic() - started < timeout + SLACK_S, "--timeout is for the whole command"
     return result
 
@@ -411,6 +411,7 @@ def test_a_connection_that_ends_before_the_request_is_read_is_not_tried_again(
     shell: Shell, service: FaultServer, reset: bool
 ) -> None:
     """From here nobody can tell whether the service had read it."""
+    shell.is_first_row = True  # a process: beside the server's threads the reset may come before connect() is over
     service.at_connection(Answer(hang_up="before-reading", reset=reset))
     result = run(shell, retries=3)
     failed(shell, service, result, exit=7, code="outcome_unknown", status="unknown")

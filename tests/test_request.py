@@ -370,7 +370,7 @@ def test_refuses_a_malformed_request_before_anything_is_sent(
     shell.use(mock)
     if word == "base_url":
         del shell.env["DASHSCOPE_BASE_URL"]
-    assert word in said(refusal(shell.run("--request", text, "--print-response")))
+    assert word in said(refusal(shell.call("--request", text, "--print-response")))
     assert mock.stats()["requests"] == []
     assert shell.files() == []
 
@@ -433,7 +433,7 @@ def test_refuses_malformed_arguments_before_anything_is_sent(
     shell: Shell, mock: MockServer, arguments: list[str], word: str
 ) -> None:
     shell.use(mock)
-    assert word in said(refusal(shell.run(*arguments, "--print-response")))
+    assert word in said(refusal(shell.call(*arguments, "--print-response")))
     assert mock.stats()["requests"] == []
     assert shell.files() == []
 
@@ -465,7 +465,7 @@ def test_names_all_faults_of_the_command_line_at_once(shell: Shell) -> None:
 def test_reads_a_file_in_every_promised_encoding(shell: Shell, encoding: str) -> None:
     text = json.dumps({"prompt": "一只猫 🐈", "seed": 5}, ensure_ascii=False)
     (shell.folder / "request.json").write_bytes(text.encode(encoding))
-    request = shell.run("--file", "request.json", "--dry-run").json["request"]
+    request = shell.call("--file", "request.json", "--dry-run").json["request"]
     assert (request["prompt"], request["seed"]) == ("一只猫 🐈", 5)
 
 
@@ -498,7 +498,7 @@ def test_refuses_a_file_that_holds_no_request(shell: Shell, mock: MockServer, co
     shell.use(mock)
     if place != "-":
         (shell.folder / place).write_bytes(content)
-    refusal(shell.run("--file", place, "--print-response", stdin=content if place == "-" else None))
+    refusal(shell.call("--file", place, "--print-response", stdin=content if place == "-" else None))
     assert mock.stats()["requests"] == []
     assert shell.files() == ([] if place == "-" else [place])
 
@@ -513,7 +513,7 @@ def test_refuses_a_file_that_holds_no_request(shell: Shell, mock: MockServer, co
 def test_no_depth_of_nesting_breaks_the_error(shell: Shell, name: str, depth: int) -> None:
     nested = '{"a":[' * (depth // 2) + "]}" * (depth // 2)
     (shell.folder / "request.json").write_text(f'{{"{name}": {nested}}}')
-    assert refusal(shell.run("--file", "request.json", "--print-response"))["code"] == "invalid_request"
+    assert refusal(shell.call("--file", "request.json", "--print-response"))["code"] == "invalid_request"
 
 
 def test_a_request_of_exactly_1_mib_is_not_too_large(shell: Shell) -> None:
@@ -560,7 +560,7 @@ def test_flags_win_over_the_request(
     shell: Shell, flags: list[str], expected: dict[str, Any], shape: dict[str, str]
 ) -> None:
     request = json.dumps({"prompt": "a cat", "seed": 5, "prompt_extend": True} | shape)
-    plan = shell.run("--request", request, *flags, "--dry-run").json
+    plan = shell.call("--request", request, *flags, "--dry-run").json
     assert expected.items() <= plan["request"].items()
     parameters = {name: plan["request"][name] for name in ("size", "seed", "prompt_extend")}
     assert plan["payload"]["parameters"] == parameters
@@ -579,8 +579,8 @@ def test_flags_win_over_the_request(
 )
 def test_a_fault_that_a_flag_replaces_is_none(shell: Shell, wrong: dict[str, Any], flags: list[str]) -> None:
     request = json.dumps({"prompt": "a cat"} | wrong)
-    refusal(shell.run("--request", request, "--print-response"))
-    assert shell.run("--request", request, *flags, "--dry-run").code == 0
+    refusal(shell.call("--request", request, "--print-response"))
+    assert shell.call("--request", request, *flags, "--dry-run").code == 0
 
 
 def test_seed_minus_one_on_the_command_line_replaces_the_requests_seed(shell: Shell) -> None:
@@ -597,7 +597,7 @@ def test_a_prompt_over_800_characters_is_sent_whole_with_a_warning(
     shell: Shell, mock: MockServer, length: int, warned: bool
 ) -> None:
     shell.use(mock)
-    result = shell.run("--prompt", "猫" * length, "--size", "512x512", "--print-response")
+    result = shell.call("--prompt", "猫" * length, "--size", "512x512", "--print-response")
     assert result.code == 0
     assert any("800" in text for text in result.json.get("warnings", [])) is warned
     assert ("warning: " in result.stderr) is warned
@@ -655,7 +655,7 @@ def test_the_response_has_exactly_the_promised_fields(
     shell: Shell, mock: MockServer, flags: list[str], optional: set[str]
 ) -> None:
     shell.use(mock)
-    response = shell.run("--prompt", "a cat", "--size", "640x512", "--seed", "5", *flags, "--print-response").json
+    response = shell.call("--prompt", "a cat", "--size", "640x512", "--seed", "5", *flags, "--print-response").json
     assert set(response) == ALWAYS | optional
     conforms(schema(shell, "response"), response)
     conforms(schema(shell, "evidence"), shell.evidence())
@@ -690,7 +690,7 @@ def test_evidence_and_error_of_a_failed_run_keep_to_their_schemas(
 ) -> None:
     with MockServer(rpm=0, faults=faults) as mock:
         shell.use(mock)
-        result = shell.run("--prompt", "a cat", "--size", "512x512", "--print-response")
+        result = shell.call("--prompt", "a cat", "--size", "512x512", "--print-response")
     assert result.code == code
     error_schema = schema(shell, "response")["$defs"]["error"]
     conforms(error_schema, result.error)

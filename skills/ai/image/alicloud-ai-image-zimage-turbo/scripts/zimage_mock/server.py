@@ -51,6 +51,8 @@ class MockServer(ThreadingHTTPServer):
     request_queue_size = 128
     allow_reuse_address = os.name != "nt"  # on Windows it would share a port that another program serves
 
+    poll_s = 0.05  # until close() is heard
+
     def __init__(
         self,
         *,
@@ -95,7 +97,7 @@ class MockServer(ThreadingHTTPServer):
 
     def start(self) -> MockServer:
         """Serve from a background thread."""
-        self._thread = threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True)
+        self._thread = threading.Thread(target=self.serve_forever, args=(self.poll_s,), daemon=True)
         self._thread.start()
         return self
 
