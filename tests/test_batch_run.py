@@ -103,7 +103,7 @@ def test_failures_with_pictures_between_are_no_storm(batch: Batch) -> None:
     batch.service.play(GENERATE, *[BUSY] * 9, good(), *[BUSY] * 9, good())
     batch.prompts(20)
     result = batch.run(*ONE_BY_ONE, "--max-retries", "0")
-    assert result.code in (1, 6)
+    assert result.code == 1, result.stdout
     assert_counts(result, saved=2, pending=18)
 
 
@@ -787,7 +787,7 @@ def test_the_key_is_in_no_file_and_no_stream(batch: Batch) -> None:
     )
     batch.rows("refused", "coded", {"prompt": "extended", "prompt_extend": True}, "thought", "busy", "strange", "good")
     result = batch.run(*ONE_BY_ONE)
-    assert result.code in (1, 8), result.stdout
+    assert result.code == 1, result.stdout
     assert TEST_KEY not in result.stdout + result.stderr
     assert [name for name, content in batch.files().items() if TEST_KEY.encode() in content] == []
     batch.service.play(GENERATE, error(401, "InvalidApiKey", said))
@@ -896,7 +896,7 @@ def test_a_gallery_may_be_written_beside_a_running_batch(batch: Batch) -> None:
     process = batch.start()
     batch.service.wait_until(lambda: gate.arrived and batch.stored_states()["a"] == "saved")
     result = batch.call("--gallery-only", str(batch.out))
-    assert result.code in (0, 2)
+    assert result.code == 0, result.stdout
     gate.open()
     assert batch.finish(process).code == 0
     assert batch.states() == {"a": "saved", "b": "saved"}

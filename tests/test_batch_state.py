@@ -177,7 +177,7 @@ def test_a_picture_that_cannot_be_had_now_stays_generated_and_is_free_later(batc
     batch.service.play(PICTURE, html(503))
     batch.rows("a")
     result = batch.run("--time-limit", "2")
-    assert result.code in (1, 6, 7, 11), result.stdout
+    assert result.code in (1, 11), result.stdout  # the last try may fail a moment before the limit
     assert_counts(result, generated=1)
     batch.service.play(PICTURE, file(SMALL_PNG))
     result = batch.run()
@@ -311,7 +311,7 @@ def test_killed_again_and_again_nothing_is_lost_or_paid_twice(batch: Batch) -> N
     result = batch.run("--concurrency", str(out))
     while result.code == 1 and result.json["pending"]:
         result = batch.run("--concurrency", str(out))
-    assert result.code in (0, 1), result.stdout
+    assert result.code in (0, 1), result.stdout  # 1: a kill hit a request, whose outcome is unknown
     states = batch.states()
     assert set(states.values()) <= {"saved", "unknown"}, Counter(states.values())
     unknown = {prompt for prompt, state in states.items() if state == "unknown"}
@@ -1068,11 +1068,18 @@ def test_a_disk_that_fails_after_paying_loses_no_picture(batch: Batch) -> None:
     assert sorted(batch.sent) == ["a", "b", "c"]
 
 
-@pytest.mark.parametrize("folder", ["/proc/batch", "/dev/null/batch", "rows.jsonl/batch"])
-def test_a_folder_that_cannot_be_made_stops_before_paying(batch: Batch, folder: str) -> None:
+@pytest.mark.parametrize(
+    ("folder", "code"),
+    [
+        pytest.param("/proc/batch", 9, marks=pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs /proc")),
+        ("/dev/null/batch", 2),
+        ("rows.jsonl/batch", 2),
+    ],
+)
+def test_a_folder_that_cannot_be_made_stops_before_paying(batch: Batch, folder: str, code: int) -> None:
     batch.rows("a")
     result = batch.run("--output-dir", folder)
-    assert result.code in (2, 9), result.stdout
+    assert result.code == code, result.stdout
     assert batch.sent == []
 
 
@@ -1085,11 +1092,9 @@ def test_what_stands_in_the_way_of_a_report_costs_no_picture(batch: Batch, victi
         (batch.out / victim).mkdir()
     batch.rows("a")
     result = batch.run()
-    if batch.sent:
-        assert batch.stored_states() == {"a": "saved"}
-        assert_counts(result, saved=1)
-    else:
-        assert result.code in (2, 9)
+    assert batch.sent == ["a"]
+    assert batch.stored_states() == {"a": "saved"}
+    assert_counts(result, saved=1)
 
 
 def test_the_next_command_of_a_failure_works_in_a_shell(batch: Batch) -> None:
@@ -1123,7 +1128,7 @@ def test_a_signal_in_the_middle_of_the_start_leaves_a_folder_that_works(batch: B
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=10)
     result = batch.run()
-    assert result.code in (0, 1), result.stdout
+    assert result.code == (1 if result.json["unknown"] else 0), result.stdout
     assert result.json["saved"] + result.json["unknown"] == 3
     assert max(Counter(batch.sent).values(), default=0) <= 1  # none may have got as far as the service
     assert TEST_KEY not in result.stdout
