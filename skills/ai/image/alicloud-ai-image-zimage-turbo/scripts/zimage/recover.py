@@ -48,7 +48,8 @@ def recover(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str,
     here = bool(have.link) or have.held or have.billed == "yes"
     task_is_open = not here and have.task and have.status != "failed"
     if not here and not task_is_open:
-        raise explained(evidence, unrecoverable(evidence, provider))
+        failure = unrecoverable(evidence, provider)
+        raise explained(evidence, failure, have=have._replace(billed=failure.fault.billed))
     check_writable(output.parent, evidence.id)
     flags = ["--output", str(output)] if options.output else []
     flags += [word for host in sorted(options.trusted) for word in ("--trust-host", host)] if task_is_open else []
