@@ -45,7 +45,6 @@ collect_ignore = ["test_batch_run.py", "test_batch_state.py"] if os.name == "nt"
 from fault_server import FaultServer
 from mock_server import MockServer
 from zimage import outside, waiting
-from zimage.batch.commands import INTERRUPTIONS
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
@@ -214,10 +213,7 @@ def as_in_a_process(folder: Path, env: dict[str, str]) -> Iterator[None]:
         for signum, handler in handlers.items():
             signal.signal(signum, handler)
         outside._secrets.clear()
-        waiting.no_more_waiting.clear()
-        waiting.abandoned_work.clear()
-        vars(waiting.SIGNALS).update(vars(waiting.Signals()))
-        vars(INTERRUPTIONS).update(vars(type(INTERRUPTIONS)()))
+        signal.set_wakeup_fd(-1)
         with warnings.catch_warnings():  # an answer that is left unread is closed by the end of a process
             warnings.simplefilter("ignore", ResourceWarning)
             gc.collect()

@@ -22,7 +22,7 @@ from zimage.request import ImageRequest, normalize
 from zimage.settle import retry_wait
 from zimage.transport import ask
 from zimage.trust import parse_base_url
-from zimage.waiting import Clock, backoff
+from zimage.waiting import Stop, backoff
 
 PROVIDER = DashScope()
 ROOT = "https://dashscope.aliyuncs.com/api/v1"
@@ -63,7 +63,7 @@ def failure(status: int, value: Any, **headers: str) -> Failure:
 def test_sends_exactly_the_documented_request() -> None:
     responses.post(URL, json=body({"image": LINK}))
     call = PROVIDER.submit(PROVIDER.payload(REQUEST), ENDPOINT, TEST_KEY, "ws-1")
-    ask(call, lambda a: PROVIDER.read(a, REQUEST, NOW), Clock(10).end, ENDPOINT)
+    ask(call, lambda a: PROVIDER.read(a, REQUEST, NOW), Stop(10), ENDPOINT)
     (sent,) = responses.calls
     assert json.loads(sent.request.body or b"") == {
         "model": "z-image-turbo",
@@ -79,7 +79,7 @@ def test_sends_exactly_the_documented_request() -> None:
 def test_queries_the_model_as_the_official_client_does() -> None:
     responses.get(f"{ROOT}/models", json={"output": {"models": [{"model": "z-image-turbo"}], "total": 1}})
     call = PROVIDER.query(ENDPOINT, TEST_KEY, None)
-    assert ask(call, PROVIDER.read_query, Clock(10).end, ENDPOINT) is True
+    assert ask(call, PROVIDER.read_query, Stop(10), ENDPOINT) is True
     assert responses.calls[0].request.url == f"{ROOT}/models?model=z-image-turbo&page_no=1&page_size=1"
     assert responses.calls[0].request.method == "GET"
 
@@ -230,10 +230,10 @@ def test_an_answer_that_is_not_the_services_json(status: int, content: bytes, ex
     ],
 )
 def test_retry_after_is_obeyed_where_it_fits(retry_after: str, waits: float | None) -> None:
-    clock = Clock(100)
+    stop = Stop(100)
     error = failure(429, {"code": "Throttling"}, retry_after=retry_after)
     assert error.fault.retry_after_s == float(retry_after)
-    assert retry_wait(error, 0, 4, clock, clock.generate_until) == waits
+    assert retry_wait(error, 0, 4, stop.generating) == waits
 
 
 @pytest.mark.parametrize("garbage", ["soon", "-5", "", "1e9", "٣", "Thu, 99 Foo 2026 00:00:00 GMT"])
@@ -254,23 +254,23 @@ OF_A_WHOLE_BATCH = {"already_running", "incomplete", "time_limit"}
 
 @pytest.mark.parametrize("code", sorted(KINDS.keys() - OF_A_WHOLE_BATCH))
 def test_what_may_have_been_billed_is_never_sent_again(code: str) -> None:
-    clock = Clock(100)
-    wait = retry_wait(Failure(code, "x"), 0, 4, clock, clock.generate_until)
+    stop = Stop(100)
+    wait = retry_wait(Failure(code, "x"), 0, 4, stop.generating)
     if KINDS[code].billed != "no":
         assert wait is None
     assert (wait is not None) == (code in ("rate_limited", "service_failing", "unreachable"))
 
 
 def test_max_retries_counts_the_retries() -> None:
-    clock = Clock(100)
+    stop = Stop(100)
     error = Failure("rate_limited", "x")
-    assert [retry_wait(error, n, 2, clock, clock.generate_until) is None for n in range(4)] == [
+    assert [retry_wait(error, n, 2, stop.generating) is None for n in range(4)] == [
         False,
         False,
         True,
         True,
     ]
-    assert retry_wait(error, 0, 0, clock, clock.generate_until) is None
+    assert retry_wait(error, 0, 0, stop.generating) is None
 
 
 @responses.activate
@@ -281,7 +281,7 @@ def test_a_connection_that_breaks_after_the_request_left_is_unknown(broken: Exce
     responses.post(URL, body=broken)
     call = PROVIDER.submit(PROVIDER.payload(REQUEST), ENDPOINT, TEST_KEY, None)
     with pytest.raises(Failure) as caught:
-        ask(call, lambda a: PROVIDER.read(a, REQUEST, NOW), Clock(10).end, ENDPOINT)
+        ask(call, lambda a: PROVIDER.read(a, REQUEST, NOW), Stop(10), ENDPOINT)
     assert (caught.value.code, caught.value.fault.billed) == ("outcome_unknown", "unknown")
     assert len(responses.calls) == 1
 

@@ -82,6 +82,7 @@ from zimage.registry import provider_class, provider_named, provider_names
 from zimage.request import ImageRequest, normalize
 from zimage.task import Task
 from zimage.trust import check_trust, key_for, parse_base_url
+from zimage.waiting import Stop
 
 over_all = pytest.mark.parametrize("case", CASES, ids=str)
 over_all_with_links = pytest.mark.parametrize("case", LINKED_CASES, ids=str)
@@ -918,7 +919,7 @@ def test_questions_begin_after_a_second_and_come_to_be_five_apart(monkeypatch: p
     task = Task(provider, endpoint, NO_KEY, ImageRequest("x", "1024*1024", None), "t")
     pauses = [task.pause_s]
     for _ in range(8):
-        assert task.ask(time.monotonic() + 60) is None
+        assert task.ask(Stop(60)) is None
         pauses.append(task.pause_s)
     assert pauses[0] == 1
     assert pauses[-1] == 5

@@ -6,7 +6,6 @@ import io
 import json
 import os
 import shlex
-import signal
 import subprocess
 import time
 from collections.abc import Iterator
@@ -34,7 +33,7 @@ from fault_server import (
 from zimage.contract import SKILL
 from zimage.provider import HttpCall
 from zimage.transport import exchange, request_target
-from zimage.waiting import Interrupted, Signals
+from zimage.waiting import Stop, Stopped
 
 RUN = ("--prompt", "x", "--output", "out.png", "--print-response")
 
@@ -316,13 +315,12 @@ def test_evidence_is_its_owners_whatever_the_umask(shell: Shell, service: FaultS
     assert {path.stat().st_mode & 0o777 for path in shell.evidence_files()} == {0o600}
 
 
-def test_a_signal_before_the_request_leaves_is_known_not_to_be_billed(monkeypatch: pytest.MonkeyPatch) -> None:
-    signals = Signals()
-    monkeypatch.setattr("zimage.transport.SIGNALS", signals)
-    signals._handle(signal.SIGTERM, None)
+def test_a_signal_before_the_request_leaves_is_known_not_to_be_billed() -> None:
+    stop = Stop(5)
+    stop.request("SIGTERM")
     call = HttpCall("POST", "http://127.0.0.1:9/", {}, b"{}")
-    with pytest.raises(Interrupted) as caught:
-        exchange(call, until=time.monotonic() + 5, limit=1000, reach="loopback")
+    with pytest.raises(Stopped) as caught:
+        exchange(call, stop, limit=1000, reach="loopback")
     assert caught.value.request_left is False
 
 

@@ -34,6 +34,7 @@ from zimage.errors import Failure, os_reason
 from zimage.options import Parser
 from zimage.outside import json_kind, shown, without_surrogates
 from zimage.request import decode_json_file, read_input
+from zimage.waiting import Stop
 
 TEMPLATES = Path(_folder).parent / "assets" / "templates"
 PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")
@@ -137,7 +138,8 @@ def run(arguments: list[str]) -> str:
         raise Failure("usage", f"{given}; there are {', '.join(templates)}", hint="name one of them")
     if options.file is None:
         raise Failure("usage", "--file: required: the values as a JSON object")
-    values = decode_json_file(options.file, read_input("--file", options.file, MAX_REQUEST_BYTES, DEFAULT_TIMEOUT))
+    content = read_input("--file", options.file, MAX_REQUEST_BYTES, Stop(DEFAULT_TIMEOUT))
+    values = decode_json_file(options.file, content)
     template = templates[options.template]
     rows = fill(template, values)
     if "each" not in template:

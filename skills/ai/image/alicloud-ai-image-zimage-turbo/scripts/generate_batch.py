@@ -66,40 +66,38 @@ if __name__ == "__main__":
 import time
 from collections.abc import Sequence
 
-from zimage.batch.commands import INTERRUPTIONS, run_command
+from zimage.batch.commands import leave_at_once, run_command
 from zimage.batch.contract import (
     BATCH_REQUIREMENTS,
 )
 from zimage.batch.options import read_options
 from zimage.console import Console, leave, prepare_output
-from zimage.contract import EXIT_OK, EXIT_SIGNAL, SCRIPTS
+from zimage.contract import EXIT_OK, SCRIPTS
 from zimage.errors import Failure, internal_error, missing_package
 from zimage.outside import outside_text
-from zimage.waiting import Interrupted
+from zimage.settle import before_anything
+from zimage.waiting import WATCHER, Stop, Stopped
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code of the contract."""
+def main(argv: Sequence[str] | None = None, stop: Stop | None = None) -> int:
+    """Run the command line; returns the exit code of the contract. Signals end `stop`, at the second one at once."""
+    stop = stop or Stop()
     began = time.monotonic()
     arguments = list(sys.argv[1:] if argv is None else argv)
     env = os.environ
-    INTERRUPTIONS.install()
+    WATCHER.listen(stop, leave_at_once)
     prepare_output(env)
     console = Console(json_mode=True, quiet="--quiet" in arguments)
     try:
-        ending = run_command(read_options(arguments, env), console, env, began)
+        ending = run_command(read_options(arguments, env), stop, console, env, began)
         return ending.fault.exit_code if ending else EXIT_OK
     except SystemExit:  # argparse has printed help or version
         console.flush()
         return EXIT_OK
     except Failure as error:
         failure = error
-    except Interrupted as interruption:
-        failure = Failure(
-            "interrupted",
-            f"interrupted by {signal.Signals(interruption.signum).name} before anything was sent",
-            exit_code=EXIT_SIGNAL + interruption.signum,
-        )
+    except Stopped as stopped:
+        failure = before_anything(stopped)
     except ImportError as error:
         failure = missing_package(
             outside_text(error.name or error, 100), BATCH_REQUIREMENTS, SCRIPTS / "generate_batch.py"
@@ -111,4 +109,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    _stop = Stop()
+    leave(main(stop=_stop), _stop)

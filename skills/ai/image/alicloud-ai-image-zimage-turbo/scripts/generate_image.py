@@ -70,7 +70,7 @@ from collections.abc import Mapping, Sequence
 
 from zimage.check import check, dry_run
 from zimage.console import Console, leave, prepare_output
-from zimage.contract import EXIT_OK, EXIT_SIGNAL, SCHEMAS
+from zimage.contract import EXIT_OK, SCHEMAS
 from zimage.errors import Failure, internal_error, missing_package, missing_packages
 from zimage.files import check_working_folder
 from zimage.make import generate
@@ -78,57 +78,55 @@ from zimage.options import read_options
 from zimage.outside import outside_text
 from zimage.plan import Options, make_plan
 from zimage.recover import recover
-from zimage.waiting import SIGNALS, Clock, Interrupted
+from zimage.settle import before_anything
+from zimage.waiting import WATCHER, Stop, Stopped
 
 
-def run(options: Options, console: Console, env: Mapping[str, str]) -> None:
+def run(options: Options, stop: Stop, console: Console, env: Mapping[str, str]) -> None:
     """Do what the options say and print its answer."""
     if options.mode == "schema":
         console.answer(SCHEMAS[options.source])
         return
-    clock = Clock(options.timeout)
+    stop = Stop(options.timeout, stop)
     missing_packages()
     check_working_folder()
     if options.mode == "check":
-        console.answer(check(options, clock, env))
+        console.answer(check(options, stop, env))
         return
     if options.mode == "recover":
-        response = recover(options, clock, env)
+        response = recover(options, stop, env)
     else:
-        plan = make_plan(options, clock, env)
+        plan = make_plan(options, stop, env)
         if options.dry_run:
             console.answer(dry_run(plan, options.trusted, env))
             return
-        response = generate(plan, options, clock, console, env)
+        response = generate(plan, options, stop, console, env)
     console.warn(response.get("warnings", ()))
     told = console.data(response) if console.json_mode else console.path(response["image_path"])
     if not told:
         console.note(f"warning: standard output cannot be written; the image is {response['image_path']}")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code of the contract."""
+def main(argv: Sequence[str] | None = None, stop: Stop | None = None) -> int:
+    """Run the command line; returns the exit code of the contract. Signals end `stop`."""
+    stop = stop or Stop()
     arguments = list(sys.argv[1:] if argv is None else argv)
     env = os.environ
-    SIGNALS.install()
+    WATCHER.listen(stop)
     prepare_output(env)
     console = Console(
         json_mode=any(text.partition("=")[0] in JSON_FLAGS for text in arguments), quiet="--quiet" in arguments
     )
     try:
-        run(read_options(arguments, env), console, env)
+        run(read_options(arguments, env), stop, console, env)
         return EXIT_OK
     except SystemExit:  # argparse has printed help or version
         console.flush()
         return EXIT_OK
     except Failure as error:
         failure = error
-    except Interrupted as interruption:
-        failure = Failure(
-            "interrupted",
-            f"interrupted by {signal.Signals(interruption.signum).name} before anything was sent",
-            exit_code=EXIT_SIGNAL + interruption.signum,
-        )
+    except Stopped as stopped:
+        failure = before_anything(stopped)
     except ImportError as error:
         failure = missing_package(outside_text(error.name or error, 100))
     except Exception as error:
@@ -138,4 +136,5 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    leave(main())
+    _stop = Stop()
+    leave(main(stop=_stop), _stop)

@@ -12,11 +12,10 @@ from zimage.plan import planned_endpoint, planned_provider, workspace_of
 from zimage.settle import retry_wait
 from zimage.transport import ask
 from zimage.trust import key_for, telling_of_withheld
-from zimage.waiting import pause
 
 if TYPE_CHECKING:
     from zimage.plan import Options, Plan
-    from zimage.waiting import Clock
+    from zimage.waiting import Stop
 
 
 def dry_run(plan: Plan, trusted: frozenset[str], env: Mapping[str, str]) -> dict[str, Any]:
@@ -56,7 +55,7 @@ def dry_run(plan: Plan, trusted: frozenset[str], env: Mapping[str, str]) -> dict
     return {name: value for name, value in plan_of_it.items() if value != {}}
 
 
-def check(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str, Any]:
+def check(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, Any]:
     """One free, read-only query that shows whether host, key and permission work.
 
     Raises:
@@ -73,14 +72,14 @@ def check(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str, A
     while True:
         try:
             with telling_of_withheld(key):
-                listed = ask(call, provider.read_query, clock.end, endpoint)
+                listed = ask(call, provider.read_query, stop, endpoint)
             break
         except Failure as error:
             failure = free_of_charge(error)
-            wait = retry_wait(failure, attempt, options.max_retries, clock, clock.end)
+            wait = retry_wait(failure, attempt, options.max_retries, stop)
             if wait is None:
                 raise failure from None
-        pause(wait)
+        stop.wait(wait)
         attempt += 1
     return {
         "ok": True,

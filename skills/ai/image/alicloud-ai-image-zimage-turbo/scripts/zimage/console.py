@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 from zimage.errors import Failure
 from zimage.files import to_json
 from zimage.outside import SHORTEST_SECRET, remember_secret
-from zimage.waiting import abandoned_work
+from zimage.waiting import Stop
 
 
 class Console:
@@ -94,10 +94,10 @@ def prepare_output(env: Mapping[str, str]) -> None:
             remember_secret(value.strip())
 
 
-def leave(exit_code: int) -> NoReturn:
+def leave(exit_code: int, stop: Stop) -> NoReturn:
     """End the process; at once where a thread still works at what nobody waits for any more."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # a late signal must not make a success look like an interruption
-    if abandoned_work.is_set():
+    if stop.has_abandoned:
         os._exit(exit_code)  # both streams are flushed; the interpreter's end would wait for, or break, that work
     sys.exit(exit_code)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime as dt
 import ipaddress
 import re
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import urljoin, urlsplit, urlunsplit
@@ -20,14 +19,14 @@ from zimage.picture import ends_as_it_should, verified
 from zimage.provider import HttpCall
 from zimage.settle import DEAD_LINK
 from zimage.transport import AnswerLost, AnswerTooLarge, NotSent, exchange
-from zimage.waiting import pause, wait_before
+from zimage.waiting import wait_before
 
 if TYPE_CHECKING:
     from zimage.evidence import Evidence
     from zimage.picture import Picture
     from zimage.provider import HttpAnswer, Provider
     from zimage.task import Task
-    from zimage.waiting import Clock
+    from zimage.waiting import Stop
 
 
 def checked_link(link: str, *, loopback: bool, provider: Provider, origin: str = "") -> tuple[str, str]:
@@ -66,17 +65,17 @@ def checked_link(link: str, *, loopback: bool, provider: Provider, origin: str =
     return urlunsplit(parts), "public"
 
 
-def fetch(link: str, *, until: float, loopback: bool, provider: Provider, origin: str = "") -> HttpAnswer:
+def fetch(link: str, *, stop: Stop, loopback: bool, provider: Provider, origin: str = "") -> HttpAnswer:
     """Follow a link, over checked hops, to an answer that is not a redirect. The key is never sent.
 
     Raises:
-        Failure: hop_refused. NotSent, AnswerLost, AnswerTooLarge, Interrupted.
+        Failure: hop_refused. NotSent, AnswerLost, AnswerTooLarge, Stopped.
     """
     for _ in range(MAX_HOPS + 1):
         link, reach = checked_link(link, loopback=loopback, provider=provider, origin=origin)
         loopback = reach == "loopback"  # once on the open internet, there is no way back
         origin = origin if reach == "service" else ""
-        answer = exchange(HttpCall("GET", link, {"Accept": "image/*"}), until=until, limit=MAX_IMAGE_BYTES, reach=reach)
+        answer = exchange(HttpCall("GET", link, {"Accept": "image/*"}), stop, limit=MAX_IMAGE_BYTES, reach=reach)
         target = answer.headers.get("location", "").strip()
         if not (300 <= answer.status < 400 and target):
             return answer
@@ -87,7 +86,7 @@ def fetch(link: str, *, until: float, loopback: bool, provider: Provider, origin
     raise Failure("hop_refused", f"the link to the picture was redirected more than {MAX_HOPS} times")
 
 
-def download(link: str, *, clock: Clock, endpoint: str, provider: Provider, expires_at: dt.datetime) -> Picture:
+def download(link: str, *, stop: Stop, endpoint: str, provider: Provider, expires_at: dt.datetime) -> Picture:
     """The verified picture behind a link, tried again (it is free) while time is left.
 
     `endpoint` is the URL that was asked for the picture.
@@ -99,7 +98,7 @@ def download(link: str, *, clock: Clock, endpoint: str, provider: Provider, expi
     origin = origin_of(endpoint) if provider.links_to_itself else ""
     for attempt in range(DOWNLOAD_RETRIES + 1):
         try:
-            answer = fetch(link, until=clock.end, loopback=loopback, provider=provider, origin=origin)
+            answer = fetch(link, stop=stop, loopback=loopback, provider=provider, origin=origin)
             return verified(picture_bytes(answer, expires_at))
         except AnswerTooLarge:
             raise Failure("image_too_large", f"the picture is larger than {MAX_IMAGE_BYTES // MIB} MiB") from None
@@ -112,9 +111,9 @@ def download(link: str, *, clock: Clock, endpoint: str, provider: Provider, expi
         final = failure.code not in ("paid_not_downloaded", "image_unusable")
         spent = failure.code == "image_unusable" and attempt >= CORRUPT_DOWNLOAD_RETRIES
         wait = wait_before(attempt, failure.fault.retry_after_s)
-        if final or spent or attempt == DOWNLOAD_RETRIES or time.monotonic() + wait >= clock.end:
+        if final or spent or attempt == DOWNLOAD_RETRIES or wait >= stop.left_s:
             break
-        pause(wait)
+        stop.wait(wait)
     raise failure
 
 
@@ -138,7 +137,7 @@ def picture_bytes(answer: HttpAnswer, expires_at: dt.datetime) -> bytes:
     raise Failure("link_refused", f"the link to the picture is answered with HTTP {status}", http_status=status)
 
 
-def fetch_source(evidence: Evidence, provider: Provider, clock: Clock) -> Picture:
+def fetch_source(evidence: Evidence, provider: Provider, stop: Stop) -> Picture:
     """The picture as the service made it: what was handed over, else by its link.
 
     Raises:
@@ -148,7 +147,7 @@ def fetch_source(evidence: Evidence, provider: Provider, clock: Clock) -> Pictur
     if evidence.content or not link:
         return handed_over(evidence)
     expires_at = moment_of(evidence.data["response"].get("expires_at"))
-    return download(link, clock=clock, endpoint=evidence.data["endpoint"], provider=provider, expires_at=expires_at)
+    return download(link, stop=stop, endpoint=evidence.data["endpoint"], provider=provider, expires_at=expires_at)
 
 
 def handed_over(evidence: Evidence) -> Picture:
@@ -173,25 +172,25 @@ def handed_over(evidence: Evidence) -> Picture:
         raise failure.but(lasting=True, hint=hint) from None
 
 
-def fetch_anew(evidence: Evidence, provider: Provider, clock: Clock, task: Callable[[], Task]) -> Picture:
+def fetch_anew(evidence: Evidence, provider: Provider, stop: Stop, task: Callable[[], Task]) -> Picture:
     """The picture of an evidence file; where its link has died and there is a task, the service names a new one, free.
 
     Raises:
         Failure: as `fetch_source`.
     """
     try:
-        return fetch_source(evidence, provider, clock)
+        return fetch_source(evidence, provider, stop)
     except Failure as failure:
         if failure.code not in DEAD_LINK or "task_id" not in evidence.data:
             raise
         try:
-            generated = task().ask(clock.end)
+            generated = task().ask(stop)
         except Failure:
             generated = None
         if generated is None:
             raise
     evidence.update(response=said_of(generated))
     try:
-        return fetch_source(evidence, provider, clock)
+        return fetch_source(evidence, provider, stop)
     except Failure as failure:
         raise failure.but(lasting=failure.fault.lasting or failure.code in DEAD_LINK) from None

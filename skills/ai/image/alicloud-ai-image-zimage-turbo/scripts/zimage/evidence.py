@@ -20,6 +20,7 @@ from zimage.settle import STATES, Have
 
 if TYPE_CHECKING:
     from zimage.provider import Generated, Submitted
+    from zimage.waiting import Stop
 
 
 class Folders(NamedTuple):
@@ -88,7 +89,7 @@ class Evidence:
         return self.path.with_suffix(".picture")
 
     @classmethod
-    def load(cls, option: str, name: str, wait: float) -> Evidence:
+    def load(cls, option: str, name: str, stop: Stop) -> Evidence:
         """Read and check an evidence file.
 
         Raises:
@@ -97,7 +98,7 @@ class Evidence:
         import jsonschema
 
         path = Path(os.path.abspath(name))
-        content = read_input(option, str(path) if name else "", MAX_EVIDENCE_BYTES, wait)
+        content = read_input(option, str(path) if name else "", MAX_EVIDENCE_BYTES, stop)
         try:
             data = decode_json_file(name, content)
         except Failure as failure:

@@ -20,7 +20,7 @@ from zimage.settle import TASK_ENDS, ended_early, explained, retry_wait, settle
 from zimage.task import Task
 from zimage.transport import ask, wired_adapter
 from zimage.trust import key_for, telling_of_withheld
-from zimage.waiting import Interrupted, in_time, pause
+from zimage.waiting import Stopped, in_time
 
 if TYPE_CHECKING:
     from zimage.console import Console
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from zimage.picture import Picture
     from zimage.plan import Options, Plan
     from zimage.provider import Provider
-    from zimage.waiting import Clock
+    from zimage.waiting import Stop
 
 
 def import_libraries() -> None:
@@ -40,7 +40,7 @@ def import_libraries() -> None:
     del PIL
 
 
-def generate(plan: Plan, options: Options, clock: Clock, console: Console, env: Mapping[str, str]) -> dict[str, Any]:
+def generate(plan: Plan, options: Options, stop: Stop, console: Console, env: Mapping[str, str]) -> dict[str, Any]:
     """Make, verify and save one picture; returns the response. All local checks come before the paid call."""
     check_free_name(plan.output, plan.overwrite)
     key = key_for(plan.provider, plan.endpoint, options.trusted, env)
@@ -49,21 +49,21 @@ def generate(plan: Plan, options: Options, clock: Clock, console: Console, env: 
     remove_leftovers(plan.evidence_path.parent, MADE)  # of runs that were killed
     remove_leftovers(plan.output.parent, f"{SKILL}-{EVIDENCE_ID}")
     import_libraries()
-    get_ready(plan.provider, clock)
+    get_ready(plan.provider, stop)
     if key.warning:
         plan = plan._replace(warnings=(*plan.warnings, key.warning))
     console.warn(plan.warnings)
     record = EvidenceFile(Evidence(plan.evidence_path, plan.evidence(utc_now())))
     with settling(record, flags=recovery_flags(plan, options)):
-        image = make(plan, key, record, clock, options.max_retries, console)
+        image = make(plan, key, record, stop, options.max_retries, console)
     return response_of(record.evidence, image)
 
 
-def get_ready(provider: Provider, clock: Clock) -> None:
+def get_ready(provider: Provider, stop: Stop) -> None:
     """Have a provider load what its calls need. Raises as `Provider.prepare` and `in_time`."""
     provider.preflight()
     if provider.in_process:
-        in_time(lambda until: provider.prepare(), clock.generate_until)
+        in_time(lambda until: provider.prepare(), stop.generating)
 
 
 def recovery_flags(plan: Plan, options: Options) -> list[str]:
@@ -74,82 +74,80 @@ def recovery_flags(plan: Plan, options: Options) -> list[str]:
 
 
 def make(
-    plan: Plan, key: Key, record: Record, clock: Clock, max_retries: int, console: Console | None = None
+    plan: Plan, key: Key, record: Record, stop: Stop, max_retries: int, console: Console | None = None
 ) -> dict[str, Any]:
     """One picture, from the paid call to the saved file; returns the `image` of the evidence.
 
     Raises:
-        Failure: with `billed` as far as it is known. Interrupted.
+        Failure: with `billed` as far as it is known. Stopped.
     """
     made: Generated | Submitted | None = None
     tries = 0
     while made is None:
         try:
-            made = attempt(plan, key, record, clock.generate_until, console if not tries else None)
+            made = attempt(plan, key, record, stop.generating, console if not tries else None)
         except Failure as failure:
-            wait = retry_wait(failure, tries, max_retries, clock, clock.generate_until)
+            wait = retry_wait(failure, tries, max_retries, stop.generating)
             tries += 1
             if wait is None:
                 raise failure.but(message=failure.message + f" (tried {tries} times)" * (tries > 1)) from None
             record.evidence.end_attempt(wait_s=round(wait, 3))
             record.keep()
-            pause(wait)
-    came(plan, record, made, clock)
+            stop.wait(wait)
+    came(plan, record, made, stop.start)
     if isinstance(made, Submitted):
-        follow(Task(plan.provider, plan.endpoint, key, plan.request, made.task_id), plan, record, clock)
-    return save(record, plan.provider, plan.output, clock, overwrite=plan.overwrite)
+        follow(Task(plan.provider, plan.endpoint, key, plan.request, made.task_id), plan, record, stop)
+    return save(record, plan.provider, plan.output, stop, overwrite=plan.overwrite)
 
 
-def attempt(
-    plan: Plan, key: Key, record: Record, until: float, console: Console | None = None
-) -> Generated | Submitted:
+def attempt(plan: Plan, key: Key, record: Record, stop: Stop, console: Console | None = None) -> Generated | Submitted:
     """The one step that costs money: the attempt is on record, then the request is sent, once.
 
     Raises:
-        Failure: with `billed` as far as it is known. Interrupted.
+        Failure: with `billed` as far as it is known. Stopped.
     """
     record.begin()
     if console is not None:
         console.note(f"evidence: {record.evidence.path}")
     try:
-        return send(plan, key, until)
+        return send(plan, key, stop)
     except Failure as failure:
         record.ended(failure.fault)
         raise
-    except Interrupted as interruption:
-        if not interruption.request_left:
+    except Stopped as stopped:
+        if not stopped.request_left:
             record.evidence.end_attempt(outcome="interrupted", billed="no")
         raise
 
 
-def came(plan: Plan, record: Record, made: Generated | Submitted, clock: Clock) -> None:
-    """Put on record what the service answered."""
+def came(plan: Plan, record: Record, made: Generated | Submitted, began: float) -> None:
+    """Put on record what the service answered; `began` is when the request left, a moment of time.monotonic()."""
     if isinstance(made, Submitted):
         record.evidence.submitted(made)
     else:
         by_http = not plan.provider.in_process
-        record.evidence.generated(made, plan.warnings, elapsed_ms(clock.start), by_http=by_http)
+        record.evidence.generated(made, plan.warnings, elapsed_ms(began), by_http=by_http)
     record.keep()
 
 
-def follow(task: Task, plan: Plan, record: Record, clock: Clock) -> None:
+def follow(task: Task, plan: Plan, record: Record, stop: Stop) -> None:
     """Wait for a task and put on record what came of it. Raises as `Task.wait_for`."""
     try:
-        made = task.wait_for(clock.generate_until)
+        made = task.wait_for(stop.generating)
     except Failure as failure:
         if failure.code in TASK_ENDS:
             record.ended(failure.fault)
         raise
-    came(plan, record, made, clock)
+    came(plan, record, made, stop.start)
 
 
-def send(plan: Plan, key: Key, until: float) -> Generated | Submitted:
+def send(plan: Plan, key: Key, stop: Stop) -> Generated | Submitted:
     """The paid call, sent once. Raises as `ask`."""
     call = plan.provider.submit(plan.payload, plan.endpoint, key.value, plan.workspace)
     provider = plan.provider
     limit = provider.max_answer_bytes
     with telling_of_withheld(key):
-        made = ask(call, lambda answer: provider.read(answer, plan.request, utc_now()), until, plan.endpoint, limit)
+        made = ask(call, lambda answer: provider.read(answer, plan.request, utc_now()), stop, plan.endpoint, limit)
     if isinstance(made, Generated) and provider.links_to_itself and made.image_url.startswith("/"):
         made = made._replace(image_url=urljoin(plan.endpoint.url, made.image_url))
     return made
@@ -185,7 +183,7 @@ def save(
     record: Record,
     provider: Provider,
     output: Path,
-    clock: Clock,
+    stop: Stop,
     *,
     task: Callable[[], Task] | None = None,
     overwrite: bool = False,
@@ -200,10 +198,10 @@ def save(
         Failure: as `fetch_anew` and `collect`.
     """
     evidence, start = record.evidence, time.monotonic()
-    source = fetch_anew(evidence, provider, clock, task) if task else fetch_source(evidence, provider, clock)
+    source = fetch_anew(evidence, provider, stop, task) if task else fetch_source(evidence, provider, stop)
     image = collect(evidence, source, output, provider, overwrite=overwrite, again=again)
     also(source)
-    evidence.saved(image, elapsed_ms(start), elapsed_ms(clock.start))
+    evidence.saved(image, elapsed_ms(start), elapsed_ms(stop.start))
     record.keep()
     if record.behind is None:
         evidence.drop_held()
@@ -219,7 +217,7 @@ def settling(record: Record, *, flags: Sequence[str], saved: bool = False) -> It
     """
     try:
         yield
-    except (Exception, Interrupted) as error:
+    except (Exception, Stopped) as error:
         failure = error if isinstance(error, Failure) else ended_early(error, record.evidence)
         if saved:
             raise explained(record.evidence, failure, flags) from None

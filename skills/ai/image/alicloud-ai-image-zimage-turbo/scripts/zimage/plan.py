@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from zimage.endpoint import Endpoint
     from zimage.provider import Price, Provider
     from zimage.request import ImageRequest
-    from zimage.waiting import Clock
+    from zimage.waiting import Stop
 
 
 class Options(NamedTuple):
@@ -84,7 +84,7 @@ class Plan(NamedTuple):
         return {name: value for name, value in content.items() if value != {}}
 
 
-def make_plan(options: Options, clock: Clock, env: Mapping[str, str]) -> Plan:
+def make_plan(options: Options, stop: Stop, env: Mapping[str, str]) -> Plan:
     """Validate everything about a request, name every problem at once, and decide what would be sent where.
 
     Raises:
@@ -93,7 +93,7 @@ def make_plan(options: Options, clock: Clock, env: Mapping[str, str]) -> Plan:
     problems = list(options.problems)
     raw, recorded = None, None
     with noting(problems):
-        raw, recorded = read_request(options, clock)
+        raw, recorded = read_request(options, stop)
     if raw is None:
         raise_problems(problems)
     provider = planned_provider(options, recorded)
@@ -132,16 +132,16 @@ def make_plan(options: Options, clock: Clock, env: Mapping[str, str]) -> Plan:
     )
 
 
-def read_request(options: Options, clock: Clock) -> tuple[Any, dict[str, Any] | None]:
+def read_request(options: Options, stop: Stop) -> tuple[Any, dict[str, Any] | None]:
     """The request as written, flags applied; and, for --replay, the evidence that it comes from."""
     recorded = None
     if options.mode == "replay":
-        recorded = Evidence.load("--replay", options.source, clock.timeout).data
+        recorded = Evidence.load("--replay", options.source, stop).data
         raw: Any = {name: value for name, value in recorded["request"].items() if name != "base_url"}
     elif options.mode == "prompt":
         raw = {"prompt": options.source}
     elif options.mode == "file":
-        raw = decode_json_file(options.source, read_input("--file", options.source, MAX_REQUEST_BYTES, clock.timeout))
+        raw = decode_json_file(options.source, read_input("--file", options.source, MAX_REQUEST_BYTES, stop))
     else:
         if len(options.source) > MAX_REQUEST_BYTES:
             raise Failure("invalid_request", f"--request: larger than {MAX_REQUEST_BYTES // MIB} MiB")

@@ -24,16 +24,16 @@ from zimage.trust import check_trust, key_for, parse_base_url
 
 if TYPE_CHECKING:
     from zimage.plan import Options
-    from zimage.waiting import Clock
+    from zimage.waiting import Stop
 
 
-def recover(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str, Any]:
+def recover(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, Any]:
     """Finish a picture that has been paid for, without paying; returns the response.
 
     Raises:
         Failure: 2 where nothing was billed, 7 where the outcome is unknown, 8 where the link has died.
     """
-    evidence = Evidence.load("--recover", options.source, clock.timeout)
+    evidence = Evidence.load("--recover", options.source, stop)
     provider = provider_named(evidence.data["provider"])
     output = recovery_output(evidence, options)
     remove_leftovers(
@@ -63,18 +63,18 @@ def recover(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str,
     with settling(record, flags=[*flags, *["--overwrite"] * options.overwrite], saved=saved):
         if task is not None:
             evidence.update(status="submitted", error=None)
-            generated = task.wait_for(clock.generate_until)
-            evidence.generated(generated, warnings, elapsed_ms(clock.start))
+            generated = task.wait_for(stop.generating)
+            evidence.generated(generated, warnings, elapsed_ms(stop.start))
             record.keep()
         elif "response" not in evidence.data:  # killed between the bytes and the evidence
             evidence.generated(Generated(), warnings, 0.0, by_http=not provider.in_process)
         if saved:
-            return response_of(evidence, one_more_copy(evidence, provider, output, clock, options))
+            return response_of(evidence, one_more_copy(evidence, provider, output, stop, options))
         image = save(
             record,
             provider,
             output,
-            clock,
+            stop,
             task=lambda: task_of(evidence, provider, options, env),
             overwrite=options.overwrite,
             again=True,
@@ -82,15 +82,13 @@ def recover(options: Options, clock: Clock, env: Mapping[str, str]) -> dict[str,
     return response_of(evidence, image)
 
 
-def one_more_copy(
-    evidence: Evidence, provider: Provider, output: Path, clock: Clock, options: Options
-) -> dict[str, Any]:
+def one_more_copy(evidence: Evidence, provider: Provider, output: Path, stop: Stop, options: Options) -> dict[str, Any]:
     """Save a picture under another name too; the evidence goes on naming the first.
 
     A converted one is fetched again: its file may have lost something.
     """
     if "source_format" in evidence.data["image"] and evidence.have.link:
-        source = fetch_source(evidence, provider, clock)
+        source = fetch_source(evidence, provider, stop)
     else:
         source = verified(Path(evidence.data["image"]["path"]).read_bytes())
     return collect(evidence, source, output, provider, overwrite=options.overwrite, again=True)

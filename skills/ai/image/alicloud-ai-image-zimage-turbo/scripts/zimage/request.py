@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, NoReturn
 from zimage.contract import DEFAULT_SIZE, MAX_PIXELS, MAX_SEED, MIB, MIN_PIXELS, RATIO_SIZES, REQUEST_SCHEMA
 from zimage.errors import Failure, Problem, os_reason
 from zimage.outside import json_kind, outside_text, shown, without_surrogates
-from zimage.waiting import SIGNALS, Late, in_thread
+from zimage.waiting import Late, Stop
 
 
 class ImageRequest(NamedTuple):
@@ -200,8 +200,8 @@ def _no_constants(name: str) -> NoReturn:
 _STRICT = json.JSONDecoder(object_pairs_hook=_no_repeats, parse_constant=_no_constants, parse_int=_bounded)
 
 
-def read_input(option: str, name: str, limit: int, wait: float) -> bytes:
-    """The bytes of the file that an option names; what does not arrive within `wait` seconds is an error.
+def read_input(option: str, name: str, limit: int, stop: Stop) -> bytes:
+    """The bytes of the file that an option names; what does not arrive in time is an error.
 
     Raises:
         Failure: file_unreadable.
@@ -212,14 +212,14 @@ def read_input(option: str, name: str, limit: int, wait: float) -> bytes:
             if sys.stdin is None or sys.stdin.isatty():
                 raise Failure("file_unreadable", f"{label}: nothing is piped into standard input")
             # Not sys.stdin itself: a thread that still reads it would crash the interpreter's end.
-            content = _read_in_time(sys.stdin.fileno(), limit, wait)
+            content = _read_in_time(sys.stdin.fileno(), limit, stop)
         elif stat.S_ISREG(os.stat(name).st_mode):
             with open(name, "rb") as source:
                 content = source.read(limit + 1)
         elif os.path.isdir(name):
             raise Failure("file_unreadable", f"{label}: is a folder")
         else:
-            content = _read_in_time(name, limit, wait)
+            content = _read_in_time(name, limit, stop)
     except (OSError, ValueError) as error:
         raise Failure("file_unreadable", f"{label}: cannot be read: {os_reason(error)}") from None
     if len(content) > limit:
@@ -227,7 +227,7 @@ def read_input(option: str, name: str, limit: int, wait: float) -> bytes:
     return content
 
 
-def _read_in_time(source: str | int, limit: int, wait: float) -> bytes:
+def _read_in_time(source: str | int, limit: int, stop: Stop) -> bytes:
     """Read a descriptor, or the file of that name: one that nobody writes to must not hang the command."""
 
     def read() -> bytes:
@@ -235,10 +235,9 @@ def _read_in_time(source: str | int, limit: int, wait: float) -> bytes:
             return stream.read(limit + 1)
 
     try:
-        with SIGNALS.breakable():
-            return in_thread(read, wait)
+        return stop.in_thread(read)
     except Late:
-        raise OSError(f"nothing complete arrived within {wait:g} s") from None
+        raise OSError(f"nothing complete arrived within {stop.timeout:g} s") from None
 
 
 def decode_json_file(label: str, data: bytes) -> Any:

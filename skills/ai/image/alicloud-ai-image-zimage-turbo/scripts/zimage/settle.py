@@ -26,11 +26,11 @@ from zimage.errors import (
     Left,
     internal_error,
 )
-from zimage.waiting import Interrupted, wait_before
+from zimage.waiting import Stopped, wait_before
 
 if TYPE_CHECKING:
     from zimage.evidence import Evidence, Record
-    from zimage.waiting import Clock
+    from zimage.waiting import Stop
 
 # What is left of a picture, as its evidence file and as its row of a batch say it. None: as it was before this run,
 # `pending`, or `failed` and `unknown` where it was sent again. `failed` means unbilled in a file; in a row that only
@@ -192,11 +192,17 @@ def ended_early(error: BaseException, evidence: Evidence) -> Failure:
     have = evidence.have
     if isinstance(error, Exception):  # it must not lose what was paid for
         return internal_error(error, billed=have.billed, exit_code=EXIT_UNKNOWN)
-    assert isinstance(error, Interrupted)
+    assert isinstance(error, Stopped)
     return interrupted(error, have)
 
 
-def interrupted(interruption: Interrupted, have: Have) -> Failure:
+def before_anything(stopped: Stopped) -> Failure:
+    """The failure of a command that a signal ended before a picture was begun."""
+    exit_code = EXIT_SIGNAL + signal.Signals[stopped.reason]
+    return Failure("interrupted", f"interrupted by {stopped.reason} before anything was sent", exit_code=exit_code)
+
+
+def interrupted(stopped: Stopped, have: Have) -> Failure:
     """The failure of a command that a signal ended, with what is known of the money."""
     messages = {
         "no": ("nothing was billed", KINDS["interrupted"].hint),
@@ -205,14 +211,13 @@ def interrupted(interruption: Interrupted, have: Have) -> Failure:
         "open": ("the service works on the picture", GO_ON_FREE),
     }
     message, hint = messages["open" if have.is_task_open else have.billed]
-    name = signal.Signals(interruption.signum).name
-    exit_code = EXIT_SIGNAL + interruption.signum
+    exit_code = EXIT_SIGNAL + signal.Signals[stopped.reason]
     return Failure(
-        "interrupted", f"interrupted by {name}; {message}", exit_code=exit_code, billed=have.billed, hint=hint
+        "interrupted", f"interrupted by {stopped.reason}; {message}", exit_code=exit_code, billed=have.billed, hint=hint
     )
 
 
-def retry_wait(failure: Failure, attempt: int, max_retries: int, clock: Clock, until: float) -> float | None:
+def retry_wait(failure: Failure, attempt: int, max_retries: int, stop: Stop) -> float | None:
     """Seconds to wait before the call is sent again; None where it must not be."""
     fault = failure.fault
     if not fault.retryable or fault.code in TASK_ENDS:
@@ -220,7 +225,7 @@ def retry_wait(failure: Failure, attempt: int, max_retries: int, clock: Clock, u
     if attempt >= (min(max_retries, UNREACHABLE_RETRIES) if fault.code == "unreachable" else max_retries):
         return None
     wait = wait_before(attempt, fault.retry_after_s)
-    return wait if clock.room_for_attempt_after(wait, until) else None  # else it might be paid for in vain
+    return wait if stop.room_for_attempt_after(wait) else None  # else it might be paid for in vain
 
 
 def own_command(*arguments: str) -> str:

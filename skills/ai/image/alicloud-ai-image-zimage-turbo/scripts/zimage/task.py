@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import TYPE_CHECKING
 
 from zimage.contract import (
@@ -20,13 +19,13 @@ from zimage.evidence import utc_now
 from zimage.outside import mask, outside_text, without_surrogates
 from zimage.settle import TASK_IS_DONE
 from zimage.transport import ask
-from zimage.waiting import pause
 
 if TYPE_CHECKING:
     from zimage.endpoint import Endpoint
     from zimage.keys import Key
     from zimage.provider import Generated, Provider
     from zimage.request import ImageRequest
+    from zimage.waiting import Stop
 
 
 class Task:
@@ -44,13 +43,13 @@ class Task:
         self._trouble = ""
         self._retry_after_s: float | None = None
 
-    def ask(self, until: float) -> Generated | None:
-        """One free question, answered before `until`; None where the task is still worked on, as far as is known.
+    def ask(self, stop: Stop) -> Generated | None:
+        """One free question, answered in time; None where the task is still worked on, as far as is known.
 
         Raises:
             Failure: one of TASK_ENDS, or that the key is not good any more.
         """
-        provider, now = self._provider, time.monotonic()
+        provider = self._provider
         self._interval = min(self._interval * POLL_GROWTH, POLL_LONGEST)
         self.pause_s = self._interval
         call = provider.poll(self.id, self._endpoint, self._key.value)
@@ -58,7 +57,7 @@ class Task:
             found = ask(
                 call,
                 lambda answer: provider.read_poll(answer, self._request, utc_now()),
-                now + min(POLL_TIMEOUT, max(LAST_POLL, POLL_SHARE * (until - now))),
+                stop.part(min(POLL_TIMEOUT, max(LAST_POLL, POLL_SHARE * stop.left_s))),
                 self._endpoint,
                 provider.max_answer_bytes,
             )
@@ -88,15 +87,15 @@ class Task:
         """Whether the service did not know the task when it was asked last."""
         return self._strange_in_a_row > 0
 
-    def wait_for(self, until: float) -> Generated:
+    def wait_for(self, stop: Stop) -> Generated:
         """The picture, once the task has succeeded.
 
         Raises:
-            Failure: as `ask`; paid_not_downloaded where it is not at its end in time. Interrupted.
+            Failure: as `ask`; paid_not_downloaded where it is not at its end in time. Stopped.
         """
-        while (left := until - time.monotonic()) > self.pause_s or (left > LAST_POLL and not self._trouble):
-            pause(min(self.pause_s, left - LAST_POLL / 2))
-            found = self.ask(until)
+        while (left := stop.left_s) > self.pause_s or (left > LAST_POLL and not self._trouble):
+            stop.wait(min(self.pause_s, left - LAST_POLL / 2))
+            found = self.ask(stop)
             if found is not None:
                 return found
         raise self.unfinished()

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import functools
 import ipaddress
-import math
 import os
 import socket
 import threading
-import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlsplit
@@ -18,7 +16,7 @@ from zimage.contract import CONNECT_TIMEOUT, MAX_ANSWER_BYTES, MIB, SKILL, VERSI
 from zimage.endpoint import _is_address, is_loopback_address, is_loopback_host, is_public_address
 from zimage.errors import Failure, os_reason
 from zimage.provider import HttpAnswer, LocalCall
-from zimage.waiting import SIGNALS, Interrupted, Late, in_thread, in_time
+from zimage.waiting import WATCHER, Late, Stop, Stopped, in_time
 
 if TYPE_CHECKING:
     from zimage.endpoint import Endpoint
@@ -62,9 +60,9 @@ class Wire:
     request leaves on it.
     """
 
-    def __init__(self, call: HttpCall, until: float, reach: str) -> None:
+    def __init__(self, call: HttpCall, stop: Stop, reach: str) -> None:
         self.target = request_target(call.url)
-        self.until = until
+        self.stop = stop
         self.reach = reach
         self.connecting = False
         self.connected = False
@@ -75,7 +73,7 @@ class Wire:
 
     @property
     def remaining(self) -> float:
-        return max(0.001, self.until - time.monotonic())
+        return max(0.001, self.stop.left_s)
 
     def open(self, host: str, port: int, *, by_proxy: bool) -> socket.socket:
         """Resolve, check and connect; what goes wrong is kept in `failure` and raised as OSError."""
@@ -84,8 +82,6 @@ class Wire:
             connection = self._connect(self._resolve(host, port), by_proxy)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             connection.settimeout(self.remaining)
-            with self._lock:
-                self._socket = connection.dup()  # stays valid when TLS takes the original over
             return connection
         except Exception as error:
             self.failure = error
@@ -98,7 +94,7 @@ class Wire:
             return list(socket.getaddrinfo(host, port, type=socket.SOCK_STREAM))
 
         try:
-            return look_up() if _is_address(host) else in_thread(look_up, self.remaining)
+            return look_up() if _is_address(host) else self.stop.in_thread(look_up)
         except Late:
             raise NotSent("its name was not resolved in time") from None
         except (OSError, UnicodeError):
@@ -112,6 +108,7 @@ class Wire:
             connection = socket.socket(family, kind, protocol)
             try:
                 connection.settimeout(min(CONNECT_TIMEOUT, self.remaining))
+                self._hold(connection)
                 connection.connect(address)
                 return connection
             except OSError as error:
@@ -122,8 +119,14 @@ class Wire:
                 raise
         raise NotSent(reason)
 
+    def _hold(self, connection: socket.socket) -> None:
+        """Have a copy that `cut` can end: while it connects, and when TLS has taken the original over."""
+        self.close()
+        with self._lock:
+            self._socket = connection.dup()
+
     def cut(self) -> None:
-        """End the exchange at the deadline, whatever the other side still dribbles."""
+        """End the exchange, whatever the other side still dribbles: its time is over, or its stop has ended."""
         self.expired = True
         with self._lock, contextlib.suppress(OSError):
             if self._socket is not None:
@@ -134,42 +137,6 @@ class Wire:
             if self._socket is not None:
                 self._socket.close()
                 self._socket = None
-
-
-class Deadlines:
-    """Cuts wires at their deadlines, from one thread for all that are open."""
-
-    def __init__(self) -> None:
-        self._wires: list[Wire] = []
-        self._next = math.inf  # when the thread looks again
-        self._changed = threading.Condition()
-        self._thread: threading.Thread | None = None
-
-    def add(self, wire: Wire) -> None:
-        with self._changed:
-            self._wires.append(wire)
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._watch, name="deadlines", daemon=True)
-                self._thread.start()
-            elif wire.until < self._next:
-                self._changed.notify()
-
-    def remove(self, wire: Wire) -> None:
-        with self._changed, contextlib.suppress(ValueError):
-            self._wires.remove(wire)
-
-    def _watch(self) -> None:
-        with self._changed:
-            while True:
-                now = time.monotonic()
-                for wire in [wire for wire in self._wires if wire.until <= now]:
-                    self._wires.remove(wire)
-                    wire.cut()
-                self._next = min((wire.until for wire in self._wires), default=math.inf)
-                self._changed.wait(None if self._next == math.inf else max(0.0, self._next - now))
-
-
-DEADLINES = Deadlines()
 
 
 def request_target(url: str) -> str:
@@ -248,39 +215,37 @@ def wired_adapter() -> Any:
     return WiredAdapter
 
 
-def exchange(call: HttpCall, *, until: float, limit: int, reach: str) -> HttpAnswer:
+def exchange(call: HttpCall, stop: Stop, *, limit: int, reach: str) -> HttpAnswer:
     """Send one request and read its whole answer. No redirect is followed, nothing is sent twice.
 
-    `until` is a moment of time.monotonic(), `limit` a number of bytes, `reach` a key of REACH.
+    `limit` is a number of bytes, `reach` a key of REACH. An answer that has arrived whole wins over a signal: what was
+    paid for is put on disk first, the next wait gives way.
 
     Raises:
-        NotSent, AnswerLost, AnswerTooLarge, Interrupted.
+        NotSent, AnswerLost, AnswerTooLarge, Stopped.
     """
     import requests
     import urllib3
 
-    wire = Wire(call, until, reach)
-    DEADLINES.add(wire)
+    stop.check()
+    wire = Wire(call, stop, reach)
     host = urlsplit(call.url).hostname or ""
     proxies = {} if is_loopback_host(host) else requests.utils.get_environ_proxies(call.url)
     headers = {"User-Agent": f"{SKILL}/{VERSION}", "Accept-Encoding": "identity", "Connection": "close"} | call.headers
-    answer: HttpAnswer | None = None
     try:
         request = requests.Request(call.method, call.url, headers=headers, data=call.body).prepare()
         adapter = wired_adapter()(wire)
-        with contextlib.closing(adapter), SIGNALS.breakable():
+        with contextlib.closing(adapter), WATCHER.cutting(stop, wire.cut):
             response = adapter.send(request, stream=True, timeout=wire.remaining, proxies=proxies, verify=ca_bundle())
             answer = _read_answer(response, limit)
-    except Interrupted as interruption:
-        if answer is None:
-            interruption.request_left = wire.connected
-            raise
-        # The signal came with the answer: what was paid for is put on disk first, the next wait gives way.
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+        if stop.reason:
+            raise Stopped(stop.reason, request_left=wire.connected) from None
         raise _transport_failure(wire, error) from None
     finally:
-        DEADLINES.remove(wire)
         wire.close()
+    if stop.reason and wire.expired:
+        raise Stopped(stop.reason, request_left=True)
     return answer._replace(whole=answer.whole and not wire.expired)  # cut by us looks like an end
 
 
@@ -352,17 +317,17 @@ Read = TypeVar("Read")
 def ask(
     call: HttpCall | LocalCall,
     read: Callable[[HttpAnswer], Read],
-    until: float,
+    stop: Stop,
     endpoint: Endpoint,
     limit: int = MAX_ANSWER_BYTES,
 ) -> Read:
     """Send one call to the service and read its answer; what the network does becomes a Failure."""
     if isinstance(call, LocalCall):
-        result: Read = in_time(call.work, until)
+        result: Read = in_time(call.work, stop)
         return result
     reach = "loopback" if endpoint.is_loopback else "service"
     try:
-        return read(exchange(call, until=until, limit=limit, reach=reach))
+        return read(exchange(call, stop, limit=limit, reach=reach))
     except NotSent as error:
         raise Failure("unreachable", f"{endpoint.host}: {error.reason}", retryable=not error.lasting) from None
     except AnswerLost as error:

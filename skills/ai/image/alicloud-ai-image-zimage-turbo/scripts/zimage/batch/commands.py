@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from zimage.batch.contract import (
@@ -57,17 +56,17 @@ from zimage.files import check_space, check_working_folder, check_writable, to_j
 from zimage.make import get_ready, import_libraries
 from zimage.plan import workspace_of
 from zimage.trust import choose_endpoint, key_for
-from zimage.waiting import Clock, Interrupted
+from zimage.waiting import Stop
 
 
-def make(options: BatchOptions, console: Console, env: Mapping[str, str], began: float) -> Failure | None:
+def make(options: BatchOptions, stop: Stop, console: Console, env: Mapping[str, str], began: float) -> Failure | None:
     """Make the pictures of an input; prints the summary and returns why not every picture is saved."""
     folder = options.folder
     lock = FolderLock(folder)
     locked = folder.is_dir() and not options.dry_run
     if locked:
         take_lock(lock, folder)
-    stage, workspace = staged(options, env, began)
+    stage, workspace = staged(options, stop, env, began)
     if options.dry_run:
         console.answer(dry_run(options, stage, env))
         return None
@@ -87,18 +86,20 @@ def make(options: BatchOptions, console: Console, env: Mapping[str, str], began:
             )
         create_database(folder)
     clean_up(folder, console)
+    stop.check()
     survey = stage.survey(retry_failed=options.retry_failed, retry_unknown=options.retry_unknown, read_only=False)
     changed = stage.changed_rows(survey)
     if changed and not options.accept_changes:
         raise changed
+    stop.check()
     stage.merge()
     check_outputs_are_free(folder, options.sends)
     import_libraries()
     if is_anything_to_send(options):
-        get_ready(options.provider, Clock(options.time_limit or LONGEST_LOADING))
+        get_ready(options.provider, stop.part(options.time_limit or LONGEST_LOADING))
     with database_failures(folder / DATABASE):
-        run = Run(options, Place(options.provider, stage.endpoint, workspace, key), began, console)
-        INTERRUPTIONS.pass_to(run)
+        stop.check()
+        run = Run(options, Place(options.provider, stage.endpoint, workspace, key), stop, began, console)
         failure = run()
         conclude(run, failure, console)
     lock.release()
@@ -113,7 +114,7 @@ def is_anything_to_send(options: BatchOptions) -> bool:
         return database.execute(query, options.sends).fetchone() is not None
 
 
-def staged(options: BatchOptions, env: Mapping[str, str], began: float) -> tuple[Stage, str | None]:
+def staged(options: BatchOptions, stop: Stop, env: Mapping[str, str], began: float) -> tuple[Stage, str | None]:
     """The input, validated as a whole, and the workspace.
 
     Raises:
@@ -133,7 +134,8 @@ def staged(options: BatchOptions, env: Mapping[str, str], began: float) -> tuple
     if options.prompt is not None:
         stage.load([checked_row(1, {"prompt": options.prompt})])
     else:
-        stage.load(read_rows(options.input or "", options.timeout, began + (options.time_limit or math.inf)))
+        seconds = began + (options.time_limit or math.inf) - time.monotonic()
+        stage.load(read_rows(options.input or "", options.timeout, stop.part(seconds)))
     return stage, workspace
 
 
@@ -168,7 +170,7 @@ def conclude(run: Run, failure: Failure | None, console: Console) -> None:
     files: dict[str, str] = {}
     writers: dict[str, Any] = {"results": lambda: write_results(database, folder)}
     if run.options.gallery:
-        writers["gallery"] = lambda: write_gallery(database, folder, run.deadline)
+        writers["gallery"] = lambda: write_gallery(database, folder, run.calls)
     for name, write in writers.items():
         try:
             files[name] = str(write())
@@ -279,54 +281,33 @@ def status(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in result.items() if value is not None}
 
 
-def gallery_only(folder: Path) -> dict[str, Any]:
+def gallery_only(folder: Path, stop: Stop) -> dict[str, Any]:
     """Write the gallery of a folder as it is now."""
     with contextlib.closing(existing_batch(folder)) as database, database_failures(folder / DATABASE):
-        path = write_gallery(database, folder, math.inf)
+        path = write_gallery(database, folder, stop)
         states, spent = totals(database)
     return counts(states) | {"estimated_cost": spent, "gallery": str(path)}
 
 
-class Interruptions:
-    """SIGINT and SIGTERM. Before a run they end the command; a run ends in order at the first, then at once."""
-
-    def __init__(self) -> None:
-        self._run: Run | None = None
-        self._count = 0
-
-    def install(self) -> None:
-        for signum in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(signum, self._handle)
-
-    def pass_to(self, run: Run) -> None:
-        self._run = run
-
-    def _handle(self, signum: int, _frame: FrameType | None) -> None:
-        self._count += 1
-        if self._run is None:
-            raise Interrupted(signum)
-        if self._count == 1:
-            self._run.interrupt(signum)
-            os.write(2, b"interrupted: nothing new is sent; waiting for requests that are out (again: stop at once)\n")
-        else:
-            failure = interrupted_run(signum, "stopped at once")
-            os.write(2, f"error: interrupted: {failure.message}\nnext: {failure.fault.hint}\n".encode())
-            with contextlib.suppress(OSError):
-                os.write(1, to_json({"error": failure.fault.as_json()}))
-            os._exit(failure.fault.exit_code)
+def leave_at_once(signum: int) -> None:
+    """A second signal, in its handler: end the process now; what is out is told by the next run."""
+    fault = interrupted_run(signal.Signals(signum).name, "stopped at once").fault
+    os.write(2, f"error: interrupted: {fault.message}\nnext: {fault.hint}\n".encode())
+    with contextlib.suppress(OSError):
+        os.write(1, to_json({"error": fault.as_json()}))
+    os._exit(fault.exit_code)
 
 
-INTERRUPTIONS = Interruptions()
-
-
-def run_command(options: BatchOptions, console: Console, env: Mapping[str, str], began: float) -> Failure | None:
+def run_command(
+    options: BatchOptions, stop: Stop, console: Console, env: Mapping[str, str], began: float
+) -> Failure | None:
     """Do what the options say and print its answer."""
     missing_packages(BATCH_REQUIREMENTS, SCRIPTS / "generate_batch.py")
     check_working_folder()
     if options.mode == "status":
         console.answer(status(options.folder))
     elif options.mode == "gallery":
-        console.answer(gallery_only(options.folder))
+        console.answer(gallery_only(options.folder, stop))
     else:
-        return make(options, console, env, began)
+        return make(options, stop, console, env, began)
     return None

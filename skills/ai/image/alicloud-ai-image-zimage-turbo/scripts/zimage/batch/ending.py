@@ -64,11 +64,11 @@ def storm(failure: Failure, what: str, exit_code: int) -> Failure:
     )
 
 
-def interrupted_run(signum: int, how: str = "requests that were out were waited for") -> Failure:
+def interrupted_run(reason: str, how: str = "requests that were out were waited for") -> Failure:
     return Failure(
         "interrupted",
-        f"interrupted by {signal.Signals(signum).name}; {how}",
-        exit_code=EXIT_SIGNAL + signum,
+        f"interrupted by {reason}; {how}",
+        exit_code=EXIT_SIGNAL + signal.Signals[reason],
         retryable=True,
         hint="run the same command again: it goes on where it stopped",
     )

@@ -10,7 +10,6 @@ import math
 import os
 import re
 import sqlite3
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -25,7 +24,7 @@ from zimage.evidence import timestamp, utc_now
 from zimage.files import aside
 from zimage.picture import Picture, flattened, verified
 from zimage.settle import own_command
-from zimage.waiting import no_more_waiting
+from zimage.waiting import Stop
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -49,7 +48,7 @@ SHOWN_FIELDS = (
 )
 
 
-def write_gallery(database: sqlite3.Connection, folder: Path, until: float) -> Path:
+def write_gallery(database: sqlite3.Connection, folder: Path, stop: Stop) -> Path:
     """Write index.html in one step, and thumbnails that are missing while there is time; returns its path.
 
     Raises:
@@ -59,7 +58,7 @@ def write_gallery(database: sqlite3.Connection, folder: Path, until: float) -> P
         page = TEMPLATE.read_text(encoding="utf-8")
     except OSError as error:
         raise Failure("disk", f"the gallery's page {TEMPLATE} cannot be read: {os_reason(error)}") from None
-    make_missing_thumbs(database, folder, until)
+    make_missing_thumbs(database, folder, stop)
     script = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)[0]
     page = page.replace("__SCRIPT_HASH__", base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
     before, after = page.split("__BATCH_DATA__")
@@ -102,13 +101,13 @@ def inline_json(value: Any) -> str:
     return re.sub("[<>&\u2028\u2029\x7f-\x9f]", lambda sign: f"\\u{ord(sign[0]):04x}", text)
 
 
-def make_missing_thumbs(database: sqlite3.Connection, folder: Path, until: float) -> None:
+def make_missing_thumbs(database: sqlite3.Connection, folder: Path, stop: Stop) -> None:
     """Make the thumbnails that a kill or --no-gallery has left out, from the saved files."""
     rows = database.execute("SELECT number, output FROM pictures WHERE state = 'saved'")
     missing = [tuple(row) for row in rows if not os.path.lexists(folder / thumb_name(row[0]))]
 
     def make(number: int, output: str) -> None:
-        if time.monotonic() < until and not no_more_waiting.is_set():
+        if stop.left_s > 0 and not stop.reason:
             with contextlib.suppress(Failure, OSError):
                 write_thumb(verified((folder / output).read_bytes()), folder, number)
 

@@ -28,7 +28,6 @@ from zimage.registry import provider_named
 from zimage.request import ImageRequest
 from zimage.settle import STATES
 from zimage.task import Task
-from zimage.waiting import Clock
 
 TO_SEND = ("pending", "failed", "unknown")  # states from which a picture may be sent, the latter two where asked for
 
@@ -47,7 +46,7 @@ class Job:
         self.tries = 0  # of this run
         self.task: Task | None = None  # that the service works on
         self.give_up_at = 0.0  # moment of time.monotonic() after which it is left to the next run
-        self.clock: Clock | None = None  # of the request
+        self.began = 0.0  # when its request left, a moment of time.monotonic()
         self.facts_before = facts
         self.evidence = Evidence(plan.evidence_path, plan.evidence(utc_now()) | {"attempts": []})
         if self.state in TO_SEND:  # of earlier tries only the attempts are true of the next one

@@ -12,7 +12,6 @@ import re
 import stat
 import sys
 import threading
-import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -22,6 +21,7 @@ from zimage.contract import MIB
 from zimage.errors import Failure, os_reason
 from zimage.outside import json_kind, outside_text, shown, without_surrogates
 from zimage.request import ImageRequest, is_plainly_valid, normalize, parse_json, request_problems
+from zimage.waiting import TICK, Stop
 
 
 class Row(NamedTuple):
@@ -42,14 +42,14 @@ class WrongRow(NamedTuple):
 class Lines:
     """The lines of an input as bytes, never waiting longer than `wait` seconds for the next one of a pipe.
 
-    `until` is the moment of time.monotonic() at which a pipe must have been read.
+    `stop` ends the reading; when its time is over a pipe must have been read.
 
     Raises:
         Failure: file_unreadable, time_limit.
     """
 
-    def __init__(self, name: str, wait: float, until: float) -> None:
-        self.until = until
+    def __init__(self, name: str, wait: float, stop: Stop) -> None:
+        self.stop = stop
         self.label = "--input" if name == "-" else f"--input {outside_text(name, 200)}"
         self.name = name
         self.wait = wait
@@ -76,6 +76,7 @@ class Lines:
         for number, line in enumerate(iter(lambda: source.readline(MAX_LINE_BYTES + 1), b""), 1):
             if len(line) > MAX_LINE_BYTES:
                 raise ValueError(f"line {number} is longer than {MAX_LINE_BYTES // MIB} MiB")
+            self.stop.check()
             yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
     def _in_time(self, source: str | int) -> Iterator[bytes]:
@@ -92,14 +93,18 @@ class Lines:
                 lines.put(error)
 
         threading.Thread(target=read, daemon=True).start()
+        patience = self.stop.part(self.wait)
         while True:
-            left = self.until - time.monotonic()
             try:
-                item = lines.get(timeout=max(0.0, min(self.wait, left)))
+                item = lines.get(timeout=max(0.0, min(TICK, patience.left_s)))
             except queue.Empty:
-                if left < self.wait:
+                self.stop.check()
+                if self.stop.left_s <= 0:
                     raise Failure("time_limit", f"{self.label}: not at its end before the time limit") from None
-                raise OSError(f"nothing more arrived within {self.wait:g} s") from None
+                if patience.left_s <= 0:
+                    raise OSError(f"nothing more arrived within {self.wait:g} s") from None
+                continue
+            patience = self.stop.part(self.wait)
             if item is None:
                 return
             if isinstance(item, Exception):
@@ -107,8 +112,8 @@ class Lines:
             yield item
 
 
-def read_rows(name: str, wait: float, until: float) -> Iterator[Row | WrongRow]:
-    """The rows of an input file, by its extension; `-` is JSON lines on standard input. `wait`, `until`: see Lines.
+def read_rows(name: str, wait: float, stop: Stop) -> Iterator[Row | WrongRow]:
+    """The rows of an input file, by its extension; `-` is JSON lines on standard input. `wait`, `stop`: see Lines.
 
     Raises:
         Failure: file_unreadable, time_limit; usage for another extension.
@@ -116,7 +121,7 @@ def read_rows(name: str, wait: float, until: float) -> Iterator[Row | WrongRow]:
     kind = ".jsonl" if name == "-" else os.path.splitext(name)[1].lower()
     if kind not in INPUTS:
         raise Failure("usage", f"--input: must end in one of {', '.join(INPUTS)} or be -, got {shown(name)}")
-    lines = Lines(name, wait, until)
+    lines = Lines(name, wait, stop)
     reader = {".jsonl": json_rows, ".csv": csv_rows, ".txt": text_rows}[kind]
     return (checked_row(line, raw) for line, raw in reader(lines))
 

@@ -44,17 +44,17 @@ from zimage.errors import Failure, Left
 from zimage.evidence import moment_of, timestamp, utc_now
 from zimage.files import check_space
 from zimage.settle import DEAD_LINK
-from zimage.waiting import no_more_waiting, wait_before
+from zimage.waiting import Stop, wait_before
 
 
 class Run:
     """One start of a batch: sends what is pending, downloads what is paid, stops when it must.
 
-    All decisions are taken in the main thread, from what workers report; only `interrupt` is called from elsewhere
-    (a signal handler).
+    All decisions are taken in the main thread, from what workers report. `calls` is what their calls and waits are held
+    to: the time limit cuts both; a signal, or whatever else halts the run, ends the waits only.
     """
 
-    def __init__(self, options: BatchOptions, place: Place, began: float, console: Console) -> None:
+    def __init__(self, options: BatchOptions, place: Place, stop: Stop, began: float, console: Console) -> None:
         self.options = options
         self.folder = options.folder
         self.began = began
@@ -73,9 +73,11 @@ class Run:
         self.tally = Tally(states, spent)
         self.reserve = 0.5 + 4e-5 * sum(states.values())  # seconds to write results and gallery
         self.deadline = math.inf if options.time_limit is None else began + options.time_limit - self.reserve
+        self._signals = stop
+        self.calls = Stop(self.deadline - time.monotonic(), stop)
         thumbs = self.folder if options.gallery else None
-        self._worker = Worker(self._journal, place, options.timeout, self.deadline, thumbs)
-        self._events: queue.SimpleQueue[Outcome | int] = queue.SimpleQueue()
+        self._worker = Worker(self._journal, place, options.timeout, self.calls, thumbs)
+        self._events: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
         self._generators = ThreadPoolExecutor(options.concurrency or CONCURRENCY_RANGE[1], "generate")
         self._askers = ThreadPoolExecutor(POLLS_AT_ONCE, "ask")
         self._savers = ThreadPoolExecutor(DOWNLOADS_AT_ONCE, "save")
@@ -133,6 +135,7 @@ class Run:
         try:
             while True:
                 now = time.monotonic()
+                self._heed_signals()
                 self._feed_savers()
                 waits = [wait for wait in (self._send(now), self._ask(now)) if wait is not None]
                 if not self._out and not self._saving and not waits:
@@ -146,26 +149,26 @@ class Run:
             self.progress.close()
         return self._ending()
 
-    def interrupt(self, signum: int) -> None:
-        """Send nothing new; what is out is waited for."""
-        self._events.put(signum)
+    def _heed_signals(self) -> None:
+        """At the first signal nothing new is sent, and what is out is waited for."""
+        if self._signals.reason and self._stop is None:
+            waiting = "waiting for requests that are out (again: stop at once)"
+            self.progress.note(f"interrupted: nothing new is sent; {waiting}")
+            self._halt(interrupted_run(self._signals.reason))
 
     def _take_events(self, wait: float) -> None:
         """Wait for a report, then take all that are there."""
         with contextlib.suppress(queue.Empty):
             event = self._events.get(timeout=max(0.0, wait))
             while True:
-                if isinstance(event, Outcome):
-                    self._take(event)
-                else:
-                    self._halt(interrupted_run(event))
+                self._take(event)
                 event = self._events.get_nowait()
 
     def _halt(self, failure: Failure) -> None:
         """Nothing new from now on; the first reason is the one that is told."""
         if self._stop is None:
             self._stop = failure
-        no_more_waiting.set()
+        self.calls.request(failure.code)
 
     # Sending
 

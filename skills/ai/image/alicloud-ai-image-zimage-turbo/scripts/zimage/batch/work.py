@@ -15,7 +15,7 @@ from zimage.picture import Picture
 from zimage.provider import Generated, Submitted
 from zimage.settle import TASK_ENDS, settle
 from zimage.task import Task
-from zimage.waiting import Clock
+from zimage.waiting import Stop
 
 
 class Outcome(NamedTuple):
@@ -44,45 +44,45 @@ ROW_HINTS = {
 class Worker:
     """Takes one picture from one state to the next. Every method may run in many threads at once."""
 
-    def __init__(self, journal: Journal, place: Place, timeout: float, until: float, thumbs: Path | None) -> None:
+    def __init__(self, journal: Journal, place: Place, timeout: float, calls: Stop, thumbs: Path | None) -> None:
         self._journal = journal
         self._key = place.key
         self._endpoint = place.endpoint
         self._timeout = timeout
-        self._until = until  # no call lasts longer
+        self._calls = calls  # what all calls are held to
         self._thumbs = thumbs
 
     def generate(self, job: Job) -> Outcome:
         """Send the paid request; on record before it leaves and as soon as the link, picture or task id arrives."""
-        clock, record = self._clock(), JournalRow(job, self._journal)
-        began = clock.start
+        stop, record = self._stop(), JournalRow(job, self._journal)
+        job.began = began = stop.start
         try:
-            made = attempt(job.plan, self._key, record, min(clock.generate_until, clock.end))
+            made = attempt(job.plan, self._key, record, stop.generating)
         except Failure as failure:
             return self._settled("generate", job, record, failure, began)
         except Exception as error:  # the request may have left
             return self._settled("generate", job, record, own_fault(error, "unknown"), began)
-        return self._came("generate", job, record, made, clock)
+        return self._came("generate", job, record, made, stop)
 
     def find(self, job: Job) -> Outcome:
         """Ask once after a task that was lost in an earlier run; where it is not found, nothing changes."""
-        clock, record = self._clock(), JournalRow(job, self._journal)
+        stop, record = self._stop(), JournalRow(job, self._journal)
         job.task = self.task(job, job.facts_before["task_id"])
         made, failed = None, None
         try:
-            made = job.task.ask(clock.end)
+            made = job.task.ask(stop)
         except Failure as failure:
             failed = failure
         if job.task.is_strange or (failed and failed.code not in TASK_ENDS):
-            return Outcome("find", job, None, clock.start, 0.0)
+            return Outcome("find", job, None, stop.start, 0.0)
         job.evidence.update(**job.facts_before | {"status": "submitted", "error": None})
         if failed is not None:
             record.ended(failed.fault)
-            return self._settled("find", job, record, failed, clock.start)
+            return self._settled("find", job, record, failed, stop.start)
         if made is None:
             record.keep()
-            return Outcome("find", job, record.behind, clock.start, time.monotonic() - clock.start)
-        return self._came("find", job, record, made, clock)
+            return Outcome("find", job, record.behind, stop.start, time.monotonic() - stop.start)
+        return self._came("find", job, record, made, stop)
 
     def task(self, job: Job, task_id: str) -> Task:
         """A task of this service, to be asked after."""
@@ -92,52 +92,52 @@ class Worker:
     def ask(self, job: Job) -> Outcome:
         """Ask once after a task that the service works on; it stays `submitted` until it has ended."""
         assert job.task is not None
-        clock, record = self._clock(), JournalRow(job, self._journal)
+        stop, record = self._stop(), JournalRow(job, self._journal)
         try:
             is_over = time.monotonic() >= job.give_up_at
-            made = None if is_over and job.task.is_held else job.task.ask(min(clock.generate_until, clock.end))
+            made = None if is_over and job.task.is_held else job.task.ask(stop.generating)
             if made is None and time.monotonic() >= job.give_up_at:
                 raise job.task.unfinished()
         except Failure as failure:
             if failure.code in TASK_ENDS:
                 record.ended(failure.fault)
-            return self._settled("ask", job, record, failure, clock.start)
+            return self._settled("ask", job, record, failure, stop.start)
         except Exception as error:
-            return self._settled("ask", job, record, own_fault(error, "unknown"), clock.start)
+            return self._settled("ask", job, record, own_fault(error, "unknown"), stop.start)
         if made is None:
-            return Outcome("ask", job, None, clock.start, time.monotonic() - clock.start)
-        return self._came("ask", job, record, made, clock)
+            return Outcome("ask", job, None, stop.start, time.monotonic() - stop.start)
+        return self._came("ask", job, record, made, stop)
 
     def save(self, job: Job) -> Outcome:
         """Download, verify and save a picture that has been paid for, with its thumbnail and its evidence."""
-        clock, record = self._clock(), JournalRow(job, self._journal)
+        stop, record = self._stop(), JournalRow(job, self._journal)
         here = job.plan.endpoint == self._endpoint  # another service must not get this one's key
         try:
             save(
                 record,
                 job.plan.provider,
                 job.plan.output,
-                clock,
+                stop,
                 task=(lambda: self.task(job, job.evidence.data["task_id"])) if here else None,
                 again=True,
                 also=lambda picture: self._add_thumb(picture, job),
             )
         except Failure as failure:
-            return self._settled("save", job, record, failure, clock.start)
+            return self._settled("save", job, record, failure, stop.start)
         except Exception as error:
-            return self._settled("save", job, record, own_fault(error, "yes"), clock.start)
-        return Outcome("save", job, record.behind, clock.start, time.monotonic() - clock.start)
+            return self._settled("save", job, record, own_fault(error, "yes"), stop.start)
+        return Outcome("save", job, record.behind, stop.start, time.monotonic() - stop.start)
 
     def _add_thumb(self, picture: Picture, job: Job) -> None:
         if self._thumbs:
             write_thumb(picture, self._thumbs, job.number)
 
-    def _came(self, step: str, job: Job, record: JournalRow, made: Generated | Submitted, clock: Clock) -> Outcome:
-        seconds = time.monotonic() - clock.start
+    def _came(self, step: str, job: Job, record: JournalRow, made: Generated | Submitted, stop: Stop) -> Outcome:
+        seconds = time.monotonic() - stop.start
         if isinstance(made, Submitted):
             job.task = self.task(job, made.task_id)
-        came(job.plan, record, made, job.clock or clock)
-        return Outcome(step, job, record.behind, clock.start, seconds)
+        came(job.plan, record, made, job.began or stop.start)
+        return Outcome(step, job, record.behind, stop.start, seconds)
 
     def _settled(self, step: str, job: Job, record: JournalRow, failure: Failure, began: float) -> Outcome:
         """Keep what became of a picture; where it is not simply sent again, its evidence file says so too."""
@@ -145,7 +145,6 @@ class Worker:
         left, told = settle(record, failure, hints=ROW_HINTS)
         return Outcome(step, job, record.behind or told, began, seconds, left)
 
-    def _clock(self) -> Clock:
-        clock = Clock(self._timeout)
-        clock.end = min(clock.end, self._until)
-        return clock
+    def _stop(self) -> Stop:
+        """What one step is held to. A halt of the run ends its waits, not its calls."""
+        return Stop(self._timeout, self._calls, cuts=False)
