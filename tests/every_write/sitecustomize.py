@@ -4,6 +4,7 @@
     ZIMAGE_TEST_WRITE=fail-from:7         the 7th write and all after it fail
     ZIMAGE_TEST_WRITE=kill:7              the process dies by SIGKILL as soon as the 7th write is done; with 0 never
     ZIMAGE_TEST_WRITE=fail-while:/a/file  every write fails while that file exists
+    ZIMAGE_TEST_WRITE=slow-commit:50      nothing fails, and SQLite takes 50 ms from each commit to its return
     ZIMAGE_TEST_WRITE_BELOW=/a/folder     only writes below it count
     ZIMAGE_TEST_WRITE_LOG=/a/file         gets a line for each: number, what, path
 
@@ -18,6 +19,7 @@ import io
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -55,6 +57,11 @@ def verdict(what: str, path: str, *, seen: bool = True) -> str:
     return KILLS if MODE == "kill" and number == NUMBER else ""
 
 
+def linger() -> None:
+    if MODE == "slow-commit":
+        time.sleep(NUMBER / 1000)
+
+
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -83,6 +90,16 @@ def path_of(file: object, folder: object = None) -> str | None:
     return path if path.startswith(BELOW) else None
 
 
+class Plain:
+    """A function that stays one where it is kept in a class: Python 3.10's pathlib keeps those of `os` so."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._function = function
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._function(*args, **kwargs)
+
+
 def guard(what: str, call: Callable[..., Any], named: int, folder: str, counts: Callable[..., bool]) -> Any:
     """A function of `os` whose argument number `named` is what it writes to."""
 
@@ -97,16 +114,16 @@ def guard(what: str, call: Callable[..., Any], named: int, folder: str, counts: 
             if what == "write":
                 call(args[0], bytes(args[1])[: len(args[1]) // 2])
             raise full(path)
-        try:
-            return call(*args, **kwargs)
-        finally:
-            if told == KILLS:  # also where the call fails by itself, as a folder's whose parent is not there yet
-                die()
+        result = call(*args, **kwargs)
+        if told == KILLS:
+            die()
+        return result
 
+    plain = Plain(guarded)
     for able in (os.supports_dir_fd, os.supports_fd, os.supports_follow_symlinks):
         if call in able:
-            able.add(guarded)
-    return guarded
+            able.add(plain)
+    return plain
 
 
 def always(*_: Any, **__: Any) -> bool:
@@ -114,7 +131,8 @@ def always(*_: Any, **__: Any) -> bool:
 
 
 def is_new(path: Any, *_: Any, **kwargs: Any) -> bool:
-    return not os.path.isdir(path_of(path, kwargs.get("dir_fd")) or path)
+    path = path_of(path, kwargs.get("dir_fd")) or path
+    return not os.path.isdir(path) and os.path.isdir(os.path.dirname(path))
 
 
 def creates(_: object, flags: int, *__: Any, **___: Any) -> bool:
@@ -205,6 +223,8 @@ def guard_sqlite() -> None:
             what = "sqlite script" if name == "executescript" else wrote(statement)
             dies = what is not None and passes(self.connection, what)
             result = getattr(super(), name)(statement, *more)
+            if what == "sqlite commit":
+                linger()
             if dies:
                 die()
             return result
@@ -237,6 +257,7 @@ def guard_sqlite() -> None:
             def commit(self) -> None:
                 dies = self.in_transaction and passes(self, "sqlite commit")
                 super().commit()
+                linger()
                 if dies:
                     die()
 
@@ -278,7 +299,7 @@ _write = os.write
 def install() -> None:
     import builtins
 
-    builtins.open = io.open = opened
+    builtins.open = io.open = Plain(opened)
     os.open = guard("open", os.open, 0, "dir_fd", creates)
     for name, named, folder in (
         ("write", 0, ""),

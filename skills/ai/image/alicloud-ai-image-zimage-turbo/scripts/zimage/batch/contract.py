@@ -37,6 +37,7 @@ MOST_OPEN_TASKS = 200  # tasks that a service works on; with more, nothing new i
 MOST_WAITING_DOWNLOADS = 200  # pictures paid and not yet downloaded; with more, nothing new is sent
 ROOM_FOR_ONE = 4 * MIB  # bytes on the disk, for a picture that is out
 UNKNOWN_IN_A_ROW, FAILURES_IN_A_ROW = 5, 10
+DISK_PATIENCE = 5.0  # seconds for a disk that failed to take what came meanwhile
 
 NO_SEED = -1  # in the database, of pictures whose provider takes none
 

@@ -265,6 +265,10 @@ class JournalRow:
             self._file.keep()
         self._keep(state)
 
+    def catch_up(self) -> None:
+        """Put on disk what it could not take before."""
+        self._keep(self._job.state)
+
     def _keep(self, state: str) -> None:
         try:
             self._journal.keep(self._job, state).result()

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from zimage.batch.contract import (
     CONCURRENCY_RANGE,
     DATABASE,
+    DISK_PATIENCE,
     DOWNLOADS_AT_ONCE,
     FAILURES_IN_A_ROW,
     FAILURES_TOLD,
@@ -31,7 +32,7 @@ from zimage.batch.contract import (
 from zimage.batch.ending import incomplete, interrupted_run, storm
 from zimage.batch.folder import facts_of, open_database
 from zimage.batch.forecast import Forecast
-from zimage.batch.journal import Job, Journal, Place, job_of, read_services
+from zimage.batch.journal import Job, Journal, JournalRow, Place, job_of, read_services
 from zimage.batch.options import BatchOptions
 from zimage.batch.pacer import Pacer
 from zimage.batch.progress import Progress, Tally
@@ -99,6 +100,7 @@ class Run:
         self._stop: Failure | None = None
         self._bound: str | None = None  # what keeps the rest from being sent: limit | cost
         self._told = 0
+        self._behind: dict[int, JournalRow] = {}  # pictures of which the disk does not know the last word
         self.number = self._begin_run()
         self.progress = Progress(self.tally, self._journal, self.number, console)
 
@@ -146,8 +148,19 @@ class Run:
             self._generators.shutdown(wait=True, cancel_futures=True)
             self._askers.shutdown(wait=True, cancel_futures=True)
             self._savers.shutdown(wait=True, cancel_futures=True)
+            self._catch_up()
             self.progress.close()
         return self._ending()
+
+    def _catch_up(self) -> None:
+        """Give a disk that failed a moment to take what came meanwhile: it is in memory only."""
+        until = time.monotonic() + min(DISK_PATIENCE, self.options.timeout / 4)
+        while self._behind and time.monotonic() < until:
+            time.sleep(TICK)
+            for number, record in list(self._behind.items()):
+                record.catch_up()
+                if record.behind is None:
+                    del self._behind[number]
 
     def _heed_signals(self) -> None:
         """At the first signal nothing new is sent, and what is out is waited for."""
@@ -289,6 +302,9 @@ class Run:
 
     def _take(self, outcome: Outcome) -> None:
         job, failure = outcome.job, outcome.failure
+        self._behind.pop(job.number, None)
+        if outcome.record is not None and outcome.record.behind is not None:
+            self._behind[job.number] = outcome.record
         now = time.monotonic()
         if outcome.step == "generate":
             sent = self._out.pop(job.number)

@@ -27,6 +27,7 @@ class Outcome(NamedTuple):
     began: float
     seconds: float
     left: Left | None = None  # what the failure has left of the picture
+    record: JournalRow | None = None  # where the step was noted, or could not be
 
 
 def own_fault(error: Exception, billed: Billed) -> Failure:
@@ -119,14 +120,14 @@ class Worker:
                 job.plan.output,
                 stop,
                 task=(lambda: self.task(job, job.evidence.data["task_id"])) if here else None,
-                again=True,
+                again=job.state_before == "generated",  # else a file like it is another row's
                 also=lambda picture: self._add_thumb(picture, job),
             )
         except Failure as failure:
             return self._settled("save", job, record, failure, stop.start)
         except Exception as error:
             return self._settled("save", job, record, own_fault(error, "yes"), stop.start)
-        return Outcome("save", job, record.behind, stop.start, time.monotonic() - stop.start)
+        return Outcome("save", job, record.behind, stop.start, time.monotonic() - stop.start, record=record)
 
     def _add_thumb(self, picture: Picture, job: Job) -> None:
         if self._thumbs:
@@ -137,13 +138,13 @@ class Worker:
         if isinstance(made, Submitted):
             job.task = self.task(job, made.task_id)
         came(job.plan, record, made, job.began or stop.start)
-        return Outcome(step, job, record.behind, stop.start, seconds)
+        return Outcome(step, job, record.behind, stop.start, seconds, record=record)
 
     def _settled(self, step: str, job: Job, record: JournalRow, failure: Failure, began: float) -> Outcome:
         """Keep what became of a picture; where it is not simply sent again, its evidence file says so too."""
         seconds = time.monotonic() - began
         left, told = settle(record, failure, hints=ROW_HINTS)
-        return Outcome(step, job, record.behind or told, began, seconds, left)
+        return Outcome(step, job, record.behind or told, began, seconds, left, record)
 
     def _stop(self) -> Stop:
         """What one step is held to. A halt of the run ends its waits, not its calls."""
