@@ -17,7 +17,7 @@ from mock_server import MockServer
 
 # Each layer imports from those before it only; within one, nobody imports another.
 LAYERS = [
-    ["contract", "endpoint"],
+    ["contract", "endpoint", "facts"],
     ["outside"],
     ["errors"],
     ["provider", "files", "keys", "waiting", "registry"],

@@ -46,7 +46,7 @@ def problems(raw: Any) -> list[str]:
 
 def normalized(raw: dict[str, Any]) -> dict[str, Any]:
     assert problems(raw) == []
-    return normalize(raw).as_dict()
+    return dict(normalize(raw).as_dict())
 
 
 def refusal(result: Result) -> dict[str, Any]:

@@ -146,7 +146,7 @@ def fetch_source(evidence: Evidence, provider: Provider, stop: Stop) -> Picture:
     link = evidence.have.link
     if evidence.content or not link:
         return handed_over(evidence)
-    expires_at = moment_of(evidence.data["response"].get("expires_at"))
+    expires_at = moment_of(evidence.said.get("expires_at"))
     return download(link, stop=stop, endpoint=evidence.data["endpoint"], provider=provider, expires_at=expires_at)
 
 
@@ -160,7 +160,7 @@ def handed_over(evidence: Evidence) -> Picture:
     try:
         return verified(evidence.content or held.read_bytes())
     except FileNotFoundError:
-        if evidence.data["status"] == "saved":
+        if evidence.status == "saved":
             message = "the saved file has vanished, and there is no link to fetch the picture again"
             raise Failure("link_expired", message, lasting=True) from None
         hint = "report it: the picture was handed over, and no disk took it; do not pay again unasked"
@@ -181,7 +181,7 @@ def fetch_anew(evidence: Evidence, provider: Provider, stop: Stop, task: Callabl
     try:
         return fetch_source(evidence, provider, stop)
     except Failure as failure:
-        if failure.code not in DEAD_LINK or "task_id" not in evidence.data:
+        if failure.code not in DEAD_LINK or not evidence.task_id:
             raise
         try:
             generated = task().ask(stop)

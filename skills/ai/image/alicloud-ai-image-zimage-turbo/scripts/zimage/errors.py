@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from zimage.contract import (
     EXIT_BALANCE,
@@ -26,6 +26,9 @@ from zimage.contract import (
 )
 from zimage.contract import GENERATE_IMAGE as GENERATE_IMAGE
 from zimage.outside import mask
+
+if TYPE_CHECKING:
+    from zimage.facts import Error
 
 Billed = Literal["no", "unknown", "yes"]  # in this order: what is known to be paid outranks whatever fails later
 BILLED: tuple[Billed, ...] = ("no", "unknown", "yes")
@@ -254,13 +257,13 @@ class Fault(NamedTuple):
         """Whom it concerns. What is not reachable, and will not be at a second try, is so for every picture."""
         return "run" if self.code == "unreachable" and not self.retryable else KINDS[self.code].concerns
 
-    def as_json(self) -> dict[str, Any]:
+    def as_json(self) -> Error:
         """The error object of the contract. Key-like text is masked; paths, links and commands stay whole."""
         told = {name: value for name, value in self._asdict().items() if value is not None and name != "lasting"}
         told |= {"message": mask(self.message), "hint": mask(self.hint)}
         if self.problems is not None:
             told["problems"] = [mask(problem) for problem in self.problems]
-        return told
+        return cast("Error", told)
 
 
 class Failure(Exception):

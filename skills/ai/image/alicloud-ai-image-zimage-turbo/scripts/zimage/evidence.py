@@ -9,7 +9,7 @@ import secrets
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, cast
 
 from zimage.contract import EVIDENCE_SCHEMA, MAX_EVIDENCE_BYTES, SKILL
 from zimage.errors import Billed, Failure, Fault, Left, os_reason
@@ -19,6 +19,9 @@ from zimage.request import decode_json_file, read_input
 from zimage.settle import STATES, Have
 
 if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+    from zimage.facts import AttemptEnd, Changes, Content, Image, Response, State, Timings
     from zimage.provider import Generated, Submitted
     from zimage.waiting import Stop
 
@@ -53,12 +56,12 @@ def new_evidence_id(now: dt.datetime) -> str:
 
 
 class Evidence:
-    """One evidence file. `data` is its content (EVIDENCE_SCHEMA).
+    """One evidence file. `data` is its content (EVIDENCE_SCHEMA), as types in `facts`.
 
     All changes are in memory; a `Record` puts them on disk.
     """
 
-    def __init__(self, path: Path, data: dict[str, Any]) -> None:
+    def __init__(self, path: Path, data: Content) -> None:
         self.path = path
         self.data = data
         self.content = b""  # a picture that was handed over and could not be put on disk yet
@@ -68,17 +71,31 @@ class Evidence:
         return self.path.stem
 
     @property
+    def status(self) -> State:
+        return self.data["status"]
+
+    @property
+    def task_id(self) -> str:
+        """Of the task that the service works on; empty where there is none."""
+        return self.data.get("task_id", "")
+
+    @property
+    def said(self) -> Response:
+        """What the service said of the picture, as far as it has."""
+        return self.data.get("response", {})
+
+    @property
     def have(self) -> Have:
         """What is known of the picture: the side of the record in the tables of `settle`."""
-        status, attempts = self.data["status"], self.data["attempts"]
+        status, attempts = self.status, self.data["attempts"]
         billed: Billed = "no" if status == "failed" or (status == "submitting" and not attempts) else "unknown"
         if attempts and status != "failed":  # a further one follows only on one that was not billed
             billed = attempts[-1].get("billed", "unknown")
         return Have(
             billed="yes" if status in ("generated", "saved") else billed,
             status=status,
-            task="task_id" in self.data,
-            link=self.data.get("response", {}).get("image_url", ""),
+            task=bool(self.task_id),
+            link=self.said.get("image_url", ""),
             held=self.held.exists(),
             billable=self.data["billable"],
         )
@@ -110,28 +127,30 @@ class Evidence:
             raise Failure("invalid_evidence", f"{outside_text(name)} is not an evidence file: {'; '.join(texts[:5])}")
         return cls(path, data)
 
-    def update(self, **changes: Any) -> None:
+    def update(self, **changes: Unpack[Changes]) -> None:
         """Merge changes; None removes a field."""
-        self.data = {name: value for name, value in (self.data | changes).items() if value is not None}
+        merged = {**self.data, **changes}
+        self.data = cast("Content", {name: value for name, value in merged.items() if value is not None})
 
     def begin_attempt(self) -> None:
         self.update(attempts=[*self.data["attempts"], {"at": timestamp(utc_now())}])
 
-    def end_attempt(self, **facts: Any) -> None:
+    def end_attempt(self, **facts: Unpack[AttemptEnd]) -> None:
         """Add to the last attempt how it ended."""
         *earlier, last = self.data["attempts"]
-        known = {name: value for name, value in facts.items() if value is not None}
-        self.data["attempts"] = [*earlier, last | known]
+        known = cast("AttemptEnd", {name: value for name, value in facts.items() if value is not None})
+        self.data["attempts"] = [*earlier, {**last, **known}]
 
     def end_failed_attempt(self, fault: Fault) -> None:
         """Add to the last attempt how it failed."""
-        facts = {"http_status": fault.http_status, "service_code": fault.service_code, "billed": fault.billed}
-        self.end_attempt(**facts, outcome=fault.code)
+        self.end_attempt(
+            http_status=fault.http_status, service_code=fault.service_code, billed=fault.billed, outcome=fault.code
+        )
 
     def submitted(self, submitted: Submitted) -> None:
         """The id of a task is known."""
         self.end_attempt(http_status=200, outcome="submitted")
-        response = {"request_id": submitted.request_id} if submitted.request_id else None
+        response: Response | None = {"request_id": submitted.request_id} if submitted.request_id else None
         self.update(status="submitted", task_id=submitted.task_id, response=response)
 
     def generated(
@@ -159,9 +178,9 @@ class Evidence:
             error=None,
         )
 
-    def saved(self, image: dict[str, Any], download_ms: float, total_ms: float) -> None:
+    def saved(self, image: Image, download_ms: float, total_ms: float) -> None:
         """The picture lies in its place. `timings_ms` is of the command that saved it, but for `generate`."""
-        timings = self.data.get("timings_ms", {}) | {"download": download_ms, "total": total_ms}
+        timings: Timings = {**self.data.get("timings_ms", {}), "download": download_ms, "total": total_ms}
         self.update(status="saved", finished_at=timestamp(utc_now()), timings_ms=timings, image=image, error=None)
 
     def settled(self, left: Left, told: Fault) -> None:
@@ -174,7 +193,7 @@ class Evidence:
             self.held.unlink(missing_ok=True)
 
 
-def said_of(generated: Generated) -> dict[str, Any]:
+def said_of(generated: Generated) -> Response:
     """What the service said of a picture, as the evidence holds it."""
     response = {
         "request_id": generated.request_id,
@@ -185,7 +204,7 @@ def said_of(generated: Generated) -> dict[str, Any]:
         "rewritten_prompt": generated.rewritten_prompt or None,
         "reasoning": generated.reasoning or None,
     }
-    return {name: value for name, value in response.items() if value is not None}
+    return cast("Response", {name: value for name, value in response.items() if value is not None})
 
 
 class Record(Protocol):
@@ -248,7 +267,7 @@ class EvidenceFile:
                 return
             except OSError as error:
                 self.behind = self._unwritten(error)
-        if self.evidence.data["status"] == "saved":
+        if self.evidence.status == "saved":
             warning = f"the evidence file {self.evidence.path} could not be brought up to date"
             self.evidence.data["image"].setdefault("warnings", []).append(warning)
 
@@ -264,10 +283,10 @@ def elapsed_ms(start: float) -> float:
     return round((time.monotonic() - start) * 1000, 1)
 
 
-def response_of(evidence: Evidence, image: dict[str, Any]) -> dict[str, Any]:
+def response_of(evidence: Evidence, image: Image) -> dict[str, Any]:
     """The response of the contract (RESPONSE_SCHEMA) for a saved image of this evidence."""
-    data = evidence.data
-    request, said = data["request"], data.get("response", {})
+    data, said = evidence.data, evidence.said
+    request = data["request"]
     response = {
         "image_url": said.get("image_url"),
         "width": image["width"],

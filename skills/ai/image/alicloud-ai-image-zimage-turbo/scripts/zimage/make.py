@@ -25,6 +25,7 @@ from zimage.waiting import Stopped, in_time
 if TYPE_CHECKING:
     from zimage.console import Console
     from zimage.evidence import Record
+    from zimage.facts import Image
     from zimage.keys import Key
     from zimage.picture import Picture
     from zimage.plan import Options, Plan
@@ -73,9 +74,7 @@ def recovery_flags(plan: Plan, options: Options) -> list[str]:
     return [*trust, *["--overwrite"] * plan.overwrite]
 
 
-def make(
-    plan: Plan, key: Key, record: Record, stop: Stop, max_retries: int, console: Console | None = None
-) -> dict[str, Any]:
+def make(plan: Plan, key: Key, record: Record, stop: Stop, max_retries: int, console: Console | None = None) -> Image:
     """One picture, from the paid call to the saved file; returns the `image` of the evidence.
 
     Raises:
@@ -155,7 +154,7 @@ def send(plan: Plan, key: Key, stop: Stop) -> Generated | Submitted:
 
 def collect(
     evidence: Evidence, source: Picture, output: Path, provider: Provider, *, overwrite: bool, again: bool
-) -> dict[str, Any]:
+) -> Image:
     """Put a downloaded picture in its place; returns the `image` of the evidence.
 
     `again`: an earlier run may have got as far as this.
@@ -167,7 +166,7 @@ def collect(
     path, warning = place(picture.content, output, evidence.id, overwrite=overwrite, again=again)
     unlike = size_warning(evidence.data["request"]["size"], picture, provider)
     warnings = [text for text in (warning, unlike) if text]
-    image = {
+    image: Image = {
         "path": str(path),
         "sha256": picture.sha256,
         "bytes": len(picture.content),
@@ -175,8 +174,11 @@ def collect(
         "width": picture.width,
         "height": picture.height,
     }
-    origin = {"source_format": source.format, "source_sha256": source.sha256} if picture is not source else {}
-    return image | origin | ({"warnings": warnings} if warnings else {})
+    if picture is not source:
+        image |= {"source_format": source.format, "source_sha256": source.sha256}
+    if warnings:
+        image["warnings"] = warnings
+    return image
 
 
 def save(
@@ -189,7 +191,7 @@ def save(
     overwrite: bool = False,
     again: bool = False,
     also: Callable[[Picture], None] = lambda picture: None,
-) -> dict[str, Any]:
+) -> Image:
     """Fetch, verify and save a picture that has been paid for; returns the `image` of the evidence.
 
     `task` is asked for a new link where the old one is dead; `also` is done with the picture before it is on record.

@@ -19,6 +19,7 @@ from zimage.trust import choose_endpoint
 
 if TYPE_CHECKING:
     from zimage.endpoint import Endpoint
+    from zimage.facts import Content
     from zimage.provider import Price, Provider
     from zimage.request import ImageRequest
     from zimage.waiting import Stop
@@ -57,9 +58,9 @@ class Plan(NamedTuple):
     evidence_path: Path
     warnings: tuple[str, ...]
 
-    def evidence(self, now: dt.datetime) -> dict[str, Any]:
+    def evidence(self, now: dt.datetime) -> Content:
         """The content of the evidence file at the moment when the request leaves."""
-        content = {
+        content: Content = {
             "schema_version": 1,
             "tool": {"name": SKILL, "version": VERSION},
             "status": "submitting",
@@ -81,7 +82,9 @@ class Plan(NamedTuple):
                 "price_list_date": self.price.price_list_date,
             },
         }
-        return {name: value for name, value in content.items() if value != {}}
+        if not content["settings"]:
+            del content["settings"]
+        return content
 
 
 def make_plan(options: Options, stop: Stop, env: Mapping[str, str]) -> Plan:
@@ -132,7 +135,7 @@ def make_plan(options: Options, stop: Stop, env: Mapping[str, str]) -> Plan:
     )
 
 
-def read_request(options: Options, stop: Stop) -> tuple[Any, dict[str, Any] | None]:
+def read_request(options: Options, stop: Stop) -> tuple[Any, Content | None]:
     """The request as written, flags applied; and, for --replay, the evidence that it comes from."""
     recorded = None
     if options.mode == "replay":
@@ -170,7 +173,7 @@ def problems_for(provider: Provider, raw: Any) -> list[Problem]:
     return problems + [Problem("invalid_request", text) for text in sentences]
 
 
-def planned_provider(options: Options, recorded: dict[str, Any] | None) -> Provider:
+def planned_provider(options: Options, recorded: Content | None) -> Provider:
     """The provider that a flag names, else that of the evidence that is replayed, set up as it was then."""
     name = options.provider.name if options.provider else recorded["provider"] if recorded else DEFAULT_PROVIDER
     earlier = recorded.get("settings", {}) if recorded and recorded["provider"] == name else {}
@@ -197,7 +200,7 @@ def checked_settings(provider: type[Provider], recorded: Mapping[str, Any]) -> d
 
 
 def planned_endpoint(
-    options: Options, raw: Any, recorded: dict[str, Any] | None, provider: Provider, env: Mapping[str, str]
+    options: Options, raw: Any, recorded: Content | None, provider: Provider, env: Mapping[str, str]
 ) -> Endpoint:
     """The endpoint of a request; a replayed one goes where the first one went unless a flag says otherwise."""
     request_url = raw.get("base_url") if isinstance(raw, dict) else None

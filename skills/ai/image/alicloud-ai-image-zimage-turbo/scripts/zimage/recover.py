@@ -23,6 +23,7 @@ from zimage.task import Task, is_task_id
 from zimage.trust import check_trust, key_for, parse_base_url
 
 if TYPE_CHECKING:
+    from zimage.facts import Image
     from zimage.plan import Options
     from zimage.waiting import Stop
 
@@ -82,7 +83,7 @@ def recover(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, A
     return response_of(evidence, image)
 
 
-def one_more_copy(evidence: Evidence, provider: Provider, output: Path, stop: Stop, options: Options) -> dict[str, Any]:
+def one_more_copy(evidence: Evidence, provider: Provider, output: Path, stop: Stop, options: Options) -> Image:
     """Save a picture under another name too; the evidence goes on naming the first.
 
     A converted one is fetched again: its file may have lost something.
@@ -100,13 +101,13 @@ def task_of(evidence: Evidence, provider: Provider, options: Options, env: Mappi
     Raises:
         Failure: invalid_evidence, host_not_trusted, key_missing, key_malformed.
     """
-    if type(provider).poll is Provider.poll or not is_task_id(evidence.data["task_id"]):
+    if type(provider).poll is Provider.poll or not is_task_id(evidence.task_id):
         raise Failure("invalid_evidence", f"{evidence.path.name}: task_id: not one of {provider.name}")
     endpoint = parse_base_url(evidence.data["endpoint"], "endpoint", provider)
     check_trust(endpoint, "endpoint", provider, options.trusted)
     key = key_for(provider, endpoint, options.trusted, env)
     request = normalize(evidence.data["request"], with_seed=provider.takes_seed)
-    return Task(provider, endpoint, key, request, evidence.data["task_id"])
+    return Task(provider, endpoint, key, request, evidence.task_id)
 
 
 def recovery_output(evidence: Evidence, options: Options) -> Path:
@@ -133,7 +134,7 @@ def recovery_output(evidence: Evidence, options: Options) -> Path:
 def is_saved(evidence: Evidence) -> bool:
     """Whether the picture of this evidence lies, unchanged, where the evidence says."""
     image = evidence.data.get("image")
-    if not image or evidence.data["status"] != "saved":
+    if not image or evidence.status != "saved":
         return False
     try:
         return file_hash(Path(image["path"])) == str(image["sha256"])
@@ -144,11 +145,11 @@ def is_saved(evidence: Evidence) -> bool:
 def unrecoverable(evidence: Evidence, provider: Provider) -> Failure:
     """Why there is nothing to fetch for an evidence file without a link."""
     have = evidence.have
-    error = evidence.data.get("error", {"message": "it ended before the service made a picture"})
+    error = evidence.data.get("error")
     if have.status == "failed" or have.billed == "no" or provider.in_process:  # which has left nothing elsewhere
-        kind = KINDS.get(error.get("code", ""))
+        kind = KINDS.get(error["code"]) if error else None
         hint = kind.hint if kind and not kind.retryable else None
-        message = f"this request was not billed: {outside_text(error['message'])}"
-        return Failure("nothing_to_recover", message, hint=hint)
+        told = error["message"] if error else "it ended before the service made a picture"
+        return Failure("nothing_to_recover", f"this request was not billed: {outside_text(told)}", hint=hint)
     message = "the request left and no link came back: whether a picture was made and billed is not known"
-    return Failure("outcome_unknown", message, request_id=error.get("request_id"))
+    return Failure("outcome_unknown", message, request_id=error.get("request_id") if error else None)

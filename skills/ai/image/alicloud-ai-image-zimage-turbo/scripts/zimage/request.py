@@ -10,12 +10,15 @@ import secrets
 import stat
 import sys
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
 
 from zimage.contract import DEFAULT_SIZE, MAX_PIXELS, MAX_SEED, MIB, MIN_PIXELS, RATIO_SIZES, REQUEST_SCHEMA
 from zimage.errors import Failure, Problem, os_reason
 from zimage.outside import json_kind, outside_text, shown, without_surrogates
 from zimage.waiting import Late, Stop
+
+if TYPE_CHECKING:
+    from zimage.facts import Request
 
 
 class ImageRequest(NamedTuple):
@@ -31,9 +34,9 @@ class ImageRequest(NamedTuple):
     def width_height(self) -> tuple[int, int]:
         return parse_size(self.size)
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> Request:
         """The request as JSON; itself valid, and normalizing it changes nothing."""
-        return {name: value for name, value in self._asdict().items() if value is not None}
+        return cast("Request", {name: value for name, value in self._asdict().items() if value is not None})
 
 
 @functools.lru_cache(1000)  # most rows of a long list ask for the same few
@@ -148,7 +151,7 @@ def size_sentences(size: str) -> list[str]:
     ]
 
 
-def normalize(raw: dict[str, Any], *, with_seed: bool = True) -> ImageRequest:
+def normalize(raw: Mapping[str, Any], *, with_seed: bool = True) -> ImageRequest:
     """The normalized form of a request that has no problems; `with_seed`: one is picked where none is given."""
     ratio = raw.get("aspect_ratio")
     size = RATIO_SIZES[ratio] if ratio else normal_size(raw.get("size", DEFAULT_SIZE))

@@ -30,12 +30,13 @@ from zimage.waiting import Stopped, wait_before
 
 if TYPE_CHECKING:
     from zimage.evidence import Evidence, Record
+    from zimage.facts import State
     from zimage.waiting import Stop
 
 # What is left of a picture, as its evidence file and as its row of a batch say it. None: as it was before this run,
 # `pending`, or `failed` and `unknown` where it was sent again. `failed` means unbilled in a file; in a row that only
 # --retry-failed helps.
-STATES: dict[Left, tuple[str, str | None]] = {
+STATES: dict[Left, tuple[State, State | None]] = {
     Left.AGAIN: ("failed", None),
     Left.REFUSED: ("failed", "failed"),
     Left.OPEN: ("submitted", "submitted"),
@@ -55,7 +56,7 @@ class Have(NamedTuple):
     """What is known of one picture before its work ended."""
 
     billed: Billed
-    status: str  # of the evidence
+    status: State  # of the evidence
     task: bool  # it has a name to ask after
     link: str
     held: bool  # its bytes lie beside the evidence
@@ -176,13 +177,12 @@ def explained(
     own = (hints or {}).get(fault.code, fault.hint)
     hint = next((row.hint for row in ADVICE if row.fits(fault, way, have, left, written)), "{hint}")
     reachable = way is not Way.NONE and (written or not (have.link or left is Left.OPEN))
-    said = evidence.data.get("response", {})
     return failure.but(
         billed=most_billed(fault.billed, have.billed),
         hint=hint.replace("{hint}", own).replace("EVIDENCE", shlex.quote(path)),
         evidence_path=path,
         image_url=have.link or fault.image_url,
-        request_id=fault.request_id or said.get("request_id") or None,
+        request_id=fault.request_id or evidence.said.get("request_id") or None,
         next_command=own_command("--recover", path, *flags, "--print-response") if reachable else None,
     )
 

@@ -9,15 +9,18 @@ import json
 import os
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
-from zimage.batch.contract import DATABASE, DATABASE_SCHEMA, DATABASE_VERSION, LOCK, PRIVATE_FILES, RESERVE
+from zimage.batch.contract import DATABASE, DATABASE_SCHEMA, DATABASE_VERSION, KEPT_FACTS, LOCK, PRIVATE_FILES, RESERVE
 from zimage.contract import MIB
 from zimage.errors import Failure, os_reason
 from zimage.files import OWNER_ONLY, aside, write_gitignore, write_new
 from zimage.outside import outside_text
+
+if TYPE_CHECKING:
+    from zimage.facts import Facts
 
 
 class FolderLock:
@@ -179,7 +182,7 @@ def check_version(database: sqlite3.Connection, path: Path, schema: str = "main"
         raise Failure("batch_unreadable", f"{path}: written by another version of this tool ({version})")
 
 
-def facts_of(text: str) -> dict[str, Any]:
+def facts_of(text: str) -> Facts:
     """The facts of a picture, as the database holds them.
 
     Raises:
@@ -188,10 +191,15 @@ def facts_of(text: str) -> dict[str, Any]:
     try:
         facts = json.loads(text)
         if isinstance(facts, dict):
-            return facts
+            return cast("Facts", facts)
     except ValueError:
         pass
     raise Failure("batch_unreadable", f"{DATABASE}: the facts of a picture are not the JSON that was written")
+
+
+def facts_in(content: Mapping[str, object]) -> Facts:
+    """What a row remembers of an evidence."""
+    return cast("Facts", {name: content[name] for name in KEPT_FACTS if name in content})
 
 
 def create_database(folder: Path) -> None:

@@ -11,11 +11,11 @@ import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from zimage.batch.contract import DATABASE, KEPT_FACTS, NO_SEED
-from zimage.batch.folder import Reserve, database_failures, facts_of, open_database
+from zimage.batch.contract import DATABASE, NO_SEED
+from zimage.batch.folder import Reserve, database_failures, facts_in, facts_of, open_database
 from zimage.batch.names import evidence_name, output_key
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, Fault, Left, internal_error
@@ -29,18 +29,21 @@ from zimage.request import ImageRequest
 from zimage.settle import STATES
 from zimage.task import Task
 
+if TYPE_CHECKING:
+    from zimage.facts import Facts, State
+
 TO_SEND = ("pending", "failed", "unknown")  # states from which a picture may be sent, the latter two where asked for
 
 
 class Job:
     """One picture at work: its plan, its evidence so far (in memory), what was paid, and when it is due."""
 
-    def __init__(self, row: sqlite3.Row, facts: dict[str, Any], plan: Plan) -> None:
+    def __init__(self, row: sqlite3.Row, facts: Facts, plan: Plan) -> None:
         self.number = int(row["number"])
         self.line = row["line"]
         self.id = row["id"]
-        self.state = str(row["state"])
-        self.state_before = self.state  # pending; failed or unknown where it is to be made again
+        self.state: State = row["state"]
+        self.state_before: State = self.state  # pending; failed or unknown where it is to be made again
         self.paid = int(row["paid"])
         self.plan = plan
         self.tries = 0  # of this run
@@ -48,7 +51,7 @@ class Job:
         self.give_up_at = 0.0  # moment of time.monotonic() after which it is left to the next run
         self.began = 0.0  # when its request left, a moment of time.monotonic()
         self.facts_before = facts
-        self.evidence = Evidence(plan.evidence_path, plan.evidence(utc_now()) | {"attempts": []})
+        self.evidence = Evidence(plan.evidence_path, plan.evidence(utc_now()))
         if self.state in TO_SEND:  # of earlier tries only the attempts are true of the next one
             facts = {"attempts": facts.get("attempts", [])}
         self.evidence.update(status=self.state, **facts)
@@ -58,18 +61,19 @@ class Job:
         """How messages call it."""
         return f"line {self.line}" + (f" ({self.id})" if self.id else "") if self.line else f"picture {self.number}"
 
-    def take_back(self, fault: Fault) -> str:
+    def take_back(self, fault: Fault) -> State:
         """Forget a try that surely was not billed; returns the state from before it, which stays true."""
         if self.state_before == "pending":
             self.evidence.update(error=fault.as_json())
         else:
-            self.evidence.update(**self.facts_before | {"attempts": self.evidence.data["attempts"]})
+            attempts = self.evidence.data["attempts"]
+            self.evidence.update(**self.facts_before)
+            self.evidence.update(attempts=attempts)
         return self.state_before
 
     @property
     def facts(self) -> str:
-        data = self.evidence.data
-        return json.dumps({name: data[name] for name in KEPT_FACTS if name in data}, ensure_ascii=False)
+        return json.dumps(facts_in(self.evidence.data), ensure_ascii=False)
 
 
 class Place(NamedTuple):
@@ -143,7 +147,7 @@ class Journal:
         self._inbox.put((statement, values, done))
         return done
 
-    def keep(self, job: Job, state: str) -> Future[None]:
+    def keep(self, job: Job, state: State) -> Future[None]:
         """Have the state of a picture committed."""
         job.state = state
         if state == "saved":
@@ -252,9 +256,9 @@ class JournalRow:
         self._job.paid -= fault.billed == "no"
 
     def keep(self) -> None:
-        if self.evidence.data["status"] == "saved":
+        if self.evidence.status == "saved":
             self._file.keep()
-        self._keep(self.evidence.data["status"])
+        self._keep(self.evidence.status)
 
     def settled(self, left: Left, told: Fault) -> None:
         state = STATES[left][1]
@@ -269,14 +273,14 @@ class JournalRow:
         """Put on disk what it could not take before."""
         self._keep(self._job.state)
 
-    def _keep(self, state: str) -> None:
+    def _keep(self, state: State) -> None:
         try:
             self._journal.keep(self._job, state).result()
             self.behind = None
         except Failure as failure:
             have, task = self.evidence.have, ""
             if have.is_task_open:
-                task = f"; the service works on task {outside_text(self.evidence.data['task_id'], 100)}"
+                task = f"; the service works on task {outside_text(self.evidence.task_id, 100)}"
             message = failure.message + task
             self.behind = failure.but(message=message, billed=have.billed, image_url=have.link or None)
             self._file.keep()  # it may hold what the database could not take

@@ -9,7 +9,7 @@ import posixpath
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -383,7 +383,7 @@ def move_file(old: Path, new: Path) -> None:
         raise Failure("disk", f"{old} cannot be moved to {new}: {os_reason(error)}") from None
 
 
-def with_image_at(path: Path, content: dict[str, Any]) -> dict[str, Any]:
+def with_image_at(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
     """Facts, or the content of an evidence file, of a picture that lies there."""
     image = content.get("image")
-    return content | {"image": image | {"path": str(path)}} if isinstance(image, dict) else content
+    return {**content, "image": image | {"path": str(path)}} if isinstance(image, dict) else dict(content)

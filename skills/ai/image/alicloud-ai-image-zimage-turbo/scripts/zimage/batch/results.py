@@ -6,13 +6,16 @@ import json
 import sqlite3
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from zimage.batch.contract import LISTED, NO_SEED, RESULTS
 from zimage.batch.folder import facts_of
 from zimage.batch.names import evidence_name
 from zimage.errors import Failure, os_reason
 from zimage.files import aside
+
+if TYPE_CHECKING:
+    from zimage.facts import Error
 
 
 def totals(database: sqlite3.Connection) -> tuple[dict[str, int], float]:
@@ -71,7 +74,7 @@ def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict
         yield {name: value for name, value in entry.items() if value is not None}
 
 
-def without_link(error: dict[str, Any] | None) -> dict[str, Any] | None:
+def without_link(error: Error | None) -> dict[str, Any] | None:
     """An error without the signed link, which opens the picture to whoever reads it."""
     return {name: value for name, value in error.items() if name != "image_url"} if error else None
 

@@ -14,13 +14,12 @@ from zimage.batch.contract import (
     EVIDENCE,
     GALLERY,
     IMAGES,
-    KEPT_FACTS,
     PROBLEMS_TOLD,
     RESERVE,
     RESULTS,
     THUMBS,
 )
-from zimage.batch.folder import database_failures, facts_of, open_database
+from zimage.batch.folder import database_failures, facts_in, facts_of, open_database
 from zimage.batch.journal import Job, job_of, read_services
 from zimage.batch.plan import settle_moves
 from zimage.batch.work import ROW_HINTS
@@ -103,7 +102,7 @@ def close_submitting(database: sqlite3.Connection, folder: Path) -> int:
             unknown += 1
         database.execute(
             "UPDATE pictures SET state = ?, facts = ? WHERE number = ?",
-            (job.evidence.data["status"], job.facts, job.number),
+            (job.evidence.status, job.facts, job.number),
         )
     return unknown
 
@@ -116,7 +115,7 @@ def adopt(job: Job) -> bool:
     """
     if not adopt_written(job) and job.state == "submitting" and job.evidence.held.exists():
         job.evidence.generated(Generated(), job.plan.warnings, 0.0)
-    return bool(job.evidence.data["status"] != job.state)
+    return job.evidence.status != job.state
 
 
 def adopt_written(job: Job) -> bool:
@@ -132,7 +131,7 @@ def adopt_written(job: Job) -> bool:
             return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
-    job.evidence.update(**{name: written[name] for name in KEPT_FACTS if name in written})
+    job.evidence.update(**facts_in(written))
     job.evidence.update(status="saved" if saved else "generated")
     return True
 

@@ -407,7 +407,7 @@ class Run:
         ).fetchall()
         for row in rows:
             job = self._job(row)
-            job.task = self._worker.task(job, str(job.evidence.data.get("task_id", "")))
+            job.task = self._worker.task(job, job.evidence.task_id)
             self._tasks.add(job)
         self._look_for_lost()
 

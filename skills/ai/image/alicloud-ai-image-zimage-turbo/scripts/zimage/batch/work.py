@@ -76,7 +76,8 @@ class Worker:
             failed = failure
         if job.task.is_strange or (failed and failed.code not in TASK_ENDS):
             return Outcome("find", job, None, stop.start, 0.0)
-        job.evidence.update(**job.facts_before | {"status": "submitted", "error": None})
+        job.evidence.update(**job.facts_before)
+        job.evidence.update(status="submitted", error=None)
         if failed is not None:
             record.ended(failed.fault)
             return self._settled("find", job, record, failed, stop.start)
@@ -119,7 +120,7 @@ class Worker:
                 job.plan.provider,
                 job.plan.output,
                 stop,
-                task=(lambda: self.task(job, job.evidence.data["task_id"])) if here else None,
+                task=(lambda: self.task(job, job.evidence.task_id)) if here else None,
                 again=job.state_before == "generated",  # else a file like it is another row's
                 also=lambda picture: self._add_thumb(picture, job),
             )
