@@ -179,6 +179,8 @@ RESPONSE_SCHEMA: dict[str, Any] = {
     "$defs": {"error": ERROR_SCHEMA},
 }
 
+STATUSES = ["submitting", "submitted", "generated", "saved", "failed", "unknown"]
+
 EVIDENCE_SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
     "title": "evidence of one picture",
@@ -201,8 +203,12 @@ EVIDENCE_SCHEMA: dict[str, Any] = {
     ],
     "properties": {
         "schema_version": {"const": 1},
-        "tool": {"type": "object", "required": ["name", "version"]},
-        "status": {"enum": ["submitting", "submitted", "generated", "saved", "failed", "unknown"]},
+        "tool": {
+            "type": "object",
+            "required": ["name", "version"],
+            "properties": {"name": {"type": "string"}, "version": {"type": "string"}},
+        },
+        "status": {"enum": STATUSES},
         "provider": {"type": "string", "pattern": "^[a-z][a-z0-9_]*$"},
         "region": {"type": "string"},
         "endpoint": {"type": "string"},
@@ -274,4 +280,44 @@ EVIDENCE_SCHEMA: dict[str, Any] = {
     },
 }
 
-SCHEMAS = {"request": REQUEST_SCHEMA, "response": RESPONSE_SCHEMA, "evidence": EVIDENCE_SCHEMA}
+RESULT_SCHEMA: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "line of a batch's results.jsonl",
+    "description": "One picture of the input, or of an earlier one that was paid for. It holds no link.",
+    "type": "object",
+    "required": ["number", "state", "prompt", "size", "prompt_extend", "output", "estimated_cost", "attempts"],
+    "properties": {
+        "number": {"type": "integer", "minimum": 0, "description": "Names the picture, its thumbnail and evidence."},
+        "id": {"type": "string", "description": "The row's own."},
+        "line": {"type": "integer", "minimum": 1, "description": "Of the row in the last input it was in."},
+        "variant": {"type": "integer", "minimum": 0, "description": "Where a row has several pictures."},
+        "state": {"enum": ["pending", *STATUSES]},
+        "prompt": {"type": "string"},
+        "rewritten_prompt": {"type": "string"},
+        "size": {"type": "string", "description": "As asked, width*height."},
+        "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED, "description": "None where none can be sent."},
+        "prompt_extend": {"type": "boolean"},
+        "output": {"type": "string", "description": "File in the output folder, also where it is not there yet."},
+        "image_path": {"type": "string", "description": "Absolute; of a saved picture."},
+        "width": {"type": "integer", "description": "Pixels of the saved file."},
+        "height": {"type": "integer", "description": "Pixels of the saved file."},
+        "bytes": {"type": "integer"},
+        "sha256": {"type": "string"},
+        "evidence_path": {"type": "string", "description": "Absolute."},
+        "request_id": {"type": "string"},
+        "estimated_cost": {"type": "number", "description": "US$ of all tries that were, or may have been, billed."},
+        "attempts": {"type": "integer", "minimum": 0},
+        "finished_at": {"type": "string", "format": "date-time"},
+        "warnings": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+        "error": ERROR_SCHEMA
+        | {"properties": {name: rule for name, rule in ERROR_SCHEMA["properties"].items() if name != "image_url"}},
+        "in_input": {"const": False, "description": "Where the last input does not have its row any more."},
+    },
+}
+
+SCHEMAS = {
+    "request": REQUEST_SCHEMA,
+    "response": RESPONSE_SCHEMA,
+    "evidence": EVIDENCE_SCHEMA,
+    "result": RESULT_SCHEMA,
+}

@@ -82,7 +82,7 @@ def build_parser(provider: type[Provider] | None = None) -> Parser:
     mode.add_argument("--replay", metavar="EVIDENCE", help="make the picture of an evidence file again (paid again)")
     mode.add_argument("--recover", metavar="EVIDENCE", help="finish a paid picture without paying")
     mode.add_argument("--check", action="store_true", help="one free query: does host, key and permission work?")
-    mode.add_argument("--schema", metavar="WHAT", help="print a JSON Schema: request, response or evidence")
+    mode.add_argument("--schema", metavar="WHAT", help="print a JSON Schema: request, response, evidence or result")
 
     request = parser.add_argument_group("request (wins over the request's own fields)")
     request.add_argument("--size", metavar="W*H", help="pixels, such as 1280x720; 512*512 to 2048*2048 in total")
