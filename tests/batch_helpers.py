@@ -17,6 +17,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
 
+from closed import assert_closed
 from conftest import GENERATE as SINGLE
 from conftest import SCRIPTS, Result, Shell
 from fault_server import GENERATE, PICTURE, Answer, Behaviour, FaultServer, Received, file, good, png
@@ -153,7 +154,10 @@ class Batch:
     def results(self) -> list[dict[str, Any]]:
         text = (self.out / "results.jsonl").read_text(encoding="utf-8")
         assert text.endswith("\n") or not text
-        return [json.loads(line) for line in text.split("\n")[:-1]]
+        results = [json.loads(line) for line in text.split("\n")[:-1]]
+        for result in results:
+            assert_closed("result", result)
+        return results
 
     def states(self) -> dict[str, str]:
         """Prompt to state, of inputs whose prompts differ."""
@@ -185,6 +189,8 @@ class Batch:
     def evidence(self) -> dict[str, dict[str, Any]]:
         """Prompt to evidence."""
         contents = [json.loads(path.read_text(encoding="utf-8")) for path in self.out.glob("evidence/*/*.json")]
+        for content in contents:
+            assert_closed("evidence", content)
         return {content["request"]["prompt"]: content for content in contents}
 
     def files(self) -> dict[str, bytes]:

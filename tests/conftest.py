@@ -42,6 +42,7 @@ sys.path.insert(0, str(SCRIPTS))
 # These hold what only POSIX has: locks, terminals, limits of a process.
 collect_ignore = ["test_batch_run.py", "test_batch_state.py"] if os.name == "nt" else []
 
+from closed import assert_answer_closed, assert_closed
 from fault_server import FaultServer
 from mock_server import MockServer
 from zimage import outside, waiting
@@ -82,9 +83,10 @@ class Result:
 
     @property
     def json(self) -> dict[str, Any]:
-        """The one JSON object on stdout."""
+        """The one JSON object on stdout, without a field that its schema does not name."""
         value = json.loads(self.stdout)
         assert isinstance(value, dict)
+        assert_answer_closed(value)
         return value
 
     @property
@@ -187,6 +189,7 @@ class Shell:
         (path,) = self.evidence_files()
         data = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(data, dict)
+        assert_closed("evidence", data)
         return data
 
     def files(self) -> list[str]:
@@ -232,6 +235,10 @@ def shell(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Shell]:
         if process.poll() is None:
             process.kill()
             process.communicate(timeout=30)
+    for path in folder.rglob("evidence/**/*.json"):
+        content = path.read_bytes()
+        if content.startswith(b"{\n"):  # what a test has put there stands on one line
+            assert_closed("evidence", json.loads(content))
 
 
 @pytest.fixture
