@@ -15,6 +15,7 @@ from zimage.errors import Fault
 PARTS = EVIDENCE_SCHEMA["properties"]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     ("kind", "schema"),
     [
