@@ -6,7 +6,9 @@ A test gets `shell`, a `Shell` whose working folder, home and environment hold n
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import gc
 import importlib
 import io
@@ -18,7 +20,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn
@@ -36,6 +38,7 @@ KEPT_VARIABLES = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LD_LIBRARY_PATH")
 # What `make check-all` installs, or reaches a package index for. A test that asks for one of these is `heavy`.
 HEAVY_FIXTURES = {"whole_model", "browser", "agents", "uv"}
 SMOKE_ROWS = 2
+IS_WARM = sys.platform == "linux" and "ZIMAGE_TEST_COLD" not in os.environ
 
 sys.path.insert(0, str(SCRIPTS))
 
@@ -45,6 +48,7 @@ collect_ignore = ["test_batch_run.py", "test_batch_state.py"] if os.name == "nt"
 from closed import assert_answer_closed, assert_closed
 from fault_server import FaultServer
 from mock_server import MockServer
+from warm import Warm
 from zimage import outside, waiting
 
 
@@ -71,6 +75,18 @@ def cannot(reason: str) -> NoReturn:
     if os.environ.get("CI"):
         pytest.fail(f"CI must be able to: {reason}")
     pytest.skip(f"cannot {reason}")
+
+
+def is_cold_environment(env: Mapping[str, str]) -> bool:
+    """Whether it says what an interpreter looks at when it starts."""
+    return any(name.startswith(("PYTHON", "LC_", "LANG")) for name in env)
+
+
+@functools.cache
+def warm_process() -> Warm:
+    process = Warm({name: os.environ[name] for name in KEPT_VARIABLES if name in os.environ})
+    atexit.register(process.close)
+    return process
 
 
 @dataclass
@@ -134,7 +150,25 @@ class Shell:
         return [sys.executable, str(self.script), *arguments]
 
     def run(self, *arguments: str, stdin: bytes | None = None, timeout: float = 60) -> Result:
-        """Run the script to its end, with no terminal and, unless given, an empty standard input."""
+        """Run the script to its end, with no terminal and, unless given, an empty standard input.
+
+        Where its start is not the subject it is forked off a process that has loaded what it would load.
+        """
+        if self.can_be_warm and not is_cold_environment(self.env):
+            return self.run_forked(warm_process(), *arguments, stdin=stdin, timeout=timeout)
+        return self.run_cold(*arguments, stdin=stdin, timeout=timeout)
+
+    @property
+    def can_be_warm(self) -> bool:
+        return IS_WARM and self.script.parent == SCRIPTS and self.script.name.startswith("generate_")
+
+    def run_forked(self, process: Warm, *arguments: str, stdin: bytes | None = None, timeout: float = 60) -> Result:
+        argv = [str(self.script), *arguments]
+        code, out, err = process.run(argv, self.folder, self.environment(), stdin or b"", timeout)
+        return Result(code, out.decode("utf-8"), err.decode("utf-8"))
+
+    def run_cold(self, *arguments: str, stdin: bytes | None = None, timeout: float = 60) -> Result:
+        """As `run`, and always by a new interpreter."""
         done = subprocess.run(
             self.command(*arguments),
             cwd=self.folder,
@@ -152,7 +186,7 @@ class Shell:
         Not for what lies between command and process: closed streams, signals, memory, imports, Python's variables.
         """
         if self.is_first_row or self.script.parent != SCRIPTS:
-            return self.run(*arguments, stdin=stdin, timeout=timeout)
+            return self.run_cold(*arguments, stdin=stdin, timeout=timeout)
         main = importlib.import_module(self.script.stem).main
         out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
         with tempfile.TemporaryFile() as given, as_in_a_process(self.folder, self.environment()):

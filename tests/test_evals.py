@@ -5,14 +5,16 @@ Everything is played by two workers while the tests look at one verdict after th
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import json
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -186,22 +188,49 @@ def test_triggers_have_both_answers_in_both_languages() -> None:
 Play = Callable[[str, str], Any]
 
 
+def steps_of(name: str, way: str) -> list[Any]:
+    if not way:
+        return list(run_evals.solution(TASKS[name]))
+    return ALSO_RIGHT.get((name, way)) or list(WRONG[name, way]["steps"])
+
+
+def play_once(shared: Path, name: str, way: str, *, wait: bool) -> Any:
+    """The verdict, played here or by another process of this run; None where that one is not waited for."""
+    folder = shared / hashlib.sha256(f"{name} {way}".encode()).hexdigest()[:16]
+    told = folder / "verdict.json"
+    try:
+        folder.mkdir(parents=True)
+    except FileExistsError:
+        end = time.monotonic() + (300 if wait else 0)
+        while not told.exists() and time.monotonic() < end:
+            time.sleep(0.02)
+        return json.loads(told.read_text(encoding="utf-8")) if told.exists() else None
+    try:
+        verdict = run_evals.played(TASKS[name], steps_of(name, way))
+    except Exception as error:  # whoever waits for it is told
+        verdict = {"passed": False, "failed": [repr(error)], "checks": [], "commands": []}
+    (folder / "part.json").write_text(json.dumps(verdict), encoding="utf-8")
+    (folder / "part.json").rename(told)
+    return verdict
+
+
 @pytest.fixture(scope="module")
-def play(request: pytest.FixtureRequest) -> Iterator[Play]:
-    """The verdict on one way to solve a task, by name; "" is the reference. All that were collected are under way."""
+def play(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Play]:
+    """The verdict on one way to solve a task, by name; "" is the reference. All that were collected are under way.
+
+    Every process of a run collects all: each case is played by the one that comes to it first.
+    """
     cases: list[tuple[str, str]] = [
         (str(item.callspec.params["task"]), str(item.callspec.params.get("way", "")))
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.module is request.module and "play" in item.fixturenames
     ]
+    base = tmp_path_factory.getbasetemp()
+    shared = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "verdicts"
     with ThreadPoolExecutor(2) as pool:
-        futures: dict[tuple[str, str], Future[Any]] = {}
         for name, way in cases:
-            steps = run_evals.solution(TASKS[name])
-            if way:
-                steps = ALSO_RIGHT.get((name, way)) or WRONG[name, way]["steps"]
-            futures[name, way] = pool.submit(run_evals.played, TASKS[name], steps)
-        yield lambda name, way: futures[name, way].result(timeout=300)
+            pool.submit(play_once, shared, name, way, wait=False)
+        yield lambda name, way: play_once(shared, name, way, wait=True)
         pool.shutdown(cancel_futures=True)
 
 

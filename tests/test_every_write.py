@@ -4,11 +4,16 @@ A first pass counts the writes of a run (what one is: tests/every_write/sitecust
 run is made anew with that write failing once, with it and all after it failing, or killed right behind it; and what its
 advice says is done, on a disk that works again. What no write can break stands in `Single.judge` and `Many.judge`.
 
+Those runs are forked off one that has loaded everything (tests/warm.py); the first pass is a process of its own, and
+the writes that are seen in a fork are held against its.
+
     ZIMAGE_TEST_ONLY=17 pytest tests/test_every_write.py -k "batch and fail-from"    # one write alone
 """
 
 from __future__ import annotations
 
+import atexit
+import functools
 import json
 import os
 import shlex
@@ -25,18 +30,28 @@ from urllib.parse import quote
 import pytest
 
 from batch_helpers import BATCH, PRICE, SMALL
-from conftest import GENERATE, Result, Shell
+from conftest import GENERATE, IS_WARM, Result, Shell
 from fault_server import Answer, FaultServer, Received, file, good_body, json_answer, png
 from provider_cases import DASHSCOPE, KEYS, OPENAI, ZIMAGETURBO, Case, TaskBook
+from warm import Warm
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
 INJECTION = Path(__file__).resolve().parent / "every_write"
 MODES = ("fail", "fail-from", "kill")
-AT_ONCE = 4  # runs
+AT_ONCE = 8  # runs: much of each is waiting
 PATIENCE = ("--timeout", "15")  # for a disk that stays full: the program may wait for it
 CALL_S = 0.08  # of a paid call: what is saved meanwhile is mostly saved before the next answer, so that the order holds
 COLOURS = ("teal", "crimson", "gold")
+
+
+@functools.cache
+def watched_process() -> Warm:
+    """One whose writes are counted from its start on, as those of an interpreter with the injection are."""
+    watched = {"PYTHONPATH": str(INJECTION), "ZIMAGE_TEST_WRITE": "fail:0", "ZIMAGE_TEST_WRITE_BELOW": "/nowhere"}
+    process = Warm({"PATH": os.environ["PATH"]} | watched)
+    atexit.register(process.close)
+    return process
 
 
 class Till:
@@ -129,7 +144,7 @@ class Story:
         """Whether there was a write of this number: where threads meet otherwise, commits are grouped."""
         return any(line.startswith(f"{self.number}\t") for line in self.writes())
 
-    def first(self) -> Result:
+    def first(self, *, cold: bool = not IS_WARM) -> Result:
         """The run whose disk fails."""
         steering = {
             "PYTHONPATH": str(INJECTION),
@@ -138,7 +153,10 @@ class Story:
             "ZIMAGE_TEST_WRITE_LOG": str(self.log),
         }
         self.shell.env |= steering
-        result = self.shell.run(*self.arguments)
+        if cold:
+            result = self.shell.run_cold(*self.arguments)
+        else:
+            result = self.shell.run_forked(watched_process(), *self.arguments)
         for name in steering:
             del self.shell.env[name]
         self.said = result.stdout + result.stderr
@@ -366,21 +384,30 @@ def till() -> Iterator[Till]:
         yield Till(server)
 
 
+def writes_of(story: Story, *, cold: bool) -> list[str]:
+    """What a run wrote in which nothing failed."""
+    result = story.first(cold=cold)
+    assert result.code == 0, result
+    assert not story.problems, story.problems
+    return [line.split("\t")[1] for line in story.log.read_text(encoding="utf-8").splitlines()]
+
+
 def numbers(till: Till, kind: type[Story], case: Case, mode: str, folder: Path) -> range:
     """The writes that a run makes when all goes well.
 
     Before the first payment all providers do the same, and that later writes fail too makes no difference: none follows
     the first. There, one provider and one kind of failure are enough.
     """
-    story = kind(till, folder / "counted", mode, 0 if mode != "fail-from" else sys.maxsize, f"{mode} none", case)
+    never = 0 if mode != "fail-from" else sys.maxsize
+    story = kind(till, folder / "counted", mode, never, f"{mode} none", case)
     before: list[int] = []
     till.at_first_payment(lambda: before.append(len(story.writes())))
-    result = story.first()
-    assert result.code == 0, result
-    assert not story.problems, story.problems
-    lines = story.writes()
+    lines = writes_of(story, cold=True)
     assert before and before[0] >= 5 and len(lines) - before[0] >= 5, "the writes of this run are not seen"
-    assert {line.split("\t")[1] for line in lines} >= {"open", "write", "mkdir"}, lines
+    assert set(lines) >= {"open", "write", "mkdir"}, lines
+    again = writes_of(kind(till, folder / "forked", mode, never, f"{mode} forked", case), cold=not IS_WARM)
+    assert set(again) == set(lines), "a fork's writes are seen as those of a process are"
+    assert kind is Many or again == lines  # threads commit in groups
     if "ZIMAGE_TEST_ONLY" in os.environ:
         only = int(os.environ["ZIMAGE_TEST_ONLY"])
         return range(only, only + 1)

@@ -24,10 +24,8 @@ from collections.abc import Callable
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-MODE, _, _ARGUMENT = os.environ.get("ZIMAGE_TEST_WRITE", "").partition(":")
-NUMBER = int(_ARGUMENT) if _ARGUMENT.isdigit() else 0
-BELOW = os.path.realpath(os.environ.get("ZIMAGE_TEST_WRITE_BELOW", "/")).rstrip(os.sep) + os.sep
-LOG = os.environ.get("ZIMAGE_TEST_WRITE_LOG", "")
+MODE = BELOW = LOG = _ARGUMENT = ""
+NUMBER = 0
 ENOSPC = 28
 FAILS, KILLS = "fails", "kills"
 SQL_WRITES = ("insert", "update", "delete", "replace", "create", "drop", "alter", "commit", "end", "vacuum")
@@ -36,6 +34,16 @@ SQL_PRAGMAS = ("user_version", "application_id", "journal_mode", "wal_checkpoint
 _open, _exists = os.open, os.path.exists
 _lock = threading.Lock()
 _count = 0
+
+
+def read_settings() -> None:
+    """At the start of a process; and of a fork (tests/warm.py), that its parent was told of no write."""
+    global MODE, BELOW, LOG, NUMBER, _ARGUMENT, _count
+    MODE, _, _ARGUMENT = os.environ.get("ZIMAGE_TEST_WRITE", "").partition(":")
+    NUMBER = int(_ARGUMENT) if _ARGUMENT.isdigit() else 0
+    BELOW = os.path.realpath(os.environ.get("ZIMAGE_TEST_WRITE_BELOW", "/")).rstrip(os.sep) + os.sep
+    LOG = os.environ.get("ZIMAGE_TEST_WRITE_LOG", "")
+    _count = 0
 
 
 def verdict(what: str, path: str, *, seen: bool = True) -> str:
@@ -324,5 +332,6 @@ def install() -> None:
     guard_sqlite()
 
 
+read_settings()
 if MODE:
     install()
