@@ -31,15 +31,15 @@ from zimage.endpoint import Endpoint
 from zimage.errors import Failure, os_reason
 from zimage.outside import at, outside_text
 from zimage.provider import (
+    GUIDANCE,
     OWN_HARDWARE,
+    STEPS,
     Generated,
     LocalCall,
     Price,
     Provider,
     Setting,
-    real_number,
     what_the_model_cannot,
-    whole_number,
 )
 from zimage.request import ImageRequest
 
@@ -121,8 +121,8 @@ class Diffusers(Provider):
     billable = False
     own_settings = (
         Setting("model_path", "PATH", "folder that holds the model, or its name in the hub's cache", MODEL, model_path),
-        Setting("steps", "N", "sampling steps, each one evaluation of the transformer", 8, whole_number(1, 200)),
-        Setting("guidance", "X", "guidance scale; this model is made for 0", 0.0, real_number(0, 100)),
+        STEPS._replace(help="sampling steps, each one evaluation of the transformer"),
+        GUIDANCE,
         Setting("device", "NAME", f"one of {', '.join(DEVICES)} (default the first that is there)", None, device_name),
     )
 

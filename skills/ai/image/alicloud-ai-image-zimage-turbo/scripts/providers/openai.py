@@ -19,16 +19,16 @@ from zimage.errors import Failure
 from zimage.keys import KeyPlaces
 from zimage.outside import at, kept_text, outside_json
 from zimage.provider import (
+    GUIDANCE,
     OWN_HARDWARE,
+    STEPS,
     Generated,
     HttpAnswer,
     HttpCall,
     Price,
     Provider,
     Setting,
-    real_number,
     what_the_model_cannot,
-    whole_number,
 )
 from zimage.request import ImageRequest
 
@@ -71,8 +71,8 @@ class OpenAI(Provider):
     links_to_itself = True
     billable = False
     own_settings = (
-        Setting("steps", "N", "sampling steps", 8, whole_number(1, 200)),
-        Setting("guidance", "X", "guidance scale; this model is made for 0", 0.0, real_number(0, 100)),
+        STEPS,
+        GUIDANCE,
         Setting("image_format", "FORMAT", "png, jpeg or webp to ask for; else the server chooses", None, image_format),
         Setting("model", "NAME", "model name to send, where the server serves several", None, model_name),
     )

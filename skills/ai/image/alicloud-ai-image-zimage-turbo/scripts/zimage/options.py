@@ -6,9 +6,8 @@ import argparse
 import contextlib
 import json
 import os
-import re
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from zimage.contract import (
     DEFAULT_MAX_RETRIES,
@@ -24,7 +23,9 @@ from zimage.contract import (
 from zimage.errors import Failure, Problem, noting, raise_problems
 from zimage.outside import at, outside_text, shown
 from zimage.plan import Options
+from zimage.provider import number
 from zimage.registry import DEFAULT_PROVIDER, provider_class, provider_names
+from zimage.request import seed_in
 from zimage.trust import trusted_hosts
 
 if TYPE_CHECKING:
@@ -153,15 +154,26 @@ def provider_in(argv: Sequence[str]) -> type[Provider] | None:
 
 def read_settings(provider: type[Provider], given: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
     """The provider's own options that are given, as values."""
-    settings = {}
-    for setting in provider.own_settings:
-        if setting.name in given:
-            try:
-                settings[setting.name] = setting.read(given[setting.name])
-            except ValueError as error:
-                text = f"{flag(setting.name)}: must be {error}, got {shown(given[setting.name])}"
-                problems.append(Problem("usage", text))
-    return settings
+    return {
+        setting.name: read_value(setting.name, given, setting.read, setting.default, problems)
+        for setting in provider.own_settings
+        if setting.name in given
+    }
+
+
+Value = TypeVar("Value")
+
+
+def read_value(
+    name: str, given: Mapping[str, Any], read: Callable[[str], Value], default: Value, problems: list[Problem]
+) -> Value:
+    """What the text of an option means; the default where it is not given, or where what is wrong is noted."""
+    if name in given:
+        try:
+            return read(given[name])
+        except ValueError as error:
+            problems.append(Problem("usage", f"{flag(name)}: must be {error}, got {shown(given[name])}"))
+    return default
 
 
 def chosen_mode(given: Mapping[str, Any], modes: Sequence[str], problems: Sequence[Problem]) -> str:
@@ -202,12 +214,10 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
         problems.append(
             Problem("usage", f"--schema: must be one of {', '.join(SCHEMAS)}, got {shown(arguments.schema)}")
         )
-    timeout, max_retries, region = DEFAULT_TIMEOUT, float(DEFAULT_MAX_RETRIES), None
-    with noting(problems):
-        timeout = number_option("--timeout", arguments.timeout, DEFAULT_TIMEOUT, TIMEOUT_RANGE)
-    with noting(problems):
-        max_retries = number_option("--max-retries", arguments.max_retries, DEFAULT_MAX_RETRIES, MAX_RETRIES_RANGE)
+    timeout = read_value("timeout", given, number(float, *TIMEOUT_RANGE), DEFAULT_TIMEOUT, problems)
+    max_retries = read_value("max_retries", given, number(int, *MAX_RETRIES_RANGE), DEFAULT_MAX_RETRIES, problems)
     settings = read_settings(provider, given, problems) if provider else {}
+    region = None
     with noting(problems):
         provider = None if arguments.provider is None else provider_class(arguments.provider)
     with noting(problems):
@@ -228,7 +238,7 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
         overwrite=arguments.overwrite,
         dry_run=arguments.dry_run,
         timeout=timeout,
-        max_retries=int(max_retries),
+        max_retries=max_retries,
         trusted=trusted,
         problems=tuple(problems),
     )
@@ -252,21 +262,6 @@ def unknown_sentences(unknown: Sequence[str]) -> list[str]:
     return sentences
 
 
-def number_option(name: str, text: str | None, default: float, bounds: tuple[float, float]) -> float:
-    """The number that an option gives.
-
-    Raises:
-        Failure: usage.
-    """
-    if text is None:
-        return default
-    least, most = bounds
-    form = r"[0-9]{1,9}(\.[0-9]{1,9})?" if isinstance(default, float) else "[0-9]{1,9}"
-    if not re.fullmatch(form, text) or not least <= float(text) <= most:
-        raise Failure("usage", f"{name}: must be a number from {least:g} to {most:g}, got {shown(text)}")
-    return float(text)
-
-
 def region_option(name: str | None, provider: type[Provider]) -> str | None:
     """The provider's own name for the region that --region gives.
 
@@ -283,9 +278,5 @@ def region_option(name: str | None, provider: type[Provider]) -> str | None:
 
 
 def request_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The request fields that flags set. A seed that is no number stays text: the schema refuses it."""
-    overrides = {name: given[name] for name in REQUEST_FLAGS if name in given}
-    seed = overrides.get("seed")
-    if isinstance(seed, str) and re.fullmatch(r"-?[0-9]{1,18}", seed):
-        overrides["seed"] = int(seed)
-    return overrides
+    """The request fields that flags set."""
+    return {name: seed_in(given[name]) if name == "seed" else given[name] for name in REQUEST_FLAGS if name in given}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 import re
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from zimage.contract import LONG_PROMPT, MAX_ANSWER_BYTES
 
@@ -84,27 +84,23 @@ class Setting(NamedTuple):
     read: Callable[[str], Any]  # the value that a text means; raises ValueError with what it must be
 
 
-def whole_number(least: int, most: int) -> Callable[[str], int]:
-    """A reader of settings: a whole number within bounds."""
-
-    def read(text: str) -> int:
-        if not re.fullmatch("[0-9]{1,9}", text) or not least <= int(text) <= most:
-            raise ValueError(f"a whole number from {least} to {most}")
-        return int(text)
-
-    return read
+Number = TypeVar("Number", int, float)
 
 
-def real_number(least: float, most: float) -> Callable[[str], float]:
-    """A reader of settings: a decimal number within bounds."""
+def number(kind: type[Number], least: float, most: float, name: str = "a number") -> Callable[[str], Number]:
+    """A reader of options: a number within bounds, without sign and exponent."""
+    form = "[0-9]{1,9}" + r"(\.[0-9]{1,9})?" * (kind is float)
 
-    def read(text: str) -> float:
-        if not re.fullmatch(r"[0-9]{1,9}(\.[0-9]{1,9})?", text) or not least <= float(text) <= most:
-            raise ValueError(f"a number from {least:g} to {most:g}")
-        return float(text)
+    def read(text: str) -> Number:
+        if not re.fullmatch(form, text) or not least <= kind(text) <= most:
+            raise ValueError(f"{name} from {least:g} to {most:g}")
+        return kind(text)
 
     return read
 
+
+STEPS = Setting("steps", "N", "sampling steps", 8, number(int, 1, 200, "a whole number"))
+GUIDANCE = Setting("guidance", "X", "guidance scale; this model is made for 0", 0.0, number(float, 0, 100))
 
 SIDE_STEP = 16  # pixels; the open model's card and pipeline: both sides are multiples of it
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
+import queue
 import re
 import secrets
 import stat
 import sys
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, cast
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, cast
 
 from zimage.contract import DEFAULT_SIZE, MAX_PIXELS, MAX_SEED, MIB, MIN_PIXELS, RATIO_SIZES, REQUEST_SCHEMA
 from zimage.errors import Failure, Problem, os_reason
 from zimage.outside import json_kind, outside_text, shown, without_surrogates
-from zimage.waiting import Late, Stop
+from zimage.waiting import TICK, Late, Stop
 
 if TYPE_CHECKING:
     from zimage.facts import Request
@@ -53,6 +56,11 @@ def normal_size(text: str) -> str:
 
 def pick_seed() -> int:
     return secrets.randbelow(MAX_SEED + 1)
+
+
+def seed_in(text: str) -> int | str:
+    """The number that a text gives; one that gives none stays text: the schema refuses it."""
+    return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
 
 
 _validators: dict[str, Any] = {}  # by the title of their schema: building one costs as much as ten checks
@@ -210,37 +218,87 @@ def read_input(option: str, name: str, limit: int, stop: Stop) -> bytes:
         Failure: file_unreadable.
     """
     label = f"{option} {outside_text(name, 200)}".strip()
-    try:
-        if name == "-":
-            if sys.stdin is None or sys.stdin.isatty():
-                raise Failure("file_unreadable", f"{label}: nothing is piped into standard input")
-            # Not sys.stdin itself: a thread that still reads it would crash the interpreter's end.
-            content = _read_in_time(sys.stdin.fileno(), limit, stop)
-        elif stat.S_ISREG(os.stat(name).st_mode):
-            with open(name, "rb") as source:
-                content = source.read(limit + 1)
-        elif os.path.isdir(name):
-            raise Failure("file_unreadable", f"{label}: is a folder")
-        else:
-            content = _read_in_time(name, limit, stop)
-    except (OSError, ValueError) as error:
-        raise Failure("file_unreadable", f"{label}: cannot be read: {os_reason(error)}") from None
+    (content,) = incoming(label, name, lambda source: iter([source.read(limit + 1)]), stop)
     if len(content) > limit:
         raise Failure("file_unreadable", f"{label}: is larger than {limit // MIB} MiB")
     return content
 
 
-def _read_in_time(source: str | int, limit: int, stop: Stop) -> bytes:
-    """Read a descriptor, or the file of that name: one that nobody writes to must not hang the command."""
+def incoming(
+    label: str,
+    name: str,
+    read: Callable[[BinaryIO], Iterator[bytes]],
+    stop: Stop,
+    wait: float | None = None,
+    *,
+    hint: str | None = None,
+) -> Iterator[bytes]:
+    """The pieces that `read` makes of a file, `-` for standard input; a pipe may take `wait` seconds for each.
 
-    def read() -> bytes:
-        with open(source, "rb", closefd=isinstance(source, str)) as stream:
-            return stream.read(limit + 1)
+    `until` is the moment of time.monotonic() at which a pipe must have been read.
 
+    Raises:
+        Failure: file_unreadable, time_limit.
+    """
     try:
-        return stop.in_thread(read)
+        if name == "-":
+            if sys.stdin is None or sys.stdin.isatty():
+                raise Failure("file_unreadable", f"{label}: nothing is piped into standard input")
+            # Not sys.stdin itself: a thread that still reads it would hang or crash the interpreter's end.
+            pieces = _piped(sys.stdin.fileno(), read)
+        elif stat.S_ISREG(os.stat(name).st_mode):
+            with open(name, "rb") as source:
+                for piece in read(source):
+                    stop.check()
+                    yield piece
+            return
+        elif os.path.isdir(name):
+            raise Failure("file_unreadable", f"{label}: is a folder")
+        else:
+            pieces = _piped(name, read)
+        while (next_piece := _in_time(pieces, stop.part(wait) if wait else stop)) is not None:
+            yield next_piece
     except Late:
-        raise OSError(f"nothing complete arrived within {stop.timeout:g} s") from None
+        if wait and stop.left_s <= 0:
+            raise Failure("time_limit", f"{label}: not at its end before the time limit") from None
+        awaited, seconds = ("nothing more", wait) if wait else ("nothing complete", stop.timeout)
+        text = f"{label}: cannot be read: {awaited} arrived within {seconds:g} s"
+        raise Failure("file_unreadable", text, hint=hint) from None
+    except (OSError, ValueError) as error:
+        raise Failure("file_unreadable", f"{label}: cannot be read: {os_reason(error)}", hint=hint) from None
+
+
+Pieces = queue.Queue[bytes | Exception | None]
+
+
+def _piped(source: str | int, read: Callable[[BinaryIO], Iterator[bytes]]) -> Pieces:
+    """Read a descriptor, or the file of that name, in a thread: one that nobody writes to must not hang the command."""
+    pieces = Pieces(maxsize=1000)
+
+    def work() -> None:
+        try:
+            with open(source, "rb", closefd=isinstance(source, str)) as stream:
+                for piece in read(stream):
+                    pieces.put(piece)
+            pieces.put(None)
+        except Exception as error:
+            pieces.put(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return pieces
+
+
+def _in_time(pieces: Pieces, stop: Stop) -> bytes | None:
+    """The next piece, None at the end. Raises Late, Stopped, and what reading raised."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            piece = pieces.get(timeout=max(0.0, min(TICK, stop.left_s)))
+            if isinstance(piece, Exception):
+                raise piece
+            return piece
+        stop.check()
+        if stop.left_s <= 0:
+            raise Late
 
 
 def decode_json_file(label: str, data: bytes) -> Any:

@@ -5,37 +5,26 @@ from __future__ import annotations
 import argparse
 import os
 import stat
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from zimage.contract import (
-    DEFAULT_MAX_RETRIES,
-    DEFAULT_TIMEOUT,
-    MAX_RETRIES_RANGE,
-    TIMEOUT_RANGE,
-    VERSION,
-)
-from zimage.errors import (
-    Failure,
-    Problem,
-    noting,
-    os_reason,
-    raise_problems,
-)
+from zimage.contract import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT, MAX_RETRIES_RANGE, TIMEOUT_RANGE, VERSION
+from zimage.errors import Failure, Problem, noting, os_reason, raise_problems
 from zimage.options import (
     Parser,
+    Value,
     add_service_options,
     chosen_mode,
     flag,
-    number_option,
     provider_in,
     read_settings,
+    read_value,
     region_option,
     unknown_sentences,
 )
 from zimage.outside import outside_text, without_surrogates
-from zimage.provider import Provider
+from zimage.provider import Provider, number
 from zimage.registry import DEFAULT_PROVIDER, provider_class
 from zimage.trust import trusted_hosts
 
@@ -154,14 +143,8 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> BatchOptions:
     elif not arguments.output_dir:
         problems.append(Problem("usage", "--output-dir: required, the folder for state, images, results and gallery"))
 
-    def number(name: str, default: float, bounds: tuple[float, float]) -> float | None:
-        """The number of an option; None where it is not given."""
-        text = getattr(arguments, name)
-        if text is None:
-            return None
-        with noting(problems):
-            return number_option(flag(name), text, default, bounds)
-        return None
+    def value(name: str, read: Callable[[str], Value], default: Value) -> Value:
+        return read_value(name, given, read, default, problems)
 
     kind, region = provider_class(DEFAULT_PROVIDER), None
     with noting(problems):
@@ -171,43 +154,36 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> BatchOptions:
     provider = kind(read_settings(kind, given, problems))
     trusted, more = trusted_hosts(arguments.trust_host or [], env)
     problems += more
-    variants = number("variants", 1, (1, 10_000))
-    concurrency = number("concurrency", 1, (1, 256))
-    limit = number("limit", 1, (0, 10**9 - 1))
-    rpm = number("rpm", 0.0, (0, 1_000_000))
-    max_cost = number("max_cost", 0.0, (0, 1_000_000))
-    time_limit = number("time_limit", 0.0, (1, 10_000_000))
-    timeout = number("timeout", DEFAULT_TIMEOUT, TIMEOUT_RANGE)
-    max_retries = number("max_retries", DEFAULT_MAX_RETRIES, MAX_RETRIES_RANGE)
     name = getattr(arguments, mode) if looking else arguments.output_dir
     folder = Path(os.path.abspath(name or "."))
     with noting(problems):
         if name is not None:
             check_folder_name(flag(mode) if looking else "--output-dir", name, folder)
-    raise_problems(problems)
-    return BatchOptions(
+    options = BatchOptions(
         mode={"status": "status", "gallery_only": "gallery"}.get(mode, "make"),
         input=arguments.input,
         prompt=arguments.prompt,
         folder=folder,
-        variants=int(variants or 1),
-        concurrency=provider.calls_at_once if concurrency is None else int(concurrency),
-        rpm=provider.requests_per_minute if rpm is None else rpm,
-        max_cost=max_cost,
-        time_limit=time_limit,
-        limit=None if limit is None else int(limit),
+        variants=value("variants", number(int, 1, 10_000), 1),
+        concurrency=value("concurrency", number(int, 1, 256), provider.calls_at_once),
+        limit=value("limit", number(int, 0, 10**9 - 1), None),
+        rpm=value("rpm", number(float, 0, 1_000_000), provider.requests_per_minute),
+        max_cost=value("max_cost", number(float, 0, 1_000_000), None),
+        time_limit=value("time_limit", number(float, 1, 10_000_000), None),
         provider=provider,
         region=region,
         base_url=arguments.base_url,
         trusted=trusted,
-        timeout=DEFAULT_TIMEOUT if timeout is None else timeout,
-        max_retries=DEFAULT_MAX_RETRIES if max_retries is None else int(max_retries),
+        timeout=value("timeout", number(float, *TIMEOUT_RANGE), DEFAULT_TIMEOUT),
+        max_retries=value("max_retries", number(int, *MAX_RETRIES_RANGE), DEFAULT_MAX_RETRIES),
         retry_failed=arguments.retry_failed,
         retry_unknown=arguments.retry_unknown,
         accept_changes=arguments.accept_changes,
         dry_run=arguments.dry_run,
         gallery=not arguments.no_gallery,
     )
+    raise_problems(problems)
+    return options
 
 
 def check_folder_name(option: str, name: str, folder: Path) -> None:

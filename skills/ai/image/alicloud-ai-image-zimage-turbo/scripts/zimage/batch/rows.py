@@ -7,21 +7,16 @@ import csv
 import hashlib
 import json
 import os
-import queue
-import re
-import stat
-import sys
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from zimage.batch.contract import INPUTS, MAX_ID_LENGTH, MAX_LINE_BYTES, ROW_SCHEMA
 from zimage.contract import MIB
-from zimage.errors import Failure, os_reason
+from zimage.errors import Failure
 from zimage.outside import json_kind, outside_text, shown, without_surrogates
-from zimage.request import ImageRequest, is_plainly_valid, normalize, parse_json, request_problems
-from zimage.waiting import TICK, Stop
+from zimage.request import ImageRequest, incoming, is_plainly_valid, normalize, parse_json, request_problems, seed_in
+from zimage.waiting import Stop
 
 
 class Row(NamedTuple):
@@ -39,81 +34,16 @@ class WrongRow(NamedTuple):
     sentences: list[str]
 
 
-class Lines:
-    """The lines of an input as bytes, never waiting longer than `wait` seconds for the next one of a pipe.
-
-    `stop` ends the reading; when its time is over a pipe must have been read.
-
-    Raises:
-        Failure: file_unreadable, time_limit.
-    """
-
-    def __init__(self, name: str, wait: float, stop: Stop) -> None:
-        self.stop = stop
-        self.label = "--input" if name == "-" else f"--input {outside_text(name, 200)}"
-        self.name = name
-        self.wait = wait
-
-    def __iter__(self) -> Iterator[bytes]:
-        try:
-            if self.name == "-":
-                if sys.stdin is None or sys.stdin.isatty():
-                    raise Failure("file_unreadable", f"{self.label}: nothing is piped into standard input")
-                # Not sys.stdin itself: a thread that still reads it would hang or crash the interpreter's end.
-                yield from self._in_time(sys.stdin.fileno())
-            elif stat.S_ISREG(os.stat(self.name).st_mode):
-                with open(self.name, "rb") as source:
-                    yield from self._read(source)
-            elif os.path.isdir(self.name):
-                raise Failure("file_unreadable", f"{self.label}: is a folder")
-            else:
-                yield from self._in_time(self.name)
-        except (OSError, ValueError) as error:
-            hint = f"give the path of a readable {', '.join(INPUTS)} file, or - for JSON lines on standard input"
-            raise Failure("file_unreadable", f"{self.label}: cannot be read: {os_reason(error)}", hint=hint) from None
-
-    def _read(self, source: Any) -> Iterator[bytes]:
-        for number, line in enumerate(iter(lambda: source.readline(MAX_LINE_BYTES + 1), b""), 1):
-            if len(line) > MAX_LINE_BYTES:
-                raise ValueError(f"line {number} is longer than {MAX_LINE_BYTES // MIB} MiB")
-            self.stop.check()
-            yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
-
-    def _in_time(self, source: str | int) -> Iterator[bytes]:
-        """Read a pipe in a thread: one that nobody writes to must not hang the command."""
-        lines: queue.Queue[bytes | Exception | None] = queue.Queue(maxsize=1000)
-
-        def read() -> None:
-            try:
-                with open(source, "rb", closefd=isinstance(source, str)) as stream:
-                    for line in self._read(stream):
-                        lines.put(line)
-                lines.put(None)
-            except Exception as error:
-                lines.put(error)
-
-        threading.Thread(target=read, daemon=True).start()
-        patience = self.stop.part(self.wait)
-        while True:
-            try:
-                item = lines.get(timeout=max(0.0, min(TICK, patience.left_s)))
-            except queue.Empty:
-                self.stop.check()
-                if self.stop.left_s <= 0:
-                    raise Failure("time_limit", f"{self.label}: not at its end before the time limit") from None
-                if patience.left_s <= 0:
-                    raise OSError(f"nothing more arrived within {self.wait:g} s") from None
-                continue
-            patience = self.stop.part(self.wait)
-            if item is None:
-                return
-            if isinstance(item, Exception):
-                raise item
-            yield item
+def lines_of(source: BinaryIO) -> Iterator[bytes]:
+    """The lines of an input. Raises ValueError for one that is too long."""
+    for number, line in enumerate(iter(lambda: source.readline(MAX_LINE_BYTES + 1), b""), 1):
+        if len(line) > MAX_LINE_BYTES:
+            raise ValueError(f"line {number} is longer than {MAX_LINE_BYTES // MIB} MiB")
+        yield line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
 
 
 def read_rows(name: str, wait: float, stop: Stop) -> Iterator[Row | WrongRow]:
-    """The rows of an input file, by its extension; `-` is JSON lines on standard input. `wait`, `stop`: see Lines.
+    """The rows of an input file, by its extension; `-` is JSON lines on standard input. The rest: see `incoming`.
 
     Raises:
         Failure: file_unreadable, time_limit; usage for another extension.
@@ -121,7 +51,9 @@ def read_rows(name: str, wait: float, stop: Stop) -> Iterator[Row | WrongRow]:
     kind = ".jsonl" if name == "-" else os.path.splitext(name)[1].lower()
     if kind not in INPUTS:
         raise Failure("usage", f"--input: must end in one of {', '.join(INPUTS)} or be -, got {shown(name)}")
-    lines = Lines(name, wait, stop)
+    label = "--input" if name == "-" else f"--input {outside_text(name, 200)}"
+    hint = f"give the path of a readable {', '.join(INPUTS)} file, or - for JSON lines on standard input"
+    lines = incoming(label, name, lines_of, stop, wait, hint=hint)
     reader = {".jsonl": json_rows, ".csv": csv_rows, ".txt": text_rows}[kind]
     return (checked_row(line, raw) for line, raw in reader(lines))
 
@@ -193,8 +125,8 @@ def csv_object(names: Sequence[str], cells: Sequence[str]) -> Any:
     row: dict[str, Any] = {name: cell for name, cell in zip(names, cells, strict=False) if cell.strip()}
     for name in row.keys() - {"prompt"}:
         row[name] = row[name].strip()
-    if re.fullmatch(r"-?[0-9]{1,18}", row.get("seed", "")):
-        row["seed"] = int(row["seed"])
+    if "seed" in row:
+        row["seed"] = seed_in(row["seed"])
     said = row.get("prompt_extend", "").lower()
     if said in ("true", "yes", "1"):
         row["prompt_extend"] = True
