@@ -28,9 +28,9 @@ if __name__ == "__main__":
     _zimage.__path__ = [os.path.join(_folder, "zimage")]
     sys.modules["zimage"] = _zimage
 
-from zimage.console import Console
+from zimage.console import Console, carry_out, leave
 from zimage.contract import DEFAULT_TIMEOUT, MAX_REQUEST_BYTES, MAX_SEED
-from zimage.errors import Failure, os_reason
+from zimage.errors import Failure
 from zimage.options import Parser
 from zimage.outside import json_kind, shown, without_surrogates
 from zimage.request import decode_json_file, read_input
@@ -120,7 +120,7 @@ def build_parser() -> Parser:
     return parser
 
 
-def run(arguments: list[str]) -> str:
+def run(arguments: list[str], stop: Stop) -> str:
     """What the command prints.
 
     Raises:
@@ -138,7 +138,7 @@ def run(arguments: list[str]) -> str:
         raise Failure("usage", f"{given}; there are {', '.join(templates)}", hint="name one of them")
     if options.file is None:
         raise Failure("usage", "--file: required: the values as a JSON object")
-    content = read_input("--file", options.file, MAX_REQUEST_BYTES, Stop(DEFAULT_TIMEOUT))
+    content = read_input("--file", options.file, MAX_REQUEST_BYTES, Stop(DEFAULT_TIMEOUT, stop))
     values = decode_json_file(options.file, content)
     template = templates[options.template]
     rows = fill(template, values)
@@ -147,21 +147,13 @@ def run(arguments: list[str]) -> str:
     return "\n".join(json.dumps(row, ensure_ascii=False) for row in rows)
 
 
-def main() -> int:
-    """Exit 0 with the result on stdout, else the error and its advice on stderr."""
-    try:
-        result = run(sys.argv[1:])
-        try:
-            sys.stdout.buffer.write((result + "\n").encode())
-            sys.stdout.buffer.flush()
-        except OSError as error:  # nobody reads it any more; keep the interpreter from complaining at its end
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            raise Failure("disk", f"standard output cannot be written: {os_reason(error)}") from None
-    except Failure as failure:
-        Console(json_mode=False).failure(failure)
-        return failure.fault.exit_code
-    return 0
+def main(stop: Stop) -> int:
+    """Exit 0 with the result on stdout, else the error and its advice on stderr. Signals end `stop`."""
+    WATCHER.listen(stop)
+    console = Console(json_mode=False)
+    return carry_out(lambda: console.answer(run(sys.argv[1:], stop)), console, os.environ)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    _stop = Stop()
+    leave(main(_stop), _stop)

@@ -67,16 +67,11 @@ import time
 from collections.abc import Sequence
 
 from zimage.batch.commands import leave_at_once, run_command
-from zimage.batch.contract import (
-    BATCH_REQUIREMENTS,
-)
+from zimage.batch.contract import BATCH_REQUIREMENTS
 from zimage.batch.options import read_options
-from zimage.console import Console, leave, prepare_output
-from zimage.contract import EXIT_OK, SCRIPTS
-from zimage.errors import Failure, internal_error, missing_package
-from zimage.outside import outside_text
-from zimage.settle import before_anything
-from zimage.waiting import WATCHER, Stop, Stopped
+from zimage.console import Console, carry_out, leave
+from zimage.contract import SCRIPTS
+from zimage.waiting import WATCHER, Stop
 
 
 def main(argv: Sequence[str] | None = None, stop: Stop | None = None) -> int:
@@ -84,28 +79,15 @@ def main(argv: Sequence[str] | None = None, stop: Stop | None = None) -> int:
     stop = stop or Stop()
     began = time.monotonic()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    env = os.environ
     WATCHER.listen(stop, leave_at_once)
-    prepare_output(env)
     console = Console(json_mode=True, quiet="--quiet" in arguments)
-    try:
-        ending = run_command(read_options(arguments, env), stop, console, env, began)
-        return ending.fault.exit_code if ending else EXIT_OK
-    except SystemExit:  # argparse has printed help or version
-        console.flush()
-        return EXIT_OK
-    except Failure as error:
-        failure = error
-    except Stopped as stopped:
-        failure = before_anything(stopped)
-    except ImportError as error:
-        failure = missing_package(
-            outside_text(error.name or error, 100), BATCH_REQUIREMENTS, SCRIPTS / "generate_batch.py"
-        )
-    except Exception as error:
-        failure = internal_error(error)
-    console.failure(failure)
-    return failure.fault.exit_code
+    return carry_out(
+        lambda: run_command(read_options(arguments, os.environ), stop, console, os.environ, began),
+        console,
+        os.environ,
+        requirements=BATCH_REQUIREMENTS,
+        script=SCRIPTS / "generate_batch.py",
+    )
 
 
 if __name__ == "__main__":

@@ -69,21 +69,20 @@ if sys.version_info < (3, 10):
 from collections.abc import Mapping, Sequence
 
 from zimage.check import check, dry_run
-from zimage.console import Console, leave, prepare_output
-from zimage.contract import EXIT_OK, SCHEMAS
-from zimage.errors import Failure, internal_error, missing_package, missing_packages
+from zimage.console import Console, carry_out, leave
+from zimage.contract import SCHEMAS
+from zimage.errors import missing_packages
 from zimage.files import check_working_folder
 from zimage.make import generate
 from zimage.options import read_options
-from zimage.outside import outside_text
-from zimage.plan import Options, make_plan
+from zimage.plan import make_plan
 from zimage.recover import recover
-from zimage.settle import before_anything
-from zimage.waiting import WATCHER, Stop, Stopped
+from zimage.waiting import WATCHER, Stop
 
 
-def run(options: Options, stop: Stop, console: Console, env: Mapping[str, str]) -> None:
-    """Do what the options say and print its answer."""
+def run(arguments: Sequence[str], stop: Stop, console: Console, env: Mapping[str, str]) -> None:
+    """Do what the arguments say and print its answer."""
+    options = read_options(arguments, env)
     if options.mode == "schema":
         console.answer(SCHEMAS[options.source])
         return
@@ -111,28 +110,10 @@ def main(argv: Sequence[str] | None = None, stop: Stop | None = None) -> int:
     """Run the command line; returns the exit code of the contract. Signals end `stop`."""
     stop = stop or Stop()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    env = os.environ
+    as_json = any(text.partition("=")[0] in JSON_FLAGS for text in arguments)
     WATCHER.listen(stop)
-    prepare_output(env)
-    console = Console(
-        json_mode=any(text.partition("=")[0] in JSON_FLAGS for text in arguments), quiet="--quiet" in arguments
-    )
-    try:
-        run(read_options(arguments, env), stop, console, env)
-        return EXIT_OK
-    except SystemExit:  # argparse has printed help or version
-        console.flush()
-        return EXIT_OK
-    except Failure as error:
-        failure = error
-    except Stopped as stopped:
-        failure = before_anything(stopped)
-    except ImportError as error:
-        failure = missing_package(outside_text(error.name or error, 100))
-    except Exception as error:
-        failure = internal_error(error)
-    console.failure(failure)
-    return failure.fault.exit_code
+    console = Console(json_mode=as_json, quiet="--quiet" in arguments)
+    return carry_out(lambda: run(arguments, stop, console, os.environ), console, os.environ)
 
 
 if __name__ == "__main__":

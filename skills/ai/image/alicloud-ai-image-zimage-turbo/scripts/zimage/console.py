@@ -6,13 +6,16 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from zimage.errors import Failure
+from zimage.contract import EXIT_OK, GENERATE_IMAGE, REQUIREMENTS
+from zimage.errors import Failure, internal_error, missing_package
 from zimage.files import to_json
-from zimage.outside import SHORTEST_SECRET, remember_secret
-from zimage.waiting import Stop
+from zimage.outside import SHORTEST_SECRET, outside_text, remember_secret
+from zimage.settle import before_anything
+from zimage.waiting import Stop, Stopped
 
 
 class Console:
@@ -34,13 +37,13 @@ class Console:
         if not self.quiet:
             self._write("stderr", text.encode("utf-8", "backslashreplace") + b"\n")
 
-    def answer(self, value: dict[str, Any]) -> None:
+    def answer(self, value: dict[str, Any] | str) -> None:
         """Data that is all that a command has to give: if nobody takes it, the command has failed."""
         if not self.data(value):
             raise Failure("disk", "standard output cannot be written", hint="give the command a place to write to")
 
-    def data(self, value: dict[str, Any]) -> bool:
-        return self._write("stdout", to_json(value))
+    def data(self, value: dict[str, Any] | str) -> bool:
+        return self._write("stdout", value.encode() + b"\n" if isinstance(value, str) else to_json(value))
 
     def path(self, path: str) -> bool:
         return self._write("stdout", os.fsencode(path) + b"\n")
@@ -92,6 +95,37 @@ def prepare_output(env: Mapping[str, str]) -> None:
     for name, value in env.items():
         if name.endswith("_API_KEY") and len(value.strip()) >= SHORTEST_SECRET:
             remember_secret(value.strip())
+
+
+def carry_out(
+    work: Callable[[], Failure | None],
+    console: Console,
+    env: Mapping[str, str],
+    *,
+    requirements: Mapping[str, str] = REQUIREMENTS,
+    script: Path = GENERATE_IMAGE,
+) -> int:
+    """Do the work of a command and tell how it failed; returns the exit code of the contract.
+
+    `work` returns a failure that it has told itself. `requirements` are the packages that `script` needs.
+    """
+    prepare_output(env)
+    try:
+        told = work()
+        return told.fault.exit_code if told else EXIT_OK
+    except SystemExit:  # argparse has printed help or version
+        console.flush()
+        return EXIT_OK
+    except Failure as error:
+        failure = error
+    except Stopped as stopped:
+        failure = before_anything(stopped)
+    except ImportError as error:
+        failure = missing_package(outside_text(error.name or error, 100), requirements, script)
+    except Exception as error:
+        failure = internal_error(error)
+    console.failure(failure)
+    return failure.fault.exit_code
 
 
 def leave(exit_code: int, stop: Stop) -> NoReturn:

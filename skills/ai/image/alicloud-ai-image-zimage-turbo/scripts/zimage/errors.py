@@ -338,9 +338,7 @@ def missing_packages(requirements: Mapping[str, str] = REQUIREMENTS, script: Pat
         raise missing_package(", ".join(requirements[name] for name in missing), requirements, script)
 
 
-def missing_package(
-    what: str, requirements: Mapping[str, str] = REQUIREMENTS, script: Path = GENERATE_IMAGE
-) -> Failure:
+def missing_package(what: str, requirements: Mapping[str, str], script: Path) -> Failure:
     packages = " ".join(f"'{requirement}'" for requirement in requirements.values())
     hint = INSTALL_HINT.format(script=shlex.quote(str(script)), packages=packages)
     return Failure("missing_package", f"missing Python package: {what}", hint=hint)
