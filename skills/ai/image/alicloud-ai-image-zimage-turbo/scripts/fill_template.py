@@ -34,7 +34,7 @@ from zimage.errors import Failure
 from zimage.options import Parser
 from zimage.outside import json_kind, shown, without_surrogates
 from zimage.request import decode_json_file, read_input
-from zimage.waiting import Stop
+from zimage.waiting import WATCHER, Stop
 
 TEMPLATES = Path(_folder).parent / "assets" / "templates"
 PLACEHOLDER = re.compile(r"\{([a-z_]+)\}")

@@ -76,209 +76,169 @@ EXIT_DISK = 9
 EXIT_TIME_LIMIT = 11  # of a batch
 EXIT_SIGNAL = 128  # plus the number of the signal
 
-REQUEST_SCHEMA: dict[str, Any] = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": "image.generate request",
-    "type": "object",
-    "additionalProperties": False,
-    "required": ["prompt"],
-    "properties": {
-        "prompt": {
-            "type": "string",
-            "pattern": r"\S",
-            "description": "What to draw, in English or Chinese. Over 800 characters gives a warning.",
-        },
-        "size": {
-            "type": "string",
-            "pattern": "^[1-9][0-9]{0,6}[*xX×][1-9][0-9]{0,6}$",
-            "default": DEFAULT_SIZE,
-            "description": "width*height in pixels; total pixels from 512*512 to 2048*2048.",
-        },
-        "aspect_ratio": {
+Schema = dict[str, Any]
+
+
+def described(text: str, kind: str = "string", **rules: Any) -> Schema:
+    """The schema of a field that needs a word of explanation."""
+    return {"type": kind, **rules, "description": text}
+
+
+def record(fields: Schema, **rules: Any) -> Schema:
+    """The schema of an object; a field whose name ends in ? may be left out."""
+    required = [name for name in fields if not name.endswith("?")]
+    properties = {name.rstrip("?"): schema for name, schema in fields.items()}
+    return {**rules, "type": "object", **({"required": required} if required else {}), "properties": properties}
+
+
+DRAFT: Schema = {"$schema": "https://json-schema.org/draft/2020-12/schema"}
+TEXT, NUMBER, INTEGER = {"type": "string"}, {"type": "number"}, {"type": "integer"}
+MOMENT = TEXT | {"format": "date-time"}
+TEXTS = {"type": "array", "items": TEXT}
+BILLED = {"enum": ["no", "yes", "unknown"]}
+ABSOLUTE = described("Absolute.")
+OF_SAVED_FILE = described("Pixels of the saved file.", "integer")
+IF_CONVERTED = described("Where the picture was converted.")
+
+REQUEST_SCHEMA = DRAFT | record(
+    {
+        "prompt": described("What to draw, in English or Chinese. Over 800 characters gives a warning.", pattern=r"\S"),
+        "size?": described(
+            "width*height in pixels; total pixels from 512*512 to 2048*2048.",
+            pattern="^[1-9][0-9]{0,6}[*xX×][1-9][0-9]{0,6}$",
+            default=DEFAULT_SIZE,
+        ),
+        "aspect_ratio?": {
             "enum": list(RATIO_SIZES),
             "description": "Instead of size: picks the recommended size of about 1024*1024 pixels.",
         },
-        "seed": {
-            "type": "integer",
-            "minimum": -1,
-            "maximum": MAX_SEED,
-            "description": "-1 or left out: one is picked, sent and recorded.",
-        },
-        "prompt_extend": {
-            "type": "boolean",
-            "default": False,
-            "description": "Let the service rewrite the prompt first: slower, billed at about twice the price.",
-        },
-        "base_url": {
-            "type": "string",
-            "minLength": 1,
-            "description": "Whole endpoint, API root or bare host; the key goes to trusted hosts only.",
-        },
+        "seed?": described(
+            "-1 or left out: one is picked, sent and recorded.", "integer", minimum=-1, maximum=MAX_SEED
+        ),
+        "prompt_extend?": described(
+            "Let the service rewrite the prompt first: slower, billed at about twice the price.",
+            "boolean",
+            default=False,
+        ),
+        "base_url?": described(
+            "Whole endpoint, API root or bare host; the key goes to trusted hosts only.", minLength=1
+        ),
     },
-    "not": {"required": ["size", "aspect_ratio"]},
-}
+    title="image.generate request",
+    additionalProperties=False,
+    **{"not": {"required": ["size", "aspect_ratio"]}},
+)
 
-ERROR_SCHEMA: dict[str, Any] = {
-    "type": "object",
-    "required": ["code", "message", "hint", "exit_code", "retryable", "billed"],
-    "properties": {
-        "code": {"type": "string", "pattern": "^[a-z][a-z0-9_]*$"},
-        "message": {"type": "string"},
-        "hint": {"type": "string", "description": "What to do next, one line."},
-        "exit_code": {"type": "integer"},
-        "retryable": {"type": "boolean", "description": "The same command may be run again without paying twice."},
-        "billed": {"enum": ["no", "yes", "unknown"]},
-        "problems": {"type": "array", "items": {"type": "string"}},
-        "problem_count": {"type": "integer", "description": "Where problems holds only the first of many (batch)."},
-        "changes": {"type": "object", "description": "What would be made again, and for how many US$ (batch)."},
-        "progress": {"type": "object", "description": "How far the running batch is."},
-        "next_command": {"type": "string", "description": "Free of charge, shell-quoted, absolute paths."},
-        "retry_after_s": {"type": "number", "minimum": 0},
-        "http_status": {"type": "integer"},
-        "service_code": {"type": "string"},
-        "request_id": {"type": "string"},
-        "evidence_path": {"type": "string"},
-        "image_url": {"type": "string"},
+ERROR_SCHEMA = record(
+    {
+        "code": TEXT | {"pattern": "^[a-z][a-z0-9_]*$"},
+        "message": TEXT,
+        "hint": described("What to do next, one line."),
+        "exit_code": INTEGER,
+        "retryable": described("The same command may be run again without paying twice.", "boolean"),
+        "billed": BILLED,
+        "problems?": TEXTS,
+        "problem_count?": described("Where problems holds only the first of many (batch).", "integer"),
+        "changes?": described("What would be made again, and for how many US$ (batch).", "object"),
+        "progress?": described("How far the running batch is.", "object"),
+        "next_command?": described("Free of charge, shell-quoted, absolute paths."),
+        "retry_after_s?": NUMBER | {"minimum": 0},
+        "http_status?": INTEGER,
+        "service_code?": TEXT,
+        "request_id?": TEXT,
+        "evidence_path?": TEXT,
+        "image_url?": TEXT,
     },
-}
+)
 
-RESPONSE_SCHEMA: dict[str, Any] = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": "image.generate response",
-    "description": 'What --print-response prints; on failure {"error": …} with the shape of $defs/error.',
-    "type": "object",
-    "required": [
-        "width",
-        "height",
-        "prompt",
-        "request_id",
-        "size",
-        "provider",
-        "region",
-        "image_path",
-        "evidence_path",
-        "estimated_cost",
-    ],
-    "properties": {
-        "image_url": {"type": "string", "description": "Signed link, dies soon. None where bytes are handed over."},
-        "width": {"type": "integer", "description": "Pixels of the saved file."},
-        "height": {"type": "integer", "description": "Pixels of the saved file."},
-        "prompt": {"type": "string"},
-        "rewritten_prompt": {"type": "string"},
-        "reasoning": {"type": "string"},
-        "request_id": {"type": "string"},
-        "seed": {"type": "integer", "minimum": 0, "maximum": MAX_SEED, "description": "None where none can be sent."},
-        "size": {"type": "string", "description": "As asked, width*height."},
-        "provider": {"type": "string"},
-        "region": {"type": "string"},
-        "image_path": {"type": "string", "description": "Absolute."},
-        "evidence_path": {"type": "string", "description": "Absolute."},
-        "estimated_cost": {"type": "number", "description": "US$ by the price list."},
-        "warnings": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+RESPONSE_SCHEMA = DRAFT | record(
+    {
+        "image_url?": described("Signed link, dies soon. None where bytes are handed over."),
+        "width": OF_SAVED_FILE,
+        "height": OF_SAVED_FILE,
+        "prompt": TEXT,
+        "rewritten_prompt?": TEXT,
+        "reasoning?": TEXT,
+        "request_id": TEXT,
+        "seed?": described("None where none can be sent.", "integer", minimum=0, maximum=MAX_SEED),
+        "size": described("As asked, width*height."),
+        "provider": TEXT,
+        "region": TEXT,
+        "image_path": ABSOLUTE,
+        "evidence_path": ABSOLUTE,
+        "estimated_cost": described("US$ by the price list.", "number"),
+        "warnings?": TEXTS | {"minItems": 1},
     },
-    "$defs": {"error": ERROR_SCHEMA},
-}
+    title="image.generate response",
+    description='What --print-response prints; on failure {"error": …} with the shape of $defs/error.',
+    **{"$defs": {"error": ERROR_SCHEMA}},
+)
 
 STATUSES = ["submitting", "submitted", "generated", "saved", "failed", "unknown"]
+ATTEMPT_SCHEMA = record(
+    {
+        "at": MOMENT,
+        "http_status?": INTEGER,
+        "service_code?": TEXT,
+        "outcome?": described("generated, submitted, or the code of the error."),
+        "billed?": BILLED,
+        "wait_s?": described("Pause before the next attempt, in seconds.", "number"),
+    },
+)
+ANSWER_SCHEMA = record(
+    {
+        "request_id?": TEXT,
+        "usage?": {"type": "object"},
+        "image_url?": TEXT,
+        "other_image_urls?": TEXTS,
+        "expires_at?": MOMENT,
+        "rewritten_prompt?": TEXT,
+        "reasoning?": TEXT,
+    },
+)
+IMAGE_SCHEMA = record(
+    {
+        "path": TEXT,
+        "sha256": TEXT,
+        "bytes": INTEGER,
+        "format": {"enum": list(FORMATS.values())},
+        "width": INTEGER,
+        "height": INTEGER,
+        "source_format?": IF_CONVERTED,
+        "source_sha256?": IF_CONVERTED,
+        "warnings?": TEXTS,
+    },
+)
+COST_SCHEMA = record({"estimate": NUMBER, "currency": {"const": "USD"}, "basis": TEXT, "price_list_date": TEXT})
 
-EVIDENCE_SCHEMA: dict[str, Any] = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": "evidence of one picture",
-    "type": "object",
-    "required": [
-        "schema_version",
-        "tool",
-        "status",
-        "provider",
-        "region",
-        "endpoint",
-        "operation",
-        "billable",
-        "request",
-        "payload",
-        "output",
-        "started_at",
-        "attempts",
-        "cost",
-    ],
-    "properties": {
+EVIDENCE_SCHEMA = DRAFT | record(
+    {
         "schema_version": {"const": 1},
-        "tool": {
-            "type": "object",
-            "required": ["name", "version"],
-            "properties": {"name": {"type": "string"}, "version": {"type": "string"}},
-        },
+        "tool": record({"name": TEXT, "version": TEXT}),
         "status": {"enum": STATUSES},
-        "provider": {"type": "string", "pattern": "^[a-z][a-z0-9_]*$"},
-        "region": {"type": "string"},
-        "endpoint": {"type": "string"},
+        "provider": TEXT | {"pattern": "^[a-z][a-z0-9_]*$"},
+        "region": TEXT,
+        "endpoint": TEXT,
         "operation": {"const": "image.generate"},
         "billable": {"type": "boolean"},
-        "request": {"type": "object", "description": "Normalized: itself a valid request."},
-        "payload": {"type": "object", "description": "The body that was sent."},
-        "settings": {"type": "object", "description": "The provider's own options."},
-        "output": {"type": "string", "description": "Absolute path that was asked for."},
-        "started_at": {"type": "string", "format": "date-time"},
-        "generated_at": {"type": "string", "format": "date-time"},
-        "finished_at": {"type": "string", "format": "date-time"},
-        "timings_ms": {"type": "object", "additionalProperties": {"type": "number"}},
-        "attempts": {
-            "type": "array",
-            "items": {
-                "type": "object",
-                "required": ["at"],
-                "properties": {
-                    "at": {"type": "string", "format": "date-time"},
-                    "http_status": {"type": "integer"},
-                    "service_code": {"type": "string"},
-                    "outcome": {"type": "string", "description": "generated, submitted, or the code of the error."},
-                    "billed": {"enum": ["no", "yes", "unknown"]},
-                    "wait_s": {"type": "number", "description": "Pause before the next attempt, in seconds."},
-                },
-            },
-        },
-        "task_id": {"type": "string", "minLength": 1},
-        "response": {
-            "type": "object",
-            "properties": {
-                "request_id": {"type": "string"},
-                "usage": {"type": "object"},
-                "image_url": {"type": "string"},
-                "other_image_urls": {"type": "array", "items": {"type": "string"}},
-                "expires_at": {"type": "string", "format": "date-time"},
-                "rewritten_prompt": {"type": "string"},
-                "reasoning": {"type": "string"},
-            },
-        },
-        "image": {
-            "type": "object",
-            "required": ["path", "sha256", "bytes", "format", "width", "height"],
-            "properties": {
-                "path": {"type": "string"},
-                "sha256": {"type": "string"},
-                "bytes": {"type": "integer"},
-                "format": {"enum": list(FORMATS.values())},
-                "width": {"type": "integer"},
-                "height": {"type": "integer"},
-                "source_format": {"type": "string", "description": "Where the picture was converted."},
-                "source_sha256": {"type": "string", "description": "Where the picture was converted."},
-                "warnings": {"type": "array", "items": {"type": "string"}},
-            },
-        },
-        "cost": {
-            "type": "object",
-            "required": ["estimate", "currency", "basis", "price_list_date"],
-            "properties": {
-                "estimate": {"type": "number"},
-                "currency": {"const": "USD"},
-                "basis": {"type": "string"},
-                "price_list_date": {"type": "string"},
-            },
-        },
-        "warnings": {"type": "array", "items": {"type": "string"}},
-        "error": ERROR_SCHEMA,
+        "request": described("Normalized: itself a valid request.", "object"),
+        "payload": described("The body that was sent.", "object"),
+        "settings?": described("The provider's own options.", "object"),
+        "output": described("Absolute path that was asked for."),
+        "started_at": MOMENT,
+        "generated_at?": MOMENT,
+        "finished_at?": MOMENT,
+        "timings_ms?": {"type": "object", "additionalProperties": NUMBER},
+        "attempts": {"type": "array", "items": ATTEMPT_SCHEMA},
+        "task_id?": TEXT | {"minLength": 1},
+        "response?": ANSWER_SCHEMA,
+        "image?": IMAGE_SCHEMA,
+        "cost": COST_SCHEMA,
+        "warnings?": TEXTS,
+        "error?": ERROR_SCHEMA,
     },
-}
+    title="evidence of one picture",
+)
 
 RESULT_SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
