@@ -68,100 +68,66 @@ MAKE_ANEW = "the picture may have been made; --replay EVIDENCE makes it once mor
 RECOVER_FREE = "run next_command: it fetches the picture without paying again"
 GO_ON_FREE = "run next_command: it goes on waiting for the picture without paying again"
 
+
+def _invalid(hint: str) -> Kind:
+    return Kind(EXIT_INVALID, False, "no", hint)
+
+
+def _stops(exit_code: int, hint: str) -> Kind:
+    """What would stop every other picture too."""
+    return Kind(exit_code, False, "no", hint, "run", Left.AGAIN)
+
+
+def _later(hint: str) -> Kind:
+    """What may be over in a while."""
+    return Kind(EXIT_UNAVAILABLE, True, "no", hint, "service", Left.AGAIN)
+
+
+def _spent(hint: str) -> Kind:
+    """Paid, and past help."""
+    return Kind(EXIT_UNUSABLE, False, "yes", hint, leaves=Left.SPENT)
+
+
 KINDS: dict[str, Kind] = {
     # Refused here, before anything is sent.
-    "usage": Kind(EXIT_INVALID, False, "no", "correct the arguments named above; --help lists them all"),
-    "invalid_request": Kind(
-        EXIT_INVALID, False, "no", "correct every field named above; --schema request has the rules"
+    "usage": _invalid("correct the arguments named above; --help lists them all"),
+    "invalid_request": _invalid("correct every field named above; --schema request has the rules"),
+    "file_unreadable": _invalid("give the path of a readable JSON file in UTF-8 or UTF-16"),
+    "invalid_output": _invalid("give --output a file name that ends in .png, .jpg or .webp"),
+    "output_exists": _invalid("choose another --output, or add --overwrite to replace the file"),
+    "invalid_base_url": _invalid("give the whole endpoint, the API root or the bare host, over https"),
+    "host_not_trusted": _invalid(
+        "use the provider's own host; --trust-host is only for a host that the user owns and names: ask them first"
     ),
-    "file_unreadable": Kind(EXIT_INVALID, False, "no", "give the path of a readable JSON file in UTF-8 or UTF-16"),
-    "invalid_output": Kind(EXIT_INVALID, False, "no", "give --output a file name that ends in .png, .jpg or .webp"),
-    "output_exists": Kind(EXIT_INVALID, False, "no", "choose another --output, or add --overwrite to replace the file"),
-    "invalid_base_url": Kind(
-        EXIT_INVALID, False, "no", "give the whole endpoint, the API root or the bare host, over https"
-    ),
-    "host_not_trusted": Kind(
-        EXIT_INVALID,
-        False,
-        "no",
-        "use the provider's own host; --trust-host is only for a host that the user owns and names: ask them first",
-    ),
-    "region_mismatch": Kind(EXIT_INVALID, False, "no", "leave out --region, or give the base URL of that region"),
-    "missing_package": Kind(EXIT_INVALID, False, "no", INSTALL_HINT),
-    "invalid_evidence": Kind(EXIT_INVALID, False, "no", "give the path of an evidence file that this tool wrote"),
-    "nothing_to_recover": Kind(
-        EXIT_INVALID, False, "no", "nothing was billed; make the request again (--replay EVIDENCE), which costs"
-    ),
-    "missing_weights": Kind(EXIT_INVALID, False, "no", "fetch the model first, or name the folder that holds it"),
-    "too_little_memory": Kind(EXIT_INVALID, False, "no", "free memory, take a smaller size, or use another provider"),
-    "internal_error": Kind(
-        EXIT_INVALID, False, "no", "this is a fault of the tool: report it with this message", "run", Left.AGAIN
-    ),
-    "key_missing": Kind(
-        EXIT_KEY, False, "no", "tell the user; a key never belongs in the chat or on a command line", "run", Left.AGAIN
-    ),
-    "key_malformed": Kind(
-        EXIT_KEY, False, "no", "tell the user to store the key again, alone and without spaces", "run", Left.AGAIN
-    ),
-    "disk": Kind(
-        EXIT_DISK, False, "no", "make the folder writable and free some space, then run it again", "run", Left.AGAIN
-    ),
+    "region_mismatch": _invalid("leave out --region, or give the base URL of that region"),
+    "missing_package": _invalid(INSTALL_HINT),
+    "invalid_evidence": _invalid("give the path of an evidence file that this tool wrote"),
+    "nothing_to_recover": _invalid("nothing was billed; make the request again (--replay EVIDENCE), which costs"),
+    "missing_weights": _invalid("fetch the model first, or name the folder that holds it"),
+    "too_little_memory": _invalid("free memory, take a smaller size, or use another provider"),
+    "internal_error": _stops(EXIT_INVALID, "this is a fault of the tool: report it with this message"),
+    "key_missing": _stops(EXIT_KEY, "tell the user; a key never belongs in the chat or on a command line"),
+    "key_malformed": _stops(EXIT_KEY, "tell the user to store the key again, alone and without spaces"),
+    "disk": _stops(EXIT_DISK, "make the folder writable and free some space, then run it again"),
     # Answered by the service, and not billed.
-    "rejected_by_service": Kind(EXIT_INVALID, False, "no", "correct the request as the service's message says"),
-    "not_found": Kind(
-        EXIT_INVALID, False, "no", "check region and base URL: the model or path is not there", "run", Left.AGAIN
+    "rejected_by_service": _invalid("correct the request as the service's message says"),
+    "not_found": _stops(EXIT_INVALID, "check region and base URL: the model or path is not there"),
+    "key_rejected": _stops(
+        EXIT_KEY, "tell the user; it may be the key of another region (--region) or another account"
     ),
-    "key_rejected": Kind(
-        EXIT_KEY,
-        False,
-        "no",
-        "tell the user; it may be the key of another region (--region) or another account",
-        "run",
-        Left.AGAIN,
+    "access_denied": _stops(
+        EXIT_KEY, "tell the user to activate the model and check permissions in the provider's console"
     ),
-    "access_denied": Kind(
-        EXIT_KEY,
-        False,
-        "no",
-        "tell the user to activate the model and check permissions in the provider's console",
-        "run",
-        Left.AGAIN,
-    ),
-    "balance": Kind(EXIT_BALANCE, False, "no", "tell the user to settle the account; do not retry", "run", Left.AGAIN),
-    "quota": Kind(
-        EXIT_BALANCE, False, "no", "tell the user that the quota is used up; do not retry", "run", Left.AGAIN
-    ),
+    "balance": _stops(EXIT_BALANCE, "tell the user to settle the account; do not retry"),
+    "quota": _stops(EXIT_BALANCE, "tell the user that the quota is used up; do not retry"),
     "blocked": Kind(EXIT_BLOCKED, False, "no", "tell the user; reword the prompt only with their consent"),
-    "rate_limited": Kind(
-        EXIT_UNAVAILABLE,
-        True,
-        "no",
-        "wait retry_after_s, or a minute where it is not given, then run it once more",
-        "service",
-        Left.AGAIN,
-    ),
-    "service_failing": Kind(
-        EXIT_UNAVAILABLE, True, "no", "wait a minute, then run it once more", "service", Left.AGAIN
-    ),
-    "unreachable": Kind(
-        EXIT_UNAVAILABLE,
-        True,
-        "no",
-        "check network, proxy, certificates and base URL, then run it once more",
-        "service",
-        Left.AGAIN,
-    ),
+    "rate_limited": _later("wait retry_after_s, or a minute where it is not given, then run it once more"),
+    "service_failing": _later("wait a minute, then run it once more"),
+    "unreachable": _later("check network, proxy, certificates and base URL, then run it once more"),
     "task_failed": Kind(
         EXIT_UNAVAILABLE, True, "no", "nothing was billed; run it once more, then tell the user", "service"
     ),
-    "too_slow": Kind(
-        EXIT_UNAVAILABLE,
-        False,
-        "no",
-        "give a longer --timeout or a smaller size; nothing was billed",
-        "service",
-        Left.AGAIN,
-    ),
+    "too_slow": _later("give a longer --timeout or a smaller size; nothing was billed")._replace(retryable=False),
     "refused_by_service": Kind(EXIT_UNUSABLE, False, "no", "report the status and message; do not rerun unasked"),
     # After the request has left.
     "outcome_unknown": Kind(EXIT_UNKNOWN, False, "unknown", ASK_BEFORE_PAYING),
@@ -173,28 +139,10 @@ KINDS: dict[str, Kind] = {
         "tell the user: no picture came back (often content safety); do not rerun unasked",
     ),
     "answer_unusable": Kind(EXIT_UNUSABLE, False, "unknown", "report it; do not rerun unasked, it may cost again"),
-    "image_unusable": Kind(
-        EXIT_UNUSABLE,
-        False,
-        "yes",
-        "run next_command once, free; then report it, and do not pay again unasked",
-        leaves=Left.SPENT,
-    ),
-    "image_too_large": Kind(EXIT_UNUSABLE, False, "yes", "report it; do not pay again unasked", leaves=Left.SPENT),
-    "hop_refused": Kind(
-        EXIT_UNUSABLE,
-        False,
-        "yes",
-        "report it: the link leads where no picture should be fetched from",
-        leaves=Left.SPENT,
-    ),
-    "link_expired": Kind(
-        EXIT_UNUSABLE,
-        False,
-        "yes",
-        "the picture can only be made again: ask the user, then --replay EVIDENCE (costs)",
-        leaves=Left.SPENT,
-    ),
+    "image_unusable": _spent("run next_command once, free; then report it, and do not pay again unasked"),
+    "image_too_large": _spent("report it; do not pay again unasked"),
+    "hop_refused": _spent("report it: the link leads where no picture should be fetched from"),
+    "link_expired": _spent("the picture can only be made again: ask the user, then --replay EVIDENCE (costs)"),
     "link_refused": Kind(
         EXIT_UNUSABLE, False, "yes", "run next_command once, free; then report it, and do not pay again unasked"
     ),
@@ -203,20 +151,15 @@ KINDS: dict[str, Kind] = {
     ),
     "interrupted": Kind(EXIT_SIGNAL, False, "no", "nothing was billed; run it again when you like"),
     # Of a batch.
-    "invalid_rows": Kind(EXIT_INVALID, False, "no", "correct the rows named above; nothing has been sent"),
-    "changed_rows": Kind(
-        EXIT_INVALID,
-        False,
-        "no",
-        "undo the change, use another --output-dir, or, if the user agrees to the cost, add --accept-changes",
+    "invalid_rows": _invalid("correct the rows named above; nothing has been sent"),
+    "changed_rows": _invalid(
+        "undo the change, use another --output-dir, or, if the user agrees to the cost, add --accept-changes"
     ),
     "already_running": Kind(
         EXIT_INVALID, True, "no", "wait for it: --status DIR tells how far it is; never start a second one"
     ),
-    "no_batch": Kind(EXIT_INVALID, False, "no", "give the --output-dir of a batch that has been started"),
-    "batch_unreadable": Kind(
-        EXIT_INVALID, False, "no", "use another --output-dir; pictures and evidence in this one stay as they are"
-    ),
+    "no_batch": _invalid("give the --output-dir of a batch that has been started"),
+    "batch_unreadable": _invalid("use another --output-dir; pictures and evidence in this one stay as they are"),
     "incomplete": Kind(EXIT_INCOMPLETE, True, "no", "run the same command again"),
     "time_limit": Kind(EXIT_TIME_LIMIT, True, "no", "run the same command again, until it ends with another exit code"),
 }
