@@ -6,8 +6,8 @@ import signal
 import sqlite3
 from collections import Counter
 
-from zimage.batch.contract import RESULTS
-from zimage.contract import EXIT_SIGNAL, EXIT_UNKNOWN
+from zimage.batch.contract import FAILURES_IN_A_ROW, RESULTS, UNKNOWN_IN_A_ROW
+from zimage.contract import EXIT_SIGNAL, EXIT_UNAVAILABLE, EXIT_UNKNOWN
 from zimage.errors import Failure
 
 
@@ -36,6 +36,33 @@ def incomplete(database: sqlite3.Connection, bound: str | None) -> Failure | Non
         hints.append("--max-cost keeps them from being made again")
     retryable = left["generated"] + left["submitted"] > 0 or (left["pending"] > 0 and bound != "cost")
     return Failure("incomplete", f"not every picture is saved: {counts}", hint="; ".join(hints), retryable=retryable)
+
+
+class Storms:
+    """What fails again and again, or ends unknown again and again, is not tried on and on."""
+
+    def __init__(self) -> None:
+        self.failures: Counter[str] = Counter()  # in a row, by the step of the work
+        self._unknown = 0
+
+    def calm(self, step: str, *, is_known: bool = True) -> None:
+        """A step went well. `is_known`: so the service is known to make pictures."""
+        self.failures[step] = 0
+        if is_known:
+            self._unknown = 0
+
+    def count(self, step: str, failure: Failure) -> Failure | None:
+        """Take note of a failure; returns that of the run where it is one too many."""
+        self.failures[step] += 1
+        self._unknown += failure.fault.billed == "unknown"
+        if self._unknown >= UNKNOWN_IN_A_ROW:
+            unfinished = failure.code == "paid_not_downloaded"
+            what = "tasks in a row are not finished in time" if unfinished else "outcomes in a row are unknown"
+            return storm(failure, f"{UNKNOWN_IN_A_ROW} {what}", EXIT_UNKNOWN)
+        if self.failures[step] >= FAILURES_IN_A_ROW:
+            what = {"generate": "calls", "ask": "tasks", "save": "downloads"}[step]
+            return storm(failure, f"{FAILURES_IN_A_ROW} {what} in a row failed", EXIT_UNAVAILABLE)
+        return None
 
 
 def storm(failure: Failure, what: str, exit_code: int) -> Failure:

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from zimage.batch.contract import DATABASE, NO_SEED
+from zimage.batch.contract import DATABASE, DOWNLOADS_AT_ONCE, NO_SEED
 from zimage.batch.folder import Reserve, database_failures, facts_in, facts_of, open_database
 from zimage.batch.names import evidence_name, output_key
 from zimage.endpoint import Endpoint
@@ -26,7 +26,7 @@ from zimage.plan import Plan, request_warnings
 from zimage.provider import Provider
 from zimage.registry import provider_named
 from zimage.request import ImageRequest
-from zimage.settle import STATES
+from zimage.settle import DEAD_LINK, STATES
 from zimage.task import Task
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ class Job:
     def __init__(self, row: sqlite3.Row, facts: Facts, plan: Plan) -> None:
         self.number = int(row["number"])
         self.line = row["line"]
+        self.position = (row["position"], row["variant"])
         self.id = row["id"]
         self.state: State = row["state"]
         self.state_before: State = self.state  # pending; failed or unknown where it is to be made again
@@ -123,6 +124,50 @@ def job_of(row: sqlite3.Row, folder: Path, services: Services, workspace: str | 
         warnings=request_warnings(request, provider),
     )
     return Job(row, facts, plan)
+
+
+class Jobs:
+    """The pictures of a folder as work for a run; calls go to one place, and no other gets its key."""
+
+    def __init__(self, database: sqlite3.Connection, folder: Path, place: Place) -> None:
+        self._database = database
+        self._folder = folder
+        self._workspace = place.workspace
+        here = (place.provider.name, place.endpoint.region, place.endpoint.url)
+        services = read_services(database)
+        self._here = next(n for n, (who, there) in services.items() if (who.name, there.region, there.url) == here)
+        self._services = {**services, self._here: (place.provider, place.endpoint)}  # set up, and loaded once
+
+    def to_send(self, states: Sequence[str], after: tuple[int, int]) -> list[Job]:
+        """The next pictures of the input that may be sent, behind a position and variant."""
+        marks = ", ".join("?" * len(states))
+        where = f"state IN ({marks}) AND service = ? AND (position, variant) > (?, ?) ORDER BY position, variant"
+        return self._where(f"{where} LIMIT 200", *states, self._here, *after)
+
+    def submitted(self) -> list[Job]:
+        """Those whose tasks earlier runs have submitted here."""
+        return self._where("state = 'submitted' AND service = ? ORDER BY number", self._here)
+
+    def lost(self, *, with_dead_link: bool) -> list[Job]:
+        """Those whose task the service did not know in an earlier run, or, where asked for, whose link was dead."""
+        where = "state IN ('unknown', 'failed') AND service = ? AND facts LIKE '%\"task_id\"%' ORDER BY number"
+        return [
+            job
+            for job in self._where(where, self._here)
+            if "task_id" in job.facts_before
+            and (
+                job.state == "unknown"
+                or (with_dead_link and job.facts_before.get("error", {}).get("code") in DEAD_LINK)
+            )
+        ]
+
+    def paid(self, after: int) -> list[Job]:
+        """The next pictures that are paid for and not downloaded, from wherever, behind a number."""
+        return self._where("state = 'generated' AND number > ? ORDER BY number LIMIT ?", after, DOWNLOADS_AT_ONCE)
+
+    def _where(self, condition: str, *values: object) -> list[Job]:
+        rows = self._database.execute(f"SELECT * FROM pictures WHERE {condition}", values).fetchall()
+        return [job_of(row, self._folder, self._services, self._workspace) for row in rows]
 
 
 class Journal:
@@ -221,6 +266,30 @@ class Journal:
                 self._database.execute("ROLLBACK")
             raise
         return ends
+
+
+class RunRow:
+    """What the database keeps of one start of a batch."""
+
+    def __init__(self, database: sqlite3.Connection, journal: Journal) -> None:
+        self._journal = journal
+        question = "SELECT coalesce(max(number), 0) + 1, max(updated_at) FROM runs"
+        self._number, self.last_before = database.execute(question).fetchone()
+        question = "SELECT latency_s FROM runs WHERE latency_s IS NOT NULL ORDER BY number DESC LIMIT 1"
+        self.latency_before: float | None = (database.execute(question).fetchone() or (None,))[0]
+        now = timestamp(utc_now())
+        statement = "INSERT INTO runs (number, started_at, updated_at) VALUES (?, ?, ?)"
+        journal.write(statement, (self._number, now, now)).result()
+
+    def keep(self, progress: Mapping[str, Any]) -> None:
+        """What --status tells of a running batch."""
+        statement = "UPDATE runs SET updated_at = ?, progress = ? WHERE number = ?"
+        self._journal.write(statement, (timestamp(utc_now()), json.dumps(progress), self._number))
+
+    def close(self, exit_code: int, latency: float | None) -> None:
+        now = timestamp(utc_now())
+        statement = "UPDATE runs SET updated_at = ?, finished_at = ?, exit_code = ?, latency_s = ? WHERE number = ?"
+        self._journal.write(statement, (now, now, exit_code, latency, self._number))
 
 
 class JournalRow:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from collections import Counter, deque
@@ -10,9 +9,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from zimage.batch.contract import REPORT_EVERY
-from zimage.batch.journal import Job, Journal
+from zimage.batch.journal import Job, RunRow
 from zimage.console import Console
-from zimage.evidence import timestamp, utc_now
 
 
 class Tally:
@@ -36,10 +34,9 @@ class Progress:
 
     WINDOW = 60.0  # seconds over which the rate is taken
 
-    def __init__(self, tally: Tally, journal: Journal, run: int, console: Console) -> None:
+    def __init__(self, tally: Tally, row: RunRow, console: Console) -> None:
         self._tally = tally
-        self._journal = journal
-        self._run = run
+        self._row = row
         self._console = console
         self._next_report = time.monotonic() + REPORT_EVERY
         self._done: deque[tuple[float, int]] = deque([(time.monotonic(), self._saved)])
@@ -78,9 +75,7 @@ class Progress:
     def keep(self) -> None:
         """What --status tells of a running batch."""
         facts = {"per_minute": round(self.per_minute, 1), "remaining_s": self.remaining}
-        known = {name: value for name, value in facts.items() if value is not None}
-        statement = "UPDATE runs SET updated_at = ?, progress = ? WHERE number = ?"
-        self._journal.write(statement, (timestamp(utc_now()), json.dumps(known), self._run))
+        self._row.keep({name: value for name, value in facts.items() if value is not None})
 
     def close(self) -> None:
         if self._bar is not None:

@@ -18,7 +18,6 @@ from zimage.batch.contract import (
     DATABASE,
     DISK_PATIENCE,
     DOWNLOADS_AT_ONCE,
-    FAILURES_IN_A_ROW,
     FAILURES_TOLD,
     MOST_OPEN_TASKS,
     MOST_WAITING_DOWNLOADS,
@@ -27,12 +26,11 @@ from zimage.batch.contract import (
     ROOM_FOR_ONE,
     SPACING,
     TICK,
-    UNKNOWN_IN_A_ROW,
 )
-from zimage.batch.ending import incomplete, interrupted_run, storm
-from zimage.batch.folder import facts_of, open_database
+from zimage.batch.ending import Storms, incomplete, interrupted_run, storm
+from zimage.batch.folder import open_database
 from zimage.batch.forecast import Forecast
-from zimage.batch.journal import Job, Journal, JournalRow, Place, job_of, read_services
+from zimage.batch.journal import Job, Jobs, Journal, JournalRow, Place, RunRow
 from zimage.batch.options import BatchOptions
 from zimage.batch.pacer import Pacer
 from zimage.batch.progress import Progress, Tally
@@ -40,11 +38,10 @@ from zimage.batch.results import totals
 from zimage.batch.tasks import OpenTasks
 from zimage.batch.work import Outcome, Worker, own_fault
 from zimage.console import Console
-from zimage.contract import EXIT_DISK, EXIT_UNAVAILABLE, EXIT_UNKNOWN, MIN_FREE_BYTES
+from zimage.contract import EXIT_DISK, EXIT_UNAVAILABLE, MIN_FREE_BYTES
 from zimage.errors import Failure, Left
-from zimage.evidence import moment_of, timestamp, utc_now
+from zimage.evidence import moment_of, utc_now
 from zimage.files import check_space
-from zimage.settle import DEAD_LINK
 from zimage.waiting import Stop, wait_before
 
 
@@ -62,14 +59,9 @@ class Run:
         self.database = open_database(self.folder)
         self._database_file = os.stat(self.folder / DATABASE).st_ino
         self.database.row_factory = sqlite3.Row
-        self._workspace = place.workspace
-        self._services = dict(read_services(self.database))
-        here = (place.provider.name, place.endpoint.region, place.endpoint.url)
-        self._service = next(
-            n for n, (who, there) in self._services.items() if (who.name, there.region, there.url) == here
-        )
-        self._services[self._service] = (place.provider, place.endpoint)  # set up, and loaded once
+        self._jobs = Jobs(self.database, self.folder, place)
         self._journal = Journal(self.folder)
+        self._row = RunRow(self.database, self._journal)
         states, spent = totals(self.database)
         self.tally = Tally(states, spent)
         self.reserve = 0.5 + 4e-5 * sum(states.values())  # seconds to write results and gallery
@@ -84,7 +76,7 @@ class Run:
         self._savers = ThreadPoolExecutor(DOWNLOADS_AT_ONCE, "save")
         self._tasks = OpenTasks(options.timeout)
         self._pacer = Pacer(options.rpm, start=self._first_start())
-        self._forecast = Forecast(self._latency_before(), self.deadline)
+        self._forecast = Forecast(self._row.latency_before, self.deadline)
         self._out: dict[int, float] = {}  # number -> when its request left
         self._saving: set[int] = set()
         self._looking_for: set[int] = set()  # tasks that were lost
@@ -94,46 +86,32 @@ class Run:
         self._fed = (-1, -1)  # position and variant of the last pending picture read
         self._last_fed_save = -1
         self._saves_are_fed = False
-        self._unknown_in_a_row = 0
-        self._failures_in_a_row = {"find": 0, "generate": 0, "ask": 0, "save": 0}
+        self._storms = Storms()
         self._gave_up: Failure | None = None  # why pictures were left pending after their retries
         self._stop: Failure | None = None
         self._bound: str | None = None  # what keeps the rest from being sent: limit | cost
         self._told = 0
         self._behind: dict[int, JournalRow] = {}  # pictures of which the disk does not know the last word
-        self.number = self._begin_run()
-        self.progress = Progress(self.tally, self._journal, self.number, console)
-
-    # What is known from before
+        self.progress = Progress(self.tally, self._row, console)
 
     def _first_start(self) -> float:
         """Now, or a spacing after the last call of an earlier run: its minute counts at the service too."""
-        (last,) = self.database.execute("SELECT max(updated_at) FROM runs").fetchone()
+        last = self._row.last_before
         if last is None or not self.options.rpm:
             return time.monotonic()
         age = (utc_now() - moment_of(last)).total_seconds()
         return time.monotonic() + min(max(0.0, SPACING * 60 / self.options.rpm - age), 60.0)
 
-    def _latency_before(self) -> float | None:
-        query = "SELECT latency_s FROM runs WHERE latency_s IS NOT NULL ORDER BY number DESC LIMIT 1"
-        row = self.database.execute(query).fetchone()
-        return float(row[0]) if row else None
-
-    def _begin_run(self) -> int:
-        (number,) = self.database.execute("SELECT coalesce(max(number), 0) + 1 FROM runs").fetchone()
-        now = timestamp(utc_now())
-        statement = "INSERT INTO runs (number, started_at, updated_at) VALUES (?, ?, ?)"
-        self._journal.write(statement, (number, now, now)).result()
-        return int(number)
-
-    def _job(self, row: sqlite3.Row) -> Job:
-        return job_of(row, self.folder, self._services, self._workspace)
-
     # The loop
 
     def __call__(self) -> Failure | None:
         """Work until everything is done or something stops it; returns why not every picture is saved."""
-        self._open_tasks()
+        for job in self._jobs.submitted():
+            job.task = self._worker.task(job, str(job.evidence.data.get("task_id", "")))
+            self._tasks.add(job)
+        for job in self._jobs.lost(with_dead_link=self.options.retry_failed):  # asked after once, free
+            self._looking_for.add(job.number)
+            self._askers.submit(self._work, self._worker.find, "find", job)
         try:
             while True:
                 now = time.monotonic()
@@ -272,14 +250,9 @@ class Run:
         if self._due and self._due[0][0] <= now:
             return heapq.heappop(self._due)[2]
         if not self._feed:
-            rows = self.database.execute(
-                f"SELECT * FROM pictures WHERE state IN ({', '.join('?' * len(self.options.sends))}) "
-                "AND (position, variant) > (?, ?) AND service = ? ORDER BY position, variant LIMIT 200",
-                (*self.options.sends, *self._fed, self._service),
-            ).fetchall()
-            self._feed.extend(self._job(row) for row in rows)
-            if rows:
-                self._fed = (rows[-1]["position"], rows[-1]["variant"])
+            self._feed.extend(self._jobs.to_send(self.options.sends, self._fed))
+            if self._feed:
+                self._fed = self._feed[-1].position
         return self._feed.popleft() if self._feed else None
 
     def _most_out(self, now: float) -> int:
@@ -338,9 +311,8 @@ class Run:
             elif failure is None:
                 self._tasks.again(job)
         if failure is None:
-            self._failures_in_a_row[outcome.step] = 0
-            if outcome.step in ("generate", "ask") and job.state == "generated":  # a task taken is no picture yet
-                self._unknown_in_a_row = 0
+            is_picture = outcome.step in ("generate", "ask") and job.state == "generated"  # a task taken is none yet
+            self._storms.calm(outcome.step, is_known=is_picture)
             return
         self._tell(job, failure)
         if outcome.step == "find":
@@ -354,8 +326,7 @@ class Run:
         elif failure.fault.billed == "unknown" or failure.fault.concerns == "service" or job.state == "generated":
             self._count_failure(outcome.step, failure)
         else:  # the row's own fault: the service works
-            self._failures_in_a_row[outcome.step] = 0
-            self._unknown_in_a_row = 0
+            self._storms.calm(outcome.step)
         if outcome.step == "generate" and outcome.left is Left.AGAIN and self._stop is None:
             self._plan_retry(job, failure, now)
 
@@ -367,16 +338,8 @@ class Run:
             self._count_failure("generate", failure)
 
     def _count_failure(self, step: str, failure: Failure) -> None:
-        """No storms: what fails again and again, or ends unknown again and again, is not tried on and on."""
-        self._failures_in_a_row[step] += 1
-        self._unknown_in_a_row += failure.fault.billed == "unknown"
-        if self._unknown_in_a_row >= UNKNOWN_IN_A_ROW:
-            unfinished = failure.code == "paid_not_downloaded"
-            what = "tasks in a row are not finished in time" if unfinished else "outcomes in a row are unknown"
-            self._halt(storm(failure, f"{UNKNOWN_IN_A_ROW} {what}", EXIT_UNKNOWN))
-        elif self._failures_in_a_row[step] >= FAILURES_IN_A_ROW:
-            what = {"generate": "calls", "ask": "tasks", "save": "downloads"}[step]
-            self._halt(storm(failure, f"{FAILURES_IN_A_ROW} {what} in a row failed", EXIT_UNAVAILABLE))
+        if too_many := self._storms.count(step, failure):
+            self._halt(too_many)
 
     def _plan_retry(self, job: Job, failure: Failure, now: float) -> None:
         """Send a picture again after a wait, where its call surely was not billed and it has tries left."""
@@ -400,31 +363,6 @@ class Run:
 
     # Asking after tasks
 
-    def _open_tasks(self) -> None:
-        """Take up the tasks that earlier runs have submitted to this service; no other gets its key."""
-        rows = self.database.execute(
-            "SELECT * FROM pictures WHERE state = 'submitted' AND service = ? ORDER BY number", (self._service,)
-        ).fetchall()
-        for row in rows:
-            job = self._job(row)
-            job.task = self._worker.task(job, job.evidence.task_id)
-            self._tasks.add(job)
-        self._look_for_lost()
-
-    def _look_for_lost(self) -> None:
-        """Ask once, free, after tasks that the service did not know in an earlier run, or whose link was dead."""
-        rows = self.database.execute(
-            "SELECT * FROM pictures WHERE state IN ('unknown', 'failed') AND service = ? ORDER BY number",
-            (self._service,),
-        ).fetchall()
-        for row in rows:
-            facts = facts_of(row["facts"])
-            had_link = facts.get("error", {}).get("code") in DEAD_LINK
-            if "task_id" in facts and (row["state"] == "unknown" or (had_link and self.options.retry_failed)):
-                job = self._job(row)
-                self._looking_for.add(job.number)
-                self._askers.submit(self._work, self._worker.find, "find", job)
-
     def _ask(self, now: float) -> float | None:
         """Ask after the tasks whose time has come; returns the seconds to the next, None where none is open."""
         if self._stop is None and len(self._tasks) and now > self._forecast.last_save:
@@ -447,15 +385,12 @@ class Run:
         while self._stop is None and len(self._saving) < 2 * DOWNLOADS_AT_ONCE and not self._saves_are_fed:
             if time.monotonic() > self._forecast.last_save:
                 return self._halt_for_time()
-            rows = self.database.execute(
-                "SELECT * FROM pictures WHERE state = 'generated' AND number > ? ORDER BY number LIMIT ?",
-                (self._last_fed_save, DOWNLOADS_AT_ONCE),
-            ).fetchall()
-            for row in rows:
-                if row["number"] not in self._queued:
-                    self._queue_save(self._job(row))
-                self._last_fed_save = row["number"]
-            self._saves_are_fed = not rows
+            jobs = self._jobs.paid(self._last_fed_save)
+            for job in jobs:
+                if job.number not in self._queued:
+                    self._queue_save(job)
+                self._last_fed_save = job.number
+            self._saves_are_fed = not jobs
 
     # The end
 
@@ -463,7 +398,7 @@ class Run:
         """Why the run ends other than with every picture saved; None where they are."""
         if self._stop is not None:
             return self._stop
-        if self._gave_up is not None and self._failures_in_a_row["generate"]:
+        if self._gave_up is not None and self._storms.failures["generate"]:
             return storm(self._gave_up, "pictures are left after their retries", EXIT_UNAVAILABLE)
         ending = incomplete(self.database, self._bound)
         if ending is not None and time.monotonic() > self._forecast.last_save:  # it cut what was left to download
@@ -473,9 +408,6 @@ class Run:
 
     def close(self, exit_code: int) -> None:
         """Note the end of the run and close the database."""
-        now = timestamp(utc_now())
-        latency = self._forecast.typical_latency
-        statement = "UPDATE runs SET updated_at = ?, finished_at = ?, exit_code = ?, latency_s = ? WHERE number = ?"
-        self._journal.write(statement, (now, now, exit_code, latency, self.number))
+        self._row.close(exit_code, self._forecast.typical_latency)
         self._journal.close()
         self.database.close()
