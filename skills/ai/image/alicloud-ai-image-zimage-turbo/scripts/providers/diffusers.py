@@ -32,14 +32,11 @@ from zimage.errors import Failure, os_reason
 from zimage.outside import at, outside_text
 from zimage.provider import (
     GUIDANCE,
-    OWN_HARDWARE,
     STEPS,
     Generated,
     LocalCall,
-    Price,
-    Provider,
+    OpenModel,
     Setting,
-    what_the_model_cannot,
 )
 from zimage.request import ImageRequest
 
@@ -109,7 +106,7 @@ class Place(NamedTuple):
     offload: bool = False
 
 
-class Diffusers(Provider):
+class Diffusers(OpenModel):
     """Loads the pipeline once; draws one picture at a time."""
 
     name = "diffusers"
@@ -118,7 +115,6 @@ class Diffusers(Provider):
     in_process = True
     long_prompt = sys.maxsize  # what is too long is known in tokens, and said when the picture is made
     calls_at_once = 1
-    billable = False
     own_settings = (
         Setting("model_path", "PATH", "folder that holds the model, or its name in the hub's cache", MODEL, model_path),
         STEPS._replace(help="sampling steps, each one evaluation of the transformer"),
@@ -131,12 +127,6 @@ class Diffusers(Provider):
         self._lock = threading.RLock()
         self._found: tuple[Weights, Place] | None = None
         self._pipeline: Any = None
-
-    def cannot(self, request: ImageRequest) -> list[str]:
-        return what_the_model_cannot(request, self.name)
-
-    def price(self, request: ImageRequest, region: str) -> Price:
-        return OWN_HARDWARE
 
     def payload(self, request: ImageRequest) -> dict[str, Any]:
         width, height = request.width_height

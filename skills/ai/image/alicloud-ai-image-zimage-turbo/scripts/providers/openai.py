@@ -20,15 +20,12 @@ from zimage.keys import KeyPlaces
 from zimage.outside import at, kept_text, outside_json
 from zimage.provider import (
     GUIDANCE,
-    OWN_HARDWARE,
     STEPS,
     Generated,
     HttpAnswer,
     HttpCall,
-    Price,
-    Provider,
+    OpenModel,
     Setting,
-    what_the_model_cannot,
 )
 from zimage.request import ImageRequest
 
@@ -57,7 +54,7 @@ def model_name(text: str) -> str:
     return text
 
 
-class OpenAI(Provider):
+class OpenAI(OpenModel):
     """One POST, answered with the picture in base64, or with a link to it."""
 
     name = "openai"
@@ -69,7 +66,6 @@ class OpenAI(Provider):
     generate_path = "/images/generations"
     max_answer_bytes = MAX_IMAGE_BYTES * 4 // 3 + MIB  # base64 of the largest picture
     links_to_itself = True
-    billable = False
     own_settings = (
         STEPS,
         GUIDANCE,
@@ -79,12 +75,6 @@ class OpenAI(Provider):
 
     def root_of(self, path: str) -> str | None:
         return path.removesuffix(self.generate_path) or self.default_root
-
-    def cannot(self, request: ImageRequest) -> list[str]:
-        return what_the_model_cannot(request, self.name)
-
-    def price(self, request: ImageRequest, region: str) -> Price:
-        return OWN_HARDWARE
 
     def payload(self, request: ImageRequest) -> dict[str, Any]:
         fields = {

@@ -22,9 +22,9 @@ from zimage.contract import (
     EXIT_UNAVAILABLE,
     EXIT_UNKNOWN,
     EXIT_UNUSABLE,
+    GENERATE_IMAGE,
     REQUIREMENTS,
 )
-from zimage.contract import GENERATE_IMAGE as GENERATE_IMAGE
 from zimage.outside import mask
 
 if TYPE_CHECKING:
@@ -64,7 +64,6 @@ INSTALL_HINT = (
 ASK_BEFORE_PAYING = (
     "ask the user before paying again: --replay EVIDENCE makes the same request once more and costs again"
 )
-MAKE_ANEW = "the picture may have been made; --replay EVIDENCE makes it once more, which costs only time"
 RECOVER_FREE = "run next_command: it fetches the picture without paying again"
 GO_ON_FREE = "run next_command: it goes on waiting for the picture without paying again"
 

@@ -71,9 +71,6 @@ class Price(NamedTuple):
     price_list_date: str
 
 
-OWN_HARDWARE = Price(0.0, "own hardware", "none")
-
-
 class Setting(NamedTuple):
     """A command line option of one provider alone: `model_path` is --model-path."""
 
@@ -101,18 +98,6 @@ def number(kind: type[Number], least: float, most: float, name: str = "a number"
 
 STEPS = Setting("steps", "N", "sampling steps", 8, number(int, 1, 200, "a whole number"))
 GUIDANCE = Setting("guidance", "X", "guidance scale; this model is made for 0", 0.0, number(float, 0, 100))
-
-SIDE_STEP = 16  # pixels; the open model's card and pipeline: both sides are multiples of it
-
-
-def what_the_model_cannot(request: ImageRequest, name: str) -> list[str]:
-    """What a valid request asks for that the open model, without a service around it, cannot do."""
-    sentences = []
-    if any(side % SIDE_STEP for side in request.width_height):
-        sentences.append(f"size: {request.size}; {name} draws only sides that are multiples of {SIDE_STEP}")
-    if request.prompt_extend:
-        sentences.append(f"prompt_extend: {name} does not rewrite prompts; leave it out")
-    return sentences
 
 
 class Provider:
@@ -238,3 +223,22 @@ class Provider:
             Failure: by the provider's error table.
         """
         raise NotImplementedError
+
+
+class OpenModel(Provider):
+    """The open model on hardware of one's own, without a service around it."""
+
+    SIDE_STEP = 16  # pixels; the model's card and pipeline: both sides are multiples of it
+    billable = False
+
+    def cannot(self, request: ImageRequest) -> list[str]:
+        sentences = []
+        if any(side % self.SIDE_STEP for side in request.width_height):
+            step = self.SIDE_STEP
+            sentences.append(f"size: {request.size}; {self.name} draws only sides that are multiples of {step}")
+        if request.prompt_extend:
+            sentences.append(f"prompt_extend: {self.name} does not rewrite prompts; leave it out")
+        return sentences
+
+    def price(self, request: ImageRequest, region: str) -> Price:
+        return Price(0.0, "own hardware", "none")

@@ -11,14 +11,12 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from zimage.contract import EXIT_SIGNAL, EXIT_UNKNOWN, UNREACHABLE_RETRIES
+from zimage.contract import EXIT_SIGNAL, EXIT_UNKNOWN, GENERATE_IMAGE, UNREACHABLE_RETRIES
 from zimage.errors import (
     ASK_BEFORE_PAYING,
     BILLED,
-    GENERATE_IMAGE,
     GO_ON_FREE,
     KINDS,
-    MAKE_ANEW,
     RECOVER_FREE,
     Billed,
     Failure,
@@ -124,6 +122,7 @@ class Advice(NamedTuple):
         return all(wanted is None or wanted == found for wanted, found in conditions)
 
 
+MAKE_ANEW = "the picture may have been made; --replay EVIDENCE makes it once more, which costs only time"
 ADVICE = (  # the first that fits
     Advice("tell the user the name of the task: no evidence could be written; do not pay again",
            written=False, left=Left.OPEN),

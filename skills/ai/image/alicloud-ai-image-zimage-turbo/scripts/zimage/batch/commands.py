@@ -15,42 +15,21 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zimage.batch.contract import (
-    ASSUMED_LATENCY,
-    BATCH_REQUIREMENTS,
-    CONCURRENCY_RANGE,
-    DATABASE,
-    EVIDENCE,
-    GALLERY,
-    IMAGES,
-    LONGEST_LOADING,
-    REPLACED,
-    RESULTS,
-    SPACING,
-    THUMBS,
-    UNPACED_CONCURRENCY,
-)
+from zimage.batch.contract import BATCH_REQUIREMENTS, DATABASE, EVIDENCE, GALLERY, LONGEST_LOADING, RESULTS
 from zimage.batch.ending import interrupted_run
 from zimage.batch.folder import FolderLock, create_database, database_failures, open_database
+from zimage.batch.forecast import duration
 from zimage.batch.gallery import write_gallery
 from zimage.batch.journal import Place
-from zimage.batch.names import Names
 from zimage.batch.options import BatchOptions
 from zimage.batch.plan import Stage
 from zimage.batch.results import counts, totals, write_results
-from zimage.batch.resume import check_outputs_are_free, clean_up
+from zimage.batch.resume import check_outputs_are_free, clean_up, prepare_folder
 from zimage.batch.rows import checked_row, read_rows
 from zimage.batch.run import Run
 from zimage.console import Console
-from zimage.contract import (
-    EXIT_OK,
-    SCRIPTS,
-)
-from zimage.errors import (
-    Failure,
-    missing_packages,
-    raise_problems,
-)
+from zimage.contract import EXIT_OK, SCRIPTS
+from zimage.errors import Failure, missing_packages, raise_problems
 from zimage.evidence import moment_of, utc_now
 from zimage.files import check_space, check_working_folder, check_writable, to_json
 from zimage.make import get_ready, import_libraries
@@ -148,21 +127,6 @@ def take_lock(lock: FolderLock, folder: Path) -> None:
         raise Failure("already_running", f"another batch works on {folder}", progress=progress)
 
 
-def prepare_folder(folder: Path) -> None:
-    """Make the folder and its own subfolders, and see that they can be written.
-
-    Raises:
-        Failure: invalid_output, disk.
-    """
-    names = Names(folder)
-    for name in ("", IMAGES, EVIDENCE, THUMBS, REPLACED):
-        links = [] if names.stays_inside(name) else [folder / name]
-        for link in [*links, *(names.linked_folders(name) if name else [])]:
-            raise Failure("invalid_output", f"{link} is a symbolic link; the batch writes only into its own folder")
-    for name in ("", IMAGES, EVIDENCE):
-        check_writable(folder / name, "batch")
-
-
 def conclude(run: Run, failure: Failure | None, console: Console) -> None:
     """Write the results and print the summary; what cannot be written now does not undo what is saved."""
     folder, database = run.folder, run.database
@@ -224,7 +188,7 @@ def dry_run(options: BatchOptions, stage: Stage, env: Mapping[str, str]) -> dict
         "pictures": survey.rows * options.variants,
         "to_make": pictures,
         "estimated_cost": cost,
-        "estimated_duration_s": round(duration(options, pictures)),
+        "estimated_duration_s": round(duration(pictures, options.rpm, options.concurrency)),
         "left_pending": survey.made(with_changed=options.accept_changes)[0] - pictures,
         "spent_before": survey.spent,
         "max_cost": options.max_cost,
@@ -238,13 +202,6 @@ def dry_run(options: BatchOptions, stage: Stage, env: Mapping[str, str]) -> dict
         "problems": problems,
     }
     return {name: value for name, value in plan.items() if value is not None}
-
-
-def duration(options: BatchOptions, pictures: int) -> float:
-    """Seconds that so many pictures take, at the rate limit or else at the number of requests that are out at once."""
-    spacing = SPACING * 60 / options.rpm if options.rpm else 0.0
-    at_once = options.concurrency or (CONCURRENCY_RANGE[1] if spacing else UNPACED_CONCURRENCY)
-    return pictures * max(spacing, ASSUMED_LATENCY / at_once) + (ASSUMED_LATENCY if pictures else 0.0)
 
 
 def existing_batch(folder: Path) -> sqlite3.Connection:

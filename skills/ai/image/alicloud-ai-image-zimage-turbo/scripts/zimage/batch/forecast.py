@@ -8,7 +8,7 @@ import time
 from collections import deque
 from collections.abc import Iterable
 
-from zimage.batch.contract import ASSUMED_LATENCY, CONCURRENCY_RANGE, UNPACED_CONCURRENCY
+from zimage.batch.contract import ASSUMED_LATENCY, CONCURRENCY_RANGE, SPACING, UNPACED_CONCURRENCY
 
 
 class Forecast:
@@ -64,3 +64,10 @@ class Forecast:
         latency = max([*self._latencies, *(now - sent for sent in out)], default=ASSUMED_LATENCY)
         latency = latency if self._latencies else max(latency, ASSUMED_LATENCY)
         return min(most, max(least, math.ceil(1.25 * latency / spacing) + 2))
+
+
+def duration(pictures: int, rpm: float, concurrency: int | None) -> float:
+    """Seconds that so many pictures take, at the rate limit or else at the number of requests that are out at once."""
+    spacing = SPACING * 60 / rpm if rpm else 0.0
+    at_once = concurrency or (CONCURRENCY_RANGE[1] if spacing else UNPACED_CONCURRENCY)
+    return pictures * max(spacing, ASSUMED_LATENCY / at_once) + (ASSUMED_LATENCY if pictures else 0.0)

@@ -15,21 +15,38 @@ from zimage.batch.contract import (
     GALLERY,
     IMAGES,
     PROBLEMS_TOLD,
+    REPLACED,
     RESERVE,
     RESULTS,
     THUMBS,
 )
 from zimage.batch.folder import database_failures, facts_in, facts_of, open_database
 from zimage.batch.journal import Job, job_of, read_services
+from zimage.batch.names import Names
 from zimage.batch.plan import settle_moves
 from zimage.batch.work import ROW_HINTS
 from zimage.console import Console
 from zimage.contract import SKILL
 from zimage.errors import Failure
 from zimage.evidence import EvidenceFile, moment_of, utc_now
-from zimage.files import check_space, file_hash, leftovers_of, remove_leftovers
+from zimage.files import check_space, check_writable, file_hash, leftovers_of, remove_leftovers
 from zimage.provider import Generated
 from zimage.settle import settle
+
+
+def prepare_folder(folder: Path) -> None:
+    """Make the folder and its own subfolders, and see that they can be written.
+
+    Raises:
+        Failure: invalid_output, disk.
+    """
+    names = Names(folder)
+    for name in ("", IMAGES, EVIDENCE, THUMBS, REPLACED):
+        links = [] if names.stays_inside(name) else [folder / name]
+        for link in [*links, *(names.linked_folders(name) if name else [])]:
+            raise Failure("invalid_output", f"{link} is a symbolic link; the batch writes only into its own folder")
+    for name in ("", IMAGES, EVIDENCE):
+        check_writable(folder / name, "batch")
 
 
 def clean_up(folder: Path, console: Console) -> None:
