@@ -109,11 +109,8 @@ def filled(value: str, known: Mapping[str, Any]) -> Any:
 
 
 def build_parser() -> Parser:
-    parser = Parser(
-        prog="fill_template.py",
-        description="Fill a template; print the request as JSON, or the rows of a batch as JSON lines. Sends nothing.",
-        allow_abbrev=False,
-    )
+    what = "Fill a template; print the request as JSON, or the rows of a batch as JSON lines. Sends nothing."
+    parser = Parser("fill_template.py", what)
     parser.add_argument("template", nargs="?", metavar="TEMPLATE", help="its name, as --list shows it")
     parser.add_argument("--file", metavar="PATH", help="the values: a JSON object in a file, - for standard input")
     parser.add_argument("--list", action="store_true", help="print every template with its fields and examples")

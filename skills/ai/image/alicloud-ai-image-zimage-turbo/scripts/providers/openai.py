@@ -18,15 +18,7 @@ from zimage.endpoint import Endpoint
 from zimage.errors import Failure
 from zimage.keys import KeyPlaces
 from zimage.outside import at, kept_text, outside_json
-from zimage.provider import (
-    GUIDANCE,
-    STEPS,
-    Generated,
-    HttpAnswer,
-    HttpCall,
-    OpenModel,
-    Setting,
-)
+from zimage.provider import GUIDANCE, STEPS, Generated, HttpAnswer, HttpCall, OpenModel, Setting
 from zimage.request import ImageRequest
 
 LINK_LIFETIME = dt.timedelta(hours=1)  # OpenAI's own; engines that link to themselves say nothing

@@ -60,6 +60,10 @@ of every error says what to do next. Key: {key}.
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are failures like all others."""
 
+    def __init__(self, prog: str, description: str, epilog: str = "") -> None:
+        kind = argparse.RawDescriptionHelpFormatter
+        super().__init__(prog, None, description, epilog, formatter_class=kind, allow_abbrev=False)
+
     def error(self, message: str) -> NoReturn:
         hint = None
         if "expected one argument" in message:
@@ -69,13 +73,8 @@ class Parser(argparse.ArgumentParser):
 
 def build_parser(provider: type[Provider] | None = None) -> Parser:
     """The command line of the contract. Values stay text here: `read_options` checks them all at once."""
-    parser = Parser(
-        prog="generate_image.py",
-        description=DESCRIPTION,
-        epilog=EPILOG.format(key=(provider or provider_class(DEFAULT_PROVIDER)).key_hint()),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    key = (provider or provider_class(DEFAULT_PROVIDER)).key_hint()
+    parser = Parser("generate_image.py", DESCRIPTION, EPILOG.format(key=key))
     mode = parser.add_argument_group("what to do (exactly one)")
     mode.add_argument("--request", metavar="JSON", help="the request as a JSON object")
     mode.add_argument("--file", metavar="PATH", help="the request in a JSON file, - for standard input")

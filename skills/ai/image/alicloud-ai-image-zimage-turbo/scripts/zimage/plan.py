@@ -58,6 +58,19 @@ class Plan(NamedTuple):
     evidence_path: Path
     warnings: tuple[str, ...]
 
+    @classmethod
+    def of(cls, provider: Provider, endpoint: Endpoint, request: ImageRequest, **decided: Any) -> Plan:
+        """The plan of a request; `decided` are the fields that do not follow from it."""
+        return cls(
+            provider=provider,
+            endpoint=endpoint,
+            request=request,
+            payload=provider.payload(request),
+            price=provider.price(request, endpoint.region),
+            warnings=request_warnings(request, provider),
+            **decided,
+        )
+
     def evidence(self, now: dt.datetime) -> Content:
         """The content of the evidence file at the moment when the request leaves."""
         content: Content = {
@@ -121,17 +134,14 @@ def make_plan(options: Options, stop: Stop, env: Mapping[str, str]) -> Plan:
         raise AssertionError
     request = normalize(raw, with_seed=provider.takes_seed)
     raise_problems(format_problems(request, output))
-    return Plan(
-        provider=provider,
-        endpoint=endpoint,
-        request=request,
-        payload=provider.payload(request),
-        price=provider.price(request, endpoint.region),
+    return Plan.of(
+        provider,
+        endpoint,
+        request,
         workspace=workspace,
         output=output,
         overwrite=options.overwrite,
         evidence_path=Folders.of(env).evidence / f"{evidence_id}.json",
-        warnings=request_warnings(request, provider),
     )
 
 

@@ -22,7 +22,7 @@ from zimage.errors import Failure, Fault, Left, internal_error
 from zimage.evidence import Evidence, EvidenceFile, timestamp, utc_now
 from zimage.keys import Key
 from zimage.outside import outside_text
-from zimage.plan import Plan, request_warnings
+from zimage.plan import Plan
 from zimage.provider import Provider
 from zimage.registry import provider_named
 from zimage.request import ImageRequest
@@ -111,17 +111,14 @@ def job_of(row: sqlite3.Row, folder: Path, services: Services, workspace: str | 
         provider = type(provider)(facts["settings"])  # those of the run that sent it
     seed = row["seed"] if row["seed"] != NO_SEED else None
     request = ImageRequest(row["prompt"], row["size"], seed, bool(row["prompt_extend"]))
-    plan = Plan(
-        provider=provider,
-        endpoint=endpoint,
-        request=request,
-        payload=provider.payload(request),
-        price=provider.price(request, endpoint.region),
+    plan = Plan.of(
+        provider,
+        endpoint,
+        request,
         workspace=workspace,
         output=folder / row["output"],
         overwrite=False,
         evidence_path=folder / evidence_name(row["number"]),
-        warnings=request_warnings(request, provider),
     )
     return Job(row, facts, plan)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import stat
 from collections.abc import Callable, Mapping, Sequence
@@ -81,13 +80,7 @@ last line says what to do next.
 
 def build_parser(provider: type[Provider] | None = None) -> Parser:
     """The command line of the contract. Values stay text here: `read_options` checks them all at once."""
-    parser = Parser(
-        prog="generate_batch.py",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("generate_batch.py", DESCRIPTION, EPILOG)
     mode = parser.add_argument_group("what to do (exactly one)")
     mode.add_argument("--input", metavar="FILE", help="the rows: .jsonl, .csv or .txt; - for JSON lines on stdin")
     mode.add_argument("--prompt", metavar="TEXT", help="one row: this prompt (see --variants)")

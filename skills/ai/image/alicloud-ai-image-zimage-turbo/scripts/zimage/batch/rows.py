@@ -8,7 +8,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from zimage.batch.contract import INPUTS, MAX_ID_LENGTH, MAX_LINE_BYTES, ROW_SCHEMA
@@ -54,32 +54,22 @@ def read_rows(name: str, wait: float, stop: Stop) -> Iterator[Row | WrongRow]:
     label = "--input" if name == "-" else f"--input {outside_text(name, 200)}"
     hint = f"give the path of a readable {', '.join(INPUTS)} file, or - for JSON lines on standard input"
     lines = incoming(label, name, lines_of, stop, wait, hint=hint)
-    reader = {".jsonl": json_rows, ".csv": csv_rows, ".txt": text_rows}[kind]
-    return (checked_row(line, raw) for line, raw in reader(lines))
+    reading: dict[str, Callable[[str], Any]] = {".jsonl": parse_json, ".txt": lambda text: {"prompt": text}}
+    rows = line_rows(lines, reading[kind]) if kind in reading else csv_rows(lines)
+    return (checked_row(line, raw) for line, raw in rows)
 
 
-def json_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
-    """A JSON object a line; what is wrong with a line stands in place of its object, as an exception."""
+def line_rows(lines: Iterable[bytes], read: Callable[[str], Any]) -> Iterator[tuple[int, Any]]:
+    """A row a line; what is wrong with a line stands in place of its object, as an exception."""
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         try:
-            yield number, parse_json(line.decode().strip())
+            yield number, read(line.decode().strip())
         except UnicodeDecodeError:
             yield number, ValueError("is not text in UTF-8")
         except ValueError as error:
             yield number, ValueError(f"is not valid JSON: {error}")
-
-
-def text_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
-    """A prompt a line."""
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            yield number, {"prompt": line.decode().strip()}
-        except UnicodeDecodeError:
-            yield number, ValueError("is not text in UTF-8")
 
 
 def csv_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
