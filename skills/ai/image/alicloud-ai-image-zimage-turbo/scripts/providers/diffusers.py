@@ -67,6 +67,7 @@ COMPONENTS = {
     "vae": Component("config.json", "diffusion_pytorch_model"),
 }
 TOKENIZER_FILES = (("tokenizer.json",), ("vocab.json", "merges.txt"))  # one of these sets
+SMALL_FILES = ("model_index.json", *(f"{part}/{component.config}" for part, component in COMPONENTS.items()))
 
 
 def model_path(text: str) -> str:
@@ -163,16 +164,13 @@ class Diffusers(OpenModel):
             raise Failure("too_slow", "another picture was being made all the time")
         try:
             self.prepare()
-            if self._found is None:
-                raise AssertionError
+            assert self._found is not None
             return draw(self._pipeline, payload, until, *self._found)
         finally:
             self._lock.release()
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # What must be here
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def check_packages() -> None:
@@ -250,8 +248,7 @@ def cached_folder(name: str) -> Path | None:
 
 def missing_files(folder: Path) -> list[str]:
     """The files without which the model cannot be loaded, weights aside where an index names them."""
-    needed = ["model_index.json", *(f"{part}/{component.config}" for part, component in COMPONENTS.items())]
-    missing = [file for file in needed if not (folder / file).is_file()]
+    missing = [file for file in SMALL_FILES if not (folder / file).is_file()]
     if not any(all((folder / "tokenizer" / file).is_file() for file in files) for files in TOKENIZER_FILES):
         missing.append(f"tokenizer/{TOKENIZER_FILES[0][0]}")
     for part, component in COMPONENTS.items():
@@ -263,10 +260,9 @@ def missing_files(folder: Path) -> list[str]:
 
 def damaged_files(folder: Path) -> list[str]:
     """What of the small files is not whole JSON."""
-    names = ["model_index.json", *(f"{part}/{component.config}" for part, component in COMPONENTS.items())]
-    names += [f"tokenizer/{name}" for files in TOKENIZER_FILES for name in files if name.endswith(".json")]
+    tokenizers = [f"tokenizer/{name}" for files in TOKENIZER_FILES for name in files if name.endswith(".json")]
     faults = []
-    for name in names:
+    for name in (*SMALL_FILES, *tokenizers):
         try:
             json.loads((folder / name).read_bytes())
         except FileNotFoundError:
@@ -327,9 +323,7 @@ def values_in(path: Path) -> int:
     return values
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Where it can run
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def library(name: str) -> Any:
@@ -419,9 +413,7 @@ def fit_dtypes(device: str) -> tuple[str, ...]:
     return ("bfloat16",) if is_fast else ("float32", "bfloat16")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
 # Loading and drawing
-# ---------------------------------------------------------------------------------------------------------------------
 
 
 def load(weights: Weights, place: Place) -> Any:

@@ -35,6 +35,14 @@ def to_json(value: Any) -> bytes:
     return (text + "\n").encode("utf-8", "backslashreplace")
 
 
+def _flush(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 class Disk:
     """The only calls that change the disk once a picture is paid for; a test puts one that fails in place of DISK."""
 
@@ -50,11 +58,7 @@ class Disk:
 
     @staticmethod
     def sync(path: Path) -> None:
-        descriptor = os.open(path, os.O_RDWR)  # Windows flushes only what may be written
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _flush(path, os.O_RDWR)  # Windows flushes only what may be written
 
     @staticmethod
     def sync_folder(folder: Path) -> None:
@@ -62,11 +66,7 @@ class Disk:
         if os.name == "nt":
             return
         try:
-            descriptor = os.open(folder, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _flush(folder, os.O_RDONLY)
         except OSError as error:
             if error.errno not in CANNOT_SYNC_FOLDERS:
                 raise

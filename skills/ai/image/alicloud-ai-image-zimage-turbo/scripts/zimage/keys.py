@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,12 +45,10 @@ def find_key(places: KeyPlaces, env: Mapping[str, str]) -> Key:
         Failure: key_missing, naming every place looked at; key_malformed.
     """
     notes: list[str] = []
-    for look in (_key_in_environment, _key_in_dotenv, _key_in_ini, _key_in_named_file, _key_in_own_file):
-        key = look(places, env, notes)
-        if key is not None:
-            remember_secret(key.value)
-            _check_key(key)
-            return key
+    for key in filter(None, _keys(places, env, notes)):
+        remember_secret(key.value)
+        _check_key(key)
+        return key
     options = [f"the environment variable {places.variable}"]
     if places.ini_file:
         options.append(f"{places.ini_option} in ~/{places.ini_file}")
@@ -62,11 +60,17 @@ def find_key(places: KeyPlaces, env: Mapping[str, str]) -> Key:
     )
 
 
-def _key_in_environment(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> Key | None:
-    return _key(env.get(places.variable, ""), f"environment {places.variable}")
+def _keys(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> Iterator[Key | None]:
+    """What each place holds, looked at only when those before it hold nothing."""
+    yield _key(env.get(places.variable, ""), f"environment {places.variable}")
+    yield _key_in_dotenv(places, notes)
+    yield _key_in_ini(places, env, notes)
+    yield _key_in_named_file(places, env, notes)
+    if places.file is not None:
+        yield _key(_read_text(_home(places.file, env), notes), f"~/{places.file}")
 
 
-def _key_in_dotenv(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> Key | None:
+def _key_in_dotenv(places: KeyPlaces, notes: list[str]) -> Key | None:
     """`.env` in the working folder. Only the key is taken: a checked-out project must not steer the rest."""
     text = _read_text(Path(".env"), notes)
     lines = re.findall(rf"(?m)^[ \t]*(?:export[ \t]+)?{places.variable}[ \t]*=[ \t]*(.*?)[ \t\r]*$", text)
@@ -105,12 +109,6 @@ def _key_in_named_file(places: KeyPlaces, env: Mapping[str, str], notes: list[st
         # The user chose this file: another account's key must not step in for it.
         raise Failure("key_missing", f"{places.file_variable} names a file that holds no readable key")
     return key
-
-
-def _key_in_own_file(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> Key | None:
-    if places.file is None:
-        return None
-    return _key(_read_text(_home(places.file, env), notes), f"~/{places.file}")
 
 
 def _key(value: str, source: str) -> Key | None:
