@@ -192,6 +192,7 @@ def then_breaks(disk: Disk, refusal: Answer) -> Callable[[Received], Answer]:
     return answer
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("case", REFUSED)
 def test_no_second_attempt_leaves_before_it_is_on_disk(shell: Shell, service: FaultServer, case: str) -> None:
     disk = Disk(shell, shell.folder)
@@ -354,7 +355,7 @@ def test_no_second_run_gets_in_by_removing_the_lock(batch: Batch, path: str) -> 
 
 def test_two_runs_of_which_the_first_lost_its_lock_file_pay_once(batch: Batch) -> None:
     """The lock goes in the middle of the run, and the same command is given at once, again and again."""
-    batch.service.play(GENERATE, good(how=Answer(delay_s=0.1)))
+    batch.service.play(GENERATE, good(how=Answer(delay_s=0.4)))
     prompts = batch.prompts(24)
     processes = [batch.start("--concurrency", "2")]
     batch.service.wait_until(lambda: len(batch.sent) >= 4)

@@ -191,8 +191,7 @@ def place(content: bytes, output: Path, evidence_id: str, *, overwrite: bool, ag
     Raises:
         Failure: disk_after_paying.
     """
-    other = _second_name(output, evidence_id)
-    warning = f"{output} is taken by another file; the picture is saved as {other}"
+    others = (_second_name(output, f"{evidence_id}{more}") for more in ("", *(f"-{n}" for n in range(2, 100))))
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with in_the_making(output.with_name(f"{SKILL}-{evidence_id}")) as temporary:
@@ -202,11 +201,12 @@ def place(content: bytes, output: Path, evidence_id: str, *, overwrite: bool, ag
                 DISK.replace(temporary, output)
                 DISK.sync_folder(output.parent)
                 return output, None
-            for path, said in ((output, None), (other, warning)):
+            for path in (output, *others):
                 if DISK.claim(temporary, path) or (again and _holds(path, content)):
                     DISK.sync_folder(output.parent)
-                    return path, said
-            raise FileExistsError(f"{other} is taken too")
+                    warning = f"{output} is taken by another file; the picture is saved as {path}"
+                    return path, None if path == output else warning
+            raise FileExistsError("its other names are taken too")
     except OSError as error:
         raise Failure("disk_after_paying", f"the picture cannot be saved at {output}: {os_reason(error)}") from None
 

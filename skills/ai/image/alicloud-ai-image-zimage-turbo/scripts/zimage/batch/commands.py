@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from zimage.batch.contract import BATCH_REQUIREMENTS, DATABASE, EVIDENCE, GALLERY, LONGEST_LOADING, RESULTS
+from zimage.batch.contract import BATCH_REQUIREMENTS, DATABASE, EVIDENCE, GALLERY, RESULTS
 from zimage.batch.ending import interrupted_run
 from zimage.batch.folder import FolderLock, create_database, database_failures, open_database
 from zimage.batch.forecast import duration
@@ -36,6 +36,8 @@ from zimage.make import get_ready, import_libraries
 from zimage.plan import workspace_of
 from zimage.trust import choose_endpoint, key_for
 from zimage.waiting import Stop
+
+LONGEST_LOADING = 3600.0  # seconds for a model that runs in this process
 
 
 def make(options: BatchOptions, stop: Stop, console: Console, env: Mapping[str, str], began: float) -> Failure | None:

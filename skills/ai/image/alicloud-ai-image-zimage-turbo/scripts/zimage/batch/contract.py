@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from zimage.contract import MIB, REQUEST_SCHEMA, REQUIREMENTS, SKILL
@@ -14,37 +15,25 @@ RESERVE = ".batch.reserve"  # room kept free for a full disk
 DATABASE_VERSION = 1
 FOLDER_SIZE = 1000  # files a folder: more make listings slow
 PRIVATE_FILES = f"{DATABASE}*\n{RESERVE}\n{LOCK}\n{EVIDENCE}/\n"  # for .gitignore: they hold signed links
+# What the batch calls its own files and folders, in the folded form of `output_key`.
+OWN_NAMES = re.compile(
+    rf"({THUMBS}|{EVIDENCE}|{LOCK}|{RESULTS}|{GALLERY}|{re.escape(RESERVE)}|{DATABASE}[^/]*)(/|$)"
+    rf"|({IMAGES}|{REPLACED})/(\d{{4,}}/)?\d{{6,}}"
+)
 
 MAX_LINE_BYTES = 1 * MIB
 MAX_ID_LENGTH = 200
 PROBLEMS_TOLD = 50
-FAILURES_TOLD = 20  # lines on stderr; the rest stands in the results
 INPUTS = (".jsonl", ".csv", ".txt")
 
 SPACING = 1.035  # of the published limit: services count in sliding windows, and calls arrive a little unevenly
-REFUSED_STEP, QUIET_STEP = 1.02, 0.99  # of the spacing: wider with each 429, closer again with each quiet second
-WIDEST_SPACING = 60.0  # seconds
-HOLD_WITHOUT_WORD = 1.0  # seconds to hold all calls after a 429 without Retry-After; doubles up to the next
-LONGEST_HOLD_WITHOUT_WORD = 20.0
 
 CONCURRENCY_RANGE = (4, 64)  # by default, for rate times latency
-UNPACED_CONCURRENCY = 16  # without a rate limit there is no rate to follow
-ASSUMED_LATENCY = 10.0  # seconds, until one is measured
-LONGEST_LOADING = 3600.0  # seconds for a model that runs in this process
 DOWNLOADS_AT_ONCE = 8
-POLLS_AT_ONCE = 8
-MOST_OPEN_TASKS = 200  # tasks that a service works on; with more, nothing new is sent
-MOST_WAITING_DOWNLOADS = 200  # pictures paid and not yet downloaded; with more, nothing new is sent
-ROOM_FOR_ONE = 4 * MIB  # bytes on the disk, for a picture that is out
-UNKNOWN_IN_A_ROW, FAILURES_IN_A_ROW = 5, 10
-DISK_PATIENCE = 5.0  # seconds for a disk that failed to take what came meanwhile
 
 NO_SEED = -1  # in the database, of pictures whose provider takes none
 
-THUMB_SIDE = 384  # pixels
-PENDING_SHOWN = 1000  # pictures still to come that the gallery lists; the results list all of them
 TICK = 0.25  # seconds between looks at the clock while nothing happens
-REPORT_EVERY = 5.0  # seconds between progress lines where stderr is no terminal
 
 _row_fields = {name: rule for name, rule in REQUEST_SCHEMA["properties"].items() if name != "base_url"}
 ROW_SCHEMA: dict[str, Any] = REQUEST_SCHEMA | {

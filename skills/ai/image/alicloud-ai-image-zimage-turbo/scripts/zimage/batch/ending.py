@@ -6,9 +6,11 @@ import signal
 import sqlite3
 from collections import Counter
 
-from zimage.batch.contract import FAILURES_IN_A_ROW, RESULTS, UNKNOWN_IN_A_ROW
+from zimage.batch.contract import RESULTS
 from zimage.contract import EXIT_SIGNAL, EXIT_UNAVAILABLE, EXIT_UNKNOWN
 from zimage.errors import Failure
+
+UNKNOWN_IN_A_ROW, FAILURES_IN_A_ROW = 5, 10
 
 
 def incomplete(database: sqlite3.Connection, bound: str | None) -> Failure | None:

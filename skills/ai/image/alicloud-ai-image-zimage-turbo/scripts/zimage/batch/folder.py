@@ -219,3 +219,13 @@ def create_database(folder: Path) -> None:
                 database.commit()
         except OSError as error:
             raise Failure("disk", f"{path} cannot be written: {os_reason(error)}") from None
+
+
+def check_same_database(folder: Path, inode: int) -> None:
+    """Raise `disk` where the database is not the file that was opened."""
+    try:
+        there = os.stat(folder / DATABASE).st_ino == inode
+    except OSError:
+        there = False
+    if not there:
+        raise Failure("disk", f"{folder / DATABASE} was removed or replaced while the batch ran")

@@ -8,7 +8,10 @@ import time
 from collections import deque
 from collections.abc import Iterable
 
-from zimage.batch.contract import ASSUMED_LATENCY, CONCURRENCY_RANGE, SPACING, UNPACED_CONCURRENCY
+from zimage.batch.contract import CONCURRENCY_RANGE, SPACING
+
+UNPACED_CONCURRENCY = 16  # without a rate limit there is no rate to follow
+ASSUMED_LATENCY = 10.0  # seconds, until one is measured
 
 
 class Forecast:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zimage.batch.contract import GALLERY, PENDING_SHOWN, THUMB_SIDE
+from zimage.batch.contract import GALLERY
 from zimage.batch.names import Names, evidence_name, thumb_name
 from zimage.batch.results import counts, listed_pictures, replace_file, totals
 from zimage.contract import SCRIPTS, VERSION
@@ -28,6 +28,9 @@ from zimage.waiting import Stop
 
 if TYPE_CHECKING:
     import PIL.Image
+
+THUMB_SIDE = 384  # pixels
+PENDING_SHOWN = 1000  # pictures still to come that the gallery lists; the results list all of them
 
 TEMPLATE = SCRIPTS.parent / "assets" / "gallery.html"
 SHOWN_FIELDS = (

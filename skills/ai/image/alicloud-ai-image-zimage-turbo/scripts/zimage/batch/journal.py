@@ -8,18 +8,19 @@ import os
 import queue
 import sqlite3
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
-from zimage.batch.contract import DATABASE, DOWNLOADS_AT_ONCE, NO_SEED
+from zimage.batch.contract import DATABASE, DOWNLOADS_AT_ONCE, NO_SEED, SPACING
 from zimage.batch.folder import Reserve, database_failures, facts_in, facts_of, open_database
 from zimage.batch.names import evidence_name, output_key
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, Fault, Left, internal_error
-from zimage.evidence import Evidence, EvidenceFile, timestamp, utc_now
+from zimage.evidence import Evidence, EvidenceFile, moment_of, timestamp, utc_now
 from zimage.keys import Key
 from zimage.outside import outside_text
 from zimage.plan import Plan
@@ -277,6 +278,13 @@ class RunRow:
         now = timestamp(utc_now())
         statement = "INSERT INTO runs (number, started_at, updated_at) VALUES (?, ?, ?)"
         journal.write(statement, (self._number, now, now)).result()
+
+    def first_start(self, rpm: float) -> float:
+        """Now, or a spacing after the last call of an earlier run: its minute counts at the service too."""
+        if self.last_before is None or not rpm:
+            return time.monotonic()
+        age = (utc_now() - moment_of(self.last_before)).total_seconds()
+        return time.monotonic() + min(max(0.0, SPACING * 60 / rpm - age), 60.0)
 
     def keep(self, progress: Mapping[str, Any]) -> None:
         """What --status tells of a running batch."""

@@ -9,18 +9,7 @@ import unicodedata
 from pathlib import Path
 from typing import NoReturn
 
-from zimage.batch.contract import (
-    DATABASE,
-    EVIDENCE,
-    FOLDER_SIZE,
-    GALLERY,
-    IMAGES,
-    LOCK,
-    REPLACED,
-    RESERVE,
-    RESULTS,
-    THUMBS,
-)
+from zimage.batch.contract import EVIDENCE, FOLDER_SIZE, IMAGES, OWN_NAMES, REPLACED, THUMBS
 from zimage.errors import Failure, Problem, raise_problems
 from zimage.files import checked_output, slug_of
 from zimage.outside import outside_text
@@ -72,12 +61,6 @@ def variant_output(output: str, variant: int) -> str:
 def output_key(output: str) -> str:
     """The same for all names that some file system takes for one: case and Unicode form are folded."""
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", output).casefold())
-
-
-# What the batch calls its own files and folders, in the folded form of `output_key`.
-OWN_NAMES = re.compile(
-    rf"({THUMBS}|{EVIDENCE}|{LOCK}|{RESULTS}|{GALLERY}|{re.escape(RESERVE)}|{DATABASE}[^/]*)(/|$)|({IMAGES}|{REPLACED})/(\d{{4,}}/)?\d{{6,}}"
-)
 
 
 class Names:

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import math
 
-from zimage.batch.contract import (
-    HOLD_WITHOUT_WORD,
-    LONGEST_HOLD_WITHOUT_WORD,
-    QUIET_STEP,
-    REFUSED_STEP,
-    SPACING,
-    WIDEST_SPACING,
-)
+from zimage.batch.contract import SPACING
+
+REFUSED_STEP, QUIET_STEP = 1.02, 0.99  # of the spacing: wider with each 429, closer again with each quiet second
+WIDEST_SPACING = 60.0  # seconds
+HOLD_WITHOUT_WORD = 1.0  # seconds to hold all calls after a 429 without Retry-After; doubles up to the next
+LONGEST_HOLD_WITHOUT_WORD = 20.0
 
 
 class Pacer:

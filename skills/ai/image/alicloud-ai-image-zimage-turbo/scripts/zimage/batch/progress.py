@@ -8,9 +8,10 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Any
 
-from zimage.batch.contract import REPORT_EVERY
 from zimage.batch.journal import Job, RunRow
 from zimage.console import Console
+
+REPORT_EVERY = 5.0  # seconds between progress lines where stderr is no terminal
 
 
 class Tally:

@@ -13,22 +13,9 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from zimage.batch.contract import (
-    CONCURRENCY_RANGE,
-    DATABASE,
-    DISK_PATIENCE,
-    DOWNLOADS_AT_ONCE,
-    FAILURES_TOLD,
-    MOST_OPEN_TASKS,
-    MOST_WAITING_DOWNLOADS,
-    POLLS_AT_ONCE,
-    RESULTS,
-    ROOM_FOR_ONE,
-    SPACING,
-    TICK,
-)
+from zimage.batch.contract import CONCURRENCY_RANGE, DATABASE, DOWNLOADS_AT_ONCE, RESULTS, TICK
 from zimage.batch.ending import Storms, incomplete, interrupted_run, storm
-from zimage.batch.folder import open_database
+from zimage.batch.folder import check_same_database, open_database
 from zimage.batch.forecast import Forecast
 from zimage.batch.journal import Job, Jobs, Journal, JournalRow, Place, RunRow
 from zimage.batch.options import BatchOptions
@@ -38,11 +25,17 @@ from zimage.batch.results import totals
 from zimage.batch.tasks import OpenTasks
 from zimage.batch.work import Outcome, Worker, own_fault
 from zimage.console import Console
-from zimage.contract import EXIT_DISK, EXIT_UNAVAILABLE, MIN_FREE_BYTES
+from zimage.contract import EXIT_DISK, EXIT_UNAVAILABLE, MIB, MIN_FREE_BYTES
 from zimage.errors import Failure, Left
-from zimage.evidence import moment_of, utc_now
 from zimage.files import check_space
 from zimage.waiting import Stop, wait_before
+
+POLLS_AT_ONCE = 8
+MOST_OPEN_TASKS = 200  # tasks that a service works on; with more, nothing new is sent
+MOST_WAITING_DOWNLOADS = 200  # pictures paid and not yet downloaded; with more, nothing new is sent
+ROOM_FOR_ONE = 4 * MIB  # bytes on the disk, for a picture that is out
+DISK_PATIENCE = 5.0  # seconds for a disk that failed to take what came meanwhile
+FAILURES_TOLD = 20  # lines on stderr; the rest stands in the results
 
 
 class Run:
@@ -75,7 +68,7 @@ class Run:
         self._askers = ThreadPoolExecutor(POLLS_AT_ONCE, "ask")
         self._savers = ThreadPoolExecutor(DOWNLOADS_AT_ONCE, "save")
         self._tasks = OpenTasks(options.timeout)
-        self._pacer = Pacer(options.rpm, start=self._first_start())
+        self._pacer = Pacer(options.rpm, start=self._row.first_start(options.rpm))
         self._forecast = Forecast(self._row.latency_before, self.deadline)
         self._out: dict[int, float] = {}  # number -> when its request left
         self._saving: set[int] = set()
@@ -94,20 +87,12 @@ class Run:
         self._behind: dict[int, JournalRow] = {}  # pictures of which the disk does not know the last word
         self.progress = Progress(self.tally, self._row, console)
 
-    def _first_start(self) -> float:
-        """Now, or a spacing after the last call of an earlier run: its minute counts at the service too."""
-        last = self._row.last_before
-        if last is None or not self.options.rpm:
-            return time.monotonic()
-        age = (utc_now() - moment_of(last)).total_seconds()
-        return time.monotonic() + min(max(0.0, SPACING * 60 / self.options.rpm - age), 60.0)
-
     # The loop
 
     def __call__(self) -> Failure | None:
         """Work until everything is done or something stops it; returns why not every picture is saved."""
         for job in self._jobs.submitted():
-            job.task = self._worker.task(job, str(job.evidence.data.get("task_id", "")))
+            job.task = self._worker.task(job, job.evidence.task_id)
             self._tasks.add(job)
         for job in self._jobs.lost(with_dead_link=self.options.retry_failed):  # asked after once, free
             self._looking_for.add(job.number)
@@ -189,7 +174,8 @@ class Run:
             if crowded or start > now:
                 return self._later(job, TICK if crowded else start - now)
             try:
-                self._check_folder()
+                check_space(self.folder, MIN_FREE_BYTES + ROOM_FOR_ONE * (len(self._out) + len(self._saving)))
+                check_same_database(self.folder, self._database_file)
             except Failure as failure:
                 self._halt(failure)
                 return self._later(job, None)
@@ -214,16 +200,6 @@ class Run:
         if job is not None:
             self._feed.appendleft(job)
         return wait
-
-    def _check_folder(self) -> None:
-        """Raise `disk` where the folder has no room for what is out, or its database is not where it was opened."""
-        check_space(self.folder, MIN_FREE_BYTES + ROOM_FOR_ONE * (len(self._out) + len(self._saving)))
-        try:
-            there = os.stat(self.folder / DATABASE).st_ino == self._database_file
-        except OSError:
-            there = False
-        if not there:
-            raise Failure("disk", f"{self.folder / DATABASE} was removed or replaced while the batch ran")
 
     def _start(self, job: Job, now: float) -> None:
         self._out[job.number] = now
