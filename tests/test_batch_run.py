@@ -17,6 +17,7 @@ import time
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from statistics import linear_regression
 
 import pytest
 
@@ -266,7 +267,7 @@ def test_calls_are_spaced_evenly_a_little_wider_than_the_limit(batch: Batch) -> 
     batch.prompts(30)
     assert batch.run("--rpm", "1200", "--no-gallery").code == 0
     times = sorted(request.at for request in batch.service.posts)
-    spacing = (times[-1] - times[0]) / 29
+    spacing, _ = linear_regression(range(30), times)  # of all: one that arrives late on a busy machine counts little
     assert 0.05 * 1.01 < spacing < 0.05 * 1.2
     gaps = [later - earlier for earlier, later in pairwise(times)]
     assert sorted(gaps)[3] > 0.025  # no bursts; a few may arrive unevenly on a busy machine

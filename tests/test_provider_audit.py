@@ -497,7 +497,7 @@ def test_a_task_whose_name_no_disk_took_is_not_called_recoverable(zt: Lab) -> No
     zt.answers(submit)
     submitted_evidence(zt).unlink()
     zt.book.play(lambda task, request: zt.book.working(task))
-    error = with_files_up_to(zt, sizes[0], *zt.request, "--timeout", "1").error
+    error = with_files_up_to(zt, sizes[0], *zt.request, "--timeout", "3").error
     assert (error["exit_code"], error["billed"]) == (7, "unknown")
     assert "task_0001" in error["message"]
     zt.book.course = None
