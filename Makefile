@@ -29,7 +29,8 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 export PYTHONUTF8 := 1
 
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+# More than two cores: most of a test is waiting for a service that is slow, or for a process.
+PYTEST := $(BIN)/python -m pytest --numprocesses 4
 
 .PHONY: help demo smoke check check-all validate skill lint types test browser local clients bench package \
 	standalone install-skill clean
