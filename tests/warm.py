@@ -212,7 +212,7 @@ def main() -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     time.tzset()
-    if "sitecustomize" in sys.modules:  # that of tests/every_write, which has been told of no write yet
+    if hasattr(sys.modules.get("sitecustomize"), "read_settings"):  # tests/every_write, not one of the system's
         sys.modules["sitecustomize"].read_settings()
     sys.argv = request["argv"]
     module = types.ModuleType("__main__")
