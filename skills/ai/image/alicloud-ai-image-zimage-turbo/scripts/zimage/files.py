@@ -119,13 +119,18 @@ def in_the_making(target: Path, mode: int = 0o666) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def aside(target: Path, *, mode: int = 0o666) -> Iterator[Path]:
-    """A path to write a file at, which takes the target's place in one step at a good end. Raises OSError."""
+def aside(target: Path, *, mode: int = 0o666, durable: bool = True) -> Iterator[Path]:
+    """A path to write a file at, which takes the target's place in one step at a good end. Raises OSError.
+
+    `durable`: it outlasts a power cut. What can be made again, such as a thumbnail, need not wait for the disk.
+    """
     with in_the_making(target, mode) as path:
         yield path
-        DISK.sync(path)
+        if durable:
+            DISK.sync(path)
         DISK.replace(path, target)
-        DISK.sync_folder(target.parent)
+        if durable:
+            DISK.sync_folder(target.parent)
 
 
 def replace_private(path: Path, content: bytes) -> None:

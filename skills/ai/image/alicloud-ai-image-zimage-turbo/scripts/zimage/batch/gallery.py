@@ -124,7 +124,7 @@ def write_thumb(picture: Picture, folder: Path, number: int) -> None:
     with contextlib.suppress(OSError, ValueError):
         if Names(folder).stays_inside(str(target.parent.relative_to(folder))):
             target.parent.mkdir(parents=True, exist_ok=True)
-            with aside(target) as temporary:
+            with aside(target, durable=False) as temporary:
                 thumb(picture.image).save(temporary, "JPEG", quality=80)
 
 
