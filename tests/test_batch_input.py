@@ -606,6 +606,15 @@ def test_a_folder_too_deep_for_the_names_that_the_batch_gives_is_refused_before_
     assert (error["code"], error["message"].partition(":")[0]) == ("invalid_output", "--output-dir")
 
 
+@pytest.mark.parametrize("mode", ["--status", "--gallery-only"])
+@pytest.mark.parametrize("spare", [13, 25, 1, 0, -5])
+def test_a_folder_too_deep_for_a_database_holds_none(batch: Batch, mode: str, spare: int) -> None:
+    room = 4096 - 1 - spare - len(str(batch.out))
+    folder = f"{batch.out}/" + "x/" * (room // 2 - 1) + "x" * (1 + room % 2)
+    error = batch.call(mode, folder).error
+    assert (error["exit_code"], error["code"]) in {(2, "no_batch"), (2, "usage")}
+
+
 def test_the_longest_path_that_is_taken_can_be_saved(batch: Batch) -> None:
     """With a foreign file under its name meanwhile: then it needs the longer one."""
     name = "y" * 200 + ".png"

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from zimage.batch.contract import DATABASE
 from zimage.contract import DEFAULT_MAX_RETRIES, DEFAULT_TIMEOUT, MAX_RETRIES_RANGE, TIMEOUT_RANGE, VERSION
 from zimage.errors import Failure, Problem, noting, os_reason, raise_problems
 from zimage.options import (
@@ -185,10 +185,10 @@ def check_folder_name(option: str, name: str, folder: Path) -> None:
         hint = "use a name in UTF-8 without control characters, or set PYTHONUTF8=1"
         raise Failure("usage", f"{option}: must be the path of a folder, in plain text", hint=hint)
     try:
-        if stat.S_ISDIR(os.stat(folder).st_mode):
-            return
+        os.lstat(folder / f"{DATABASE}-journal")  # the longest name in it that every mode looks for
     except FileNotFoundError:
-        return
+        pass
+    except NotADirectoryError:
+        raise Failure("usage", f"{option}: {folder} is not a folder") from None
     except OSError as error:
         raise Failure("usage", f"{option}: {outside_text(name, 200)}: {os_reason(error)}") from None
-    raise Failure("usage", f"{option}: {folder} is not a folder")
