@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,6 +28,7 @@ from PIL import Image
 from conftest import ROOT, SCRIPTS, SKILL, Result, Shell, cannot
 from mock_server import MockServer
 from package import members
+from standalone import build
 from zimage.contract import VERSION
 
 NAME = SKILL.name
@@ -396,6 +398,23 @@ def installed(shell: Shell, repository: Path) -> Path:
 def test_uv_brings_the_packages_by_itself(shell: Shell, mock: MockServer, installed: Path, uv: Path) -> None:
     shell.env |= {"UV_PYTHON": sys.executable, "UV_PYTHON_DOWNLOADS": "never"}
     assert_draws(shell, mock, installed, str(uv), "run", "--quiet", "--script")
+
+
+def test_uv_runs_the_one_file_as_its_error_says(shell: Shell, uv: Path) -> None:
+    """In an archive uv finds no list of packages: they are named on the command line."""
+    script = shell.home / "my tools" / "generate_image.pyz"
+    build(SCRIPTS, script)
+    shell.env |= package_index() | {"UV_PYTHON": sys.executable, "UV_PYTHON_DOWNLOADS": "never"}
+    shell.env["PATH"] = f"{uv.parent}{os.pathsep}{os.environ['PATH']}"
+    dry_run = ["--prompt", "x", "--dry-run"]
+    bare = [sys.executable, "-I", "-S", str(script), *dry_run]
+    done = subprocess.run(bare, cwd=shell.folder, env=shell.environment(), capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    advised = re.search("`(uv run .*) …`", done.stderr)
+    assert advised is not None, done.stderr
+    words = [*shlex.split(advised[1]), *dry_run]
+    assert str(script) in words
+    assert subprocess.run(words, cwd=shell.folder, env=shell.environment(), check=False).returncode == 0
 
 
 def test_pip_installs_what_the_error_names(shell: Shell, mock: MockServer, installed: Path, uv: Path) -> None:

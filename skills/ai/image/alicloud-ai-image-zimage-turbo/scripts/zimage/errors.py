@@ -58,7 +58,7 @@ class Kind(NamedTuple):
 
 
 INSTALL_HINT = (
-    "run it with `uv run --script {script} …`, or make an environment: python3 -m venv .venv && "
+    "run it with `uv run {how} …`, or make an environment: python3 -m venv .venv && "
     ".venv/bin/pip install {packages} (then call .venv/bin/python)"
 )
 ASK_BEFORE_PAYING = (
@@ -282,7 +282,11 @@ def missing_packages(requirements: Mapping[str, str] = REQUIREMENTS, script: Pat
 
 def missing_package(what: str, requirements: Mapping[str, str], script: Path) -> Failure:
     packages = " ".join(f"'{requirement}'" for requirement in requirements.values())
-    hint = INSTALL_HINT.format(script=shlex.quote(str(script)), packages=packages)
+    name = shlex.quote(str(script))
+    with_packages = " ".join(f"--with '{requirement}'" for requirement in requirements.values())
+    # In an archive uv finds no list of packages.
+    how = f"--script {name}" if script.suffix == ".py" else f"--no-project {with_packages} python {name}"
+    hint = INSTALL_HINT.format(how=how, packages=packages)
     return Failure("missing_package", f"missing Python package: {what}", hint=hint)
 
 
