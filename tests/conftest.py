@@ -34,6 +34,7 @@ SCRIPTS = SKILL / "scripts"
 GENERATE = SCRIPTS / "generate_image.py"
 MOCK = SCRIPTS / "mock_server.py"
 TEST_KEY = "sk-test-0123456789abcdef"
+FIGURES = ROOT / "output" / SKILL.name / "figures"  # what runs have counted, for docs/reliability.md
 KEPT_VARIABLES = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LD_LIBRARY_PATH")
 # What `make check-all` installs, or reaches a package index for. A test that asks for one of these is `heavy`.
 HEAVY_FIXTURES = {"whole_model", "browser", "agents", "uv"}
@@ -47,9 +48,30 @@ collect_ignore = ["test_batch_run.py", "test_batch_state.py"] if os.name == "nt"
 
 from closed import assert_answer_closed, assert_closed
 from fault_server import FaultServer
+from leaks import SEARCHED, Search, keys_in
 from mock_server import MockServer
 from warm import Warm
 from zimage import outside, waiting
+
+
+@pytest.hookimpl
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker hands over what it has searched."""
+    if hasattr(session.config, "workeroutput"):
+        session.config.workeroutput["searched"] = dict(SEARCHED)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    SEARCHED.update(getattr(node, "workeroutput", {}).get("searched", {}))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if SEARCHED["runs"]:
+        counts = ", ".join(f"{count:,} {name}" for name, count in SEARCHED.items())
+        terminalreporter.write_line(f"searched for keys: {counts}; none found where a test has not put it")
+        FIGURES.mkdir(parents=True, exist_ok=True)
+        (FIGURES / "searched.json").write_text(json.dumps(SEARCHED) + "\n")
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
@@ -132,7 +154,7 @@ class Shell:
     home: Path
     env: dict[str, str] = field(default_factory=dict)
     script: Path = GENERATE
-    started: list[subprocess.Popen[bytes]] = field(default_factory=list)
+    started: dict[subprocess.Popen[bytes], Search] = field(default_factory=dict)
     is_first_row: bool = True  # or no row of a table at all
 
     def use(self, mock: MockServer) -> None:
@@ -158,17 +180,27 @@ class Shell:
             return self.run_forked(warm_process(), *arguments, stdin=stdin, timeout=timeout)
         return self.run_cold(*arguments, stdin=stdin, timeout=timeout)
 
+    def searched(self, search: Search, code: int, stdout: bytes, stderr: bytes) -> Result:
+        """The end of a run, which has left no key anywhere."""
+        result = Result(code, stdout.decode("utf-8"), stderr.decode("utf-8"))
+        search(result.stdout, result.stderr)
+        return result
+
+    def search(self) -> Search:
+        """To be made before a run."""
+        return Search(keys_in(self.env), (self.folder, self.home))
+
     @property
     def can_be_warm(self) -> bool:
         return IS_WARM and self.script.parent == SCRIPTS and self.script.name.startswith("generate_")
 
     def run_forked(self, process: Warm, *arguments: str, stdin: bytes | None = None, timeout: float = 60) -> Result:
-        argv = [str(self.script), *arguments]
-        code, out, err = process.run(argv, self.folder, self.environment(), stdin or b"", timeout)
-        return Result(code, out.decode("utf-8"), err.decode("utf-8"))
+        argv, search = [str(self.script), *arguments], self.search()
+        return self.searched(search, *process.run(argv, self.folder, self.environment(), stdin or b"", timeout))
 
     def run_cold(self, *arguments: str, stdin: bytes | None = None, timeout: float = 60) -> Result:
         """As `run`, and always by a new interpreter."""
+        search = self.search()
         done = subprocess.run(
             self.command(*arguments),
             cwd=self.folder,
@@ -178,7 +210,7 @@ class Shell:
             timeout=timeout,
             check=False,
         )
-        return Result(done.returncode, done.stdout.decode("utf-8"), done.stderr.decode("utf-8"))
+        return self.searched(search, done.returncode, done.stdout, done.stderr)
 
     def call(self, *arguments: str, stdin: bytes | None = None, timeout: float = 60) -> Result:
         """As `run`, for tables: the first row is a process, the others save themselves its start and run in this one.
@@ -187,7 +219,7 @@ class Shell:
         """
         if self.is_first_row or self.script.parent != SCRIPTS:
             return self.run_cold(*arguments, stdin=stdin, timeout=timeout)
-        main = importlib.import_module(self.script.stem).main
+        main, search = importlib.import_module(self.script.stem).main, self.search()
         out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8", write_through=True) for _ in range(2))
         with tempfile.TemporaryFile() as given, as_in_a_process(self.folder, self.environment()):
             given.write(stdin or b"")
@@ -195,8 +227,7 @@ class Shell:
             with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), io.TextIOWrapper(given) as sys.stdin:
                 sys.argv = [str(self.script), *arguments]
                 code = main()
-        texts = [stream.buffer.getvalue().decode("utf-8") for stream in (out, err)]
-        return Result(code, *texts)
+        return self.searched(search, code, *(stream.buffer.getvalue() for stream in (out, err)))
 
     def start(self, *arguments: str) -> subprocess.Popen[bytes]:
         """Start the script and leave it running; what still runs at the end of the test is ended then."""
@@ -208,12 +239,16 @@ class Shell:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        self.started.append(process)
+        return self.keep(process)
+
+    def keep(self, process: subprocess.Popen[bytes]) -> subprocess.Popen[bytes]:
+        """Have a process ended, and what it has left searched, at the end of the test."""
+        self.started[process] = self.search()
         return process
 
     def finish(self, process: subprocess.Popen[bytes], timeout: float = 60) -> Result:
         stdout, stderr = process.communicate(timeout=timeout)
-        return Result(process.returncode, stdout.decode("utf-8"), stderr.decode("utf-8"))
+        return self.searched(self.started[process], process.returncode, stdout, stderr)
 
     def evidence_files(self) -> list[Path]:
         return sorted(self.folder.glob("output/alicloud-ai-image-zimage-turbo/evidence/*.json"))
@@ -265,10 +300,11 @@ def shell(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Shell]:
     row = getattr(request.node, "callspec", None)
     shell = Shell(folder, home, is_first_row=row is None or not any(row.indices.values()))
     yield shell
-    for process in shell.started:
+    for process, search in shell.started.items():
         if process.poll() is None:
             process.kill()
             process.communicate(timeout=30)
+        search()  # of what was killed, too
     for path in folder.rglob("evidence/**/*.json"):
         content = path.read_bytes()
         if content.startswith(b"{\n"):  # what a test has put there stands on one line

@@ -362,7 +362,7 @@ def test_a_terminal_is_not_waited_for(batch: Batch) -> None:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        batch.shell.started.append(process)
+        batch.shell.keep(process)
         result = batch.finish(process, timeout=10)
     finally:
         os.close(leader)
@@ -381,7 +381,7 @@ def piped(batch: Batch, *options: str) -> subprocess.Popen[bytes]:
         stderr=subprocess.PIPE,
         bufsize=0,
     )
-    batch.shell.started.append(process)
+    batch.shell.keep(process)
     return process
 
 

@@ -551,7 +551,7 @@ def test_a_signal_before_anything_is_sent_writes_nothing(batch: Batch) -> None:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    batch.shell.started.append(process)
+    batch.shell.keep(process)
     time.sleep(0.4)
     process.send_signal(signal.SIGTERM)
     process.wait(5)
@@ -705,7 +705,7 @@ def test_on_a_terminal_there_is_a_bar(batch: Batch) -> None:
             stdout=subprocess.PIPE,
             stderr=follower,
         )
-        batch.shell.started.append(process)
+        batch.shell.keep(process)
         stdout, _ = process.communicate(timeout=20)
         shown = b""
         while select.select([leader], [], [], 0.2)[0]:

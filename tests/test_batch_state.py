@@ -1059,7 +1059,7 @@ def test_a_disk_that_fails_after_paying_loses_no_picture(batch: Batch) -> None:
         stderr=subprocess.PIPE,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)),
     )
-    batch.shell.started.append(process)
+    batch.shell.keep(process)
     result = batch.finish(process)
     assert result.code == 9, result.stdout
     paid = len(batch.sent)

@@ -1041,7 +1041,7 @@ def test_a_pipe_that_nobody_feeds_ends_in_time_with_one_error(shell: Shell) -> N
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    shell.started.append(process)
+    shell.keep(process)
     assert process.wait(timeout=30) == 2
     assert shell.finish(process).error["code"] == "file_unreadable"
 

@@ -151,7 +151,7 @@ def codex_skills(shell: Shell) -> list[dict[str, Any]]:
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
     )
-    shell.started.append(process)
+    shell.keep(process)
     assert process.stdin and process.stdout
     watchdog = threading.Timer(60, process.kill)
     watchdog.daemon = True
