@@ -5,6 +5,7 @@
 # make install-skill DEST=~/.claude/skills  the skill's folder, directly under DEST
 # make package  the skill as a zip in dist/, the same bytes each time
 # make standalone  the command for one picture as one file, dist/generate_image.pyz, the same bytes each time
+# make audit  the packages against the advisories of PyPI: needs the real index
 # make bench  start-up, one picture and batches: beside the official client, rate, kills, scale (25 minutes; not a test)
 
 VENV := .venv
@@ -32,7 +33,7 @@ export PYTHONUTF8 := 1
 # More than two cores: most of a test is waiting for a service that is slow, or for a process.
 PYTEST := $(BIN)/python -m pytest --numprocesses 4
 
-.PHONY: help demo smoke check check-all validate skill lint types test browser local clients bench package \
+.PHONY: help demo smoke check check-all validate skill lint types test browser local clients audit bench package \
 	standalone install-skill clean
 
 help:
@@ -111,6 +112,14 @@ clients: $(VENV)/.clients
 $(VENV)/.clients: Makefile
 	@npm install --prefix $(VENV)/clients --no-audit --no-fund --loglevel=error $(CLIENTS) >/dev/null && touch $@ || \
 		echo "no npm, or no registry: the tests that install the skill into agents will be skipped"
+
+# Strict: a package whose advisories cannot be had counts as a finding, so a mirror of the index gives no false peace.
+audit: $(VENV)/audit/bin/pip-audit
+	$(VENV)/audit/bin/pip-audit --strict --progress-spinner off --requirement requirements.txt
+
+$(VENV)/audit/bin/pip-audit: | $(BIN)/python$(EXE)
+	$(BIN)/python -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check "pip-audit>=2.7,<3"
 
 bench: $(VENV)/.checks
 	$(BIN)/python tests/benchmarks/start_up.py
