@@ -34,7 +34,6 @@ SCRIPTS = SKILL / "scripts"
 GENERATE = SCRIPTS / "generate_image.py"
 MOCK = SCRIPTS / "mock_server.py"
 TEST_KEY = "sk-test-0123456789abcdef"
-FIGURES = ROOT / "output" / SKILL.name / "figures"  # what runs have counted, for docs/reliability.md
 KEPT_VARIABLES = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LD_LIBRARY_PATH")
 # What `make check-all` installs, or reaches a package index for. A test that asks for one of these is `heavy`.
 HEAVY_FIXTURES = {"whole_model", "browser", "agents", "uv"}
@@ -46,6 +45,7 @@ sys.path.insert(0, str(SCRIPTS))
 # These hold what only POSIX has: locks, terminals, limits of a process.
 collect_ignore = ["test_batch_run.py", "test_batch_state.py"] if os.name == "nt" else []
 
+import figures
 from closed import assert_answer_closed, assert_closed
 from fault_server import FaultServer
 from leaks import SEARCHED, Search, keys_in
@@ -70,8 +70,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     if SEARCHED["runs"]:
         counts = ", ".join(f"{count:,} {name}" for name, count in SEARCHED.items())
         terminalreporter.write_line(f"searched for keys: {counts}; none found where a test has not put it")
-        FIGURES.mkdir(parents=True, exist_ok=True)
-        (FIGURES / "searched.json").write_text(json.dumps(SEARCHED) + "\n")
+        figures.keep("searched", SEARCHED)
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers

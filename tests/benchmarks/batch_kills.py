@@ -36,6 +36,7 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+import figures
 from benchmarks.common import (
     FAULTS,
     GOOD,
@@ -391,6 +392,7 @@ def main() -> int:
     given = (arguments.seed, arguments.concurrency, arguments.faults, arguments.folder)
     report = measure(arguments.rows, arguments.kills, *given)
     show(report)
+    figures.keep("kills", vars(report))
     for what in report.broken[:50]:
         print(f"BROKEN: {what}", file=sys.stderr)
     return 1 if report.broken else 0
