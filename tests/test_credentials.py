@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 
 from conftest import Result, Shell
 from mock_server import MockServer
+from zimage.errors import Failure
+from zimage.keys import KeyPlaces, find_key
 
 KEYS = {  # one for each place, in the order in which the places are looked at
     "environment": "sk-env-0123456789",
@@ -381,6 +384,50 @@ def test_without_a_home_folder_the_environment_still_serves(shell: Shell, mock: 
     shell.use(mock)
     shell.env["HOME"] = shell.env["USERPROFILE"] = str(shell.folder / "none")
     assert shell.run("--check").code == 0
+
+
+# -- What a hostile file costs -----------------------------------------------------------------------------------------
+
+SIZE = 65_000  # characters; more of a file is not read
+BULKS = {
+    "blanks": " " * SIZE,
+    "tabs": "\t" * SIZE,
+    "other blanks": "\x0b \x0c\xa0" * (SIZE // 5),
+    "export": "export " * (SIZE // 7),
+    "quotes": "'\"" * (SIZE // 2),
+    "signs": "=" * SIZE,
+    "comments": "# " * (SIZE // 2),
+    "colons": "a:" * (SIZE // 2),
+    "brackets": "[" * SIZE,
+    "empty lines": "\n" * SIZE,
+    "lines": "a\n" * (SIZE // 2),
+    "blank lines": " a\n" * (SIZE // 3),
+    "sections": "".join(f"[{number}]\n" for number in range(SIZE // 8)),
+    "settings": "DASHSCOPE_API_KEY=\n" * (SIZE // 19),
+}
+
+
+@pytest.mark.parametrize("bulk", BULKS.values(), ids=BULKS)
+def test_a_hostile_file_of_keys_is_read_in_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bulk: str) -> None:
+    """In processor time, and whatever stands around the bulk: a pattern that looks back is found out by its end."""
+    monkeypatch.chdir(tmp_path)
+    places = KeyPlaces("DASHSCOPE_API_KEY", False, "ini", "dashscope_api_key", (), None, "file")
+    began = time.process_time()
+    for form in (
+        "{}",
+        "{}x",
+        "KEY={}",
+        "DASHSCOPE_API_KEY={}x",
+        "export{}DASHSCOPE_API_KEY",
+        "[default]\na{}b",
+        "[d]\n{}",
+    ):
+        for name in (".env", "ini", "file"):
+            (tmp_path / name).write_text(form.replace("{}", bulk))
+        with pytest.raises(Failure, match="key"):
+            find_key(places, {"HOME": str(tmp_path)})
+            raise Failure("key_missing", "a key was found")
+    assert time.process_time() - began < 2
 
 
 # -- The key is never shown --------------------------------------------------------------------------------------------

@@ -36,6 +36,7 @@ class Key(NamedTuple):
 
 
 NO_KEY = Key("", "")
+MOST_LINES = 5000  # of a credentials file
 
 
 def find_key(places: KeyPlaces, env: Mapping[str, str]) -> Key:
@@ -73,12 +74,19 @@ def _keys(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> Iterat
 def _key_in_dotenv(places: KeyPlaces, notes: list[str]) -> Key | None:
     """`.env` in the working folder. Only the key is taken: a checked-out project must not steer the rest."""
     text = _read_text(Path(".env"), notes)
-    lines = re.findall(rf"(?m)^[ \t]*(?:export[ \t]+)?{places.variable}[ \t]*=[ \t]*(.*?)[ \t\r]*$", text)
-    if not lines:
-        return None
-    value = str(lines[-1])
-    quoted = re.match(r"""(["'])(.*?)\1""", value)
-    return _key(quoted[2] if quoted else re.split(r"(?:^|\s)#", value)[0], ".env in the working folder")
+    return _key(dotenv_value(text, places.variable), ".env in the working folder")
+
+
+def dotenv_value(text: str, variable: str) -> str:
+    """The value that the last line for a variable gives it, quotes and comment taken off; empty where none does."""
+    value = ""
+    for line in text.split("\n"):
+        name, equals, said = line.partition("=")
+        if equals and name.split() in ([variable], ["export", variable]):
+            value = said.strip()
+    if value[:1] in ("'", '"') and value.count(value[0]) > 1:
+        return value[1:].partition(value[0])[0]
+    return re.split(r"(?:^|\s)#", value, maxsplit=1)[0]
 
 
 def _key_in_ini(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> Key | None:
@@ -86,10 +94,13 @@ def _key_in_ini(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> 
         return None
     import configparser
 
-    path = _home(places.ini_file, env)
+    # The parser takes the square of the time for a long run of blanks, and for many lines that are none of an INI file.
+    text = re.sub(r"(?<=\S)[^\S\n]+", " ", _read_text(_home(places.ini_file, env), notes))
     parser = configparser.ConfigParser(interpolation=None, strict=False)
     try:
-        parser.read_string(_read_text(path, notes))
+        if text.count("\n") > MOST_LINES:
+            raise configparser.Error
+        parser.read_string(text)
     except configparser.Error:
         notes.append(f"~/{places.ini_file} is not a valid INI file")
         return None
