@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import json
 import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 
 from conftest import Result, Shell
 from mock_server import MockServer
+from zimage import outside
 from zimage.errors import Failure
 from zimage.keys import KeyPlaces, find_key
+from zimage.outside import forms_of, mask, outside_json, outside_text, remember_environment, remember_secret, told_line
 
 KEYS = {  # one for each place, in the order in which the places are looked at
     "environment": "sk-env-0123456789",
@@ -534,3 +539,102 @@ def test_a_prompt_that_looks_like_a_key_is_sent_and_kept_as_it_is(shell: Shell, 
     response = shell.run("--prompt", prompt, "--size", "512x512", "--print-response").json
     assert response["prompt"] == mock.stats()["payloads"][0]["prompt"] == prompt
     assert shell.evidence()["request"]["prompt"] == prompt
+
+
+# -- What is a secret, and in which form -------------------------------------------------------------------------------
+
+WORDS = ["none", "None", "EMPTY", "test", "x", "-", "ollama", "lm-studio", "not-needed", "dummy", "sk-no-key-required"]
+WORDS += [
+    "no key",
+    "changeme",
+    "placeholder",
+    "xxxxxxxx",
+    "********",
+    "1234",
+    "123456",
+    "your-api-key-here",
+    "fake_key",
+]
+REAL_KEYS = [SECRET, "a+b/c=0123456789&x%20", "hunter2", "aBcDeFgHiJkL", "correct-horse-battery-staple", "3f9a1c77e2"]
+REAL_KEYS += ["qwertzuiopasdfg", "back\\slash{}%s-9"]
+
+
+@pytest.fixture
+def no_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(outside, "_secrets", set())
+
+
+@pytest.mark.usefixtures("no_secrets")
+@pytest.mark.parametrize("word", WORDS)
+def test_a_word_in_the_place_of_a_key_is_masked_in_no_text(word: str) -> None:
+    remember_environment({"OPENAI_API_KEY": word})
+    remember_secret(word)
+    text = f"{word.removeprefix('sk-')} of them was found: {word.removeprefix('sk-')}"
+    assert mask(text) == told_line(text) == text
+
+
+def test_a_word_as_key_garbles_neither_evidence_nor_advice(shell: Shell) -> None:
+    shell.env["OPENAI_API_KEY"] = "none"
+    with MockServer(rpm=0, faults="blocked") as mock:
+        shell.env["OPENAI_BASE_URL"] = mock.openai_url
+        result = shell.run("--provider", "openai", "--prompt", "none of the foxes", "--print-response")
+    assert result.error["billed"] == "no" and "***" not in result.stderr
+    assert "***" not in shell.evidence_files()[0].read_text(encoding="utf-8")
+
+
+def spellings(key: str) -> dict[str, str]:
+    """The ways in which services, proxies and libraries are known to repeat a key."""
+    encoded = key.encode()
+    return {
+        "plain": key,
+        "lower": key.lower(),
+        "upper": key.upper(),
+        "in a URL": quote(key, safe=""),
+        "in a URL, small hex": quote(key, safe="").replace("%2B", "%2b").replace("%2F", "%2f"),
+        "in a path": quote(key),
+        "JSON": json.dumps(key),
+        "JSON of PHP": json.dumps(key).replace("/", "\\/"),
+        "JSON, all escaped": "".join(f"\\u{ord(sign):04X}" for sign in key),
+        "HTML": html.escape(key),
+        "Base64": base64.b64encode(encoded).decode(),
+        "basic, as password": base64.b64encode(b"user:" + encoded).decode(),
+        "basic, as user": base64.b64encode(encoded + b":").decode(),
+        "basic, of another user": base64.b64encode(b"us:" + encoded).decode(),
+        "basic, of a third": base64.b64encode(b"u:" + encoded).decode(),
+        "Base64 for URLs": base64.urlsafe_b64encode(b"\xff" + encoded).decode(),
+        "repr": repr(key),
+    }
+
+
+@pytest.mark.usefixtures("no_secrets")
+@pytest.mark.parametrize("key", REAL_KEYS)
+def test_a_real_key_is_masked_in_every_form(key: str) -> None:
+    remember_secret(key)
+    for form, spelled in spellings(key).items():
+        for text in (f"key {spelled} is wrong", spelled * 3, "x" * 495 + spelled, "é" * (500 - len(spelled)) + spelled):
+            for shown in (outside_text(text), str(outside_json({"a": [text]})), told_line(text), mask(text)):
+                assert_hidden(key, shown, form)
+
+
+def assert_hidden(key: str, shown: str, form: str) -> None:
+    """No form of the key is in the text, nor a beginning of it that a cut has left."""
+    folded = shown.lower()
+    for secret in forms_of(key):
+        assert secret[:6].lower() not in folded, (form, shown)
+
+
+@pytest.mark.usefixtures("no_secrets")
+@pytest.mark.parametrize(
+    "url", ["http://user:password@127.0.0.1:3128", "user:password@proxy:3128", "socks5h://u:p%40ss1@h/"]
+)
+@pytest.mark.parametrize("name", ["HTTP_PROXY", "https_proxy", "ALL_PROXY"])
+def test_what_a_proxy_is_logged_in_with_is_masked(name: str, url: str) -> None:
+    remember_environment({name: url})
+    login = url.rpartition("://")[2].partition("@")[0]
+    for spelled in (url, login, quote(login), base64.b64encode(login.encode()).decode()):
+        for shown in (mask(f"no way by {spelled}"), outside_text(f"no way by {spelled}")):
+            assert login not in shown and base64.b64encode(login.encode()).decode()[:8] not in shown
+
+
+def test_user_info_of_any_url_is_masked() -> None:
+    assert mask("see ftp://ann:x@host/a@b and http://host/x@y") == "see ftp://***@host/a@b and http://host/x@y"

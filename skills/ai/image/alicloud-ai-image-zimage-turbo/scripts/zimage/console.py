@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 from zimage.contract import EXIT_OK, GENERATE_IMAGE, REQUIREMENTS
 from zimage.errors import Failure, internal_error, missing_package
 from zimage.files import to_json
-from zimage.outside import SHORTEST_SECRET, outside_text, remember_secret
+from zimage.outside import outside_text, remember_environment, told_line
 from zimage.settle import before_anything
 from zimage.waiting import Stop, Stopped
 
@@ -35,7 +35,7 @@ class Console:
 
     def note(self, text: str) -> None:
         if not self.quiet:
-            self._write("stderr", text.encode("utf-8", "backslashreplace") + b"\n")
+            self._lines(text)
 
     def answer(self, value: dict[str, Any] | str) -> None:
         """Data that is all that a command has to give: if nobody takes it, the command has failed."""
@@ -66,7 +66,11 @@ class Console:
             f"{name}: {error[name]}" for name in ("evidence_path", "next_command", "retry_after_s") if name in error
         ]
         lines.append(f"next: {error['hint']}")
-        self._write("stderr", ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace"))
+        self._lines(*lines)
+
+    def _lines(self, *texts: str) -> None:
+        """Each text as one line, whatever stands in it: nobody but this tool says what to do `next:`."""
+        self._write("stderr", "".join(f"{told_line(text)}\n" for text in texts).encode())
 
     def flush(self) -> bool:
         return self._write("stdout", b"")
@@ -92,9 +96,7 @@ def prepare_output(env: Mapping[str, str]) -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(AttributeError, ValueError):
             stream.reconfigure(encoding="utf-8", errors="backslashreplace")  # type: ignore[union-attr]
-    for name, value in env.items():
-        if name.endswith("_API_KEY") and len(value.strip()) >= SHORTEST_SECRET:
-            remember_secret(value.strip())
+    remember_environment(env)
 
 
 def carry_out(

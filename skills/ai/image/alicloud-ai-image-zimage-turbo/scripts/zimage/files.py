@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from zimage.contract import FORMATS, MIB, MIN_FREE_BYTES, SKILL
 from zimage.errors import Failure, os_reason
-from zimage.outside import _CONTROL, outside_text, shown, without_surrogates
+from zimage.outside import CONTROL, outside_text, shown, without_surrogates
 
 OWNER_ONLY = 0o600
 
@@ -31,7 +31,8 @@ TEMPORARY_ROOM, SECOND_NAME_ROOM = 80, 26
 def to_json(value: Any) -> bytes:
     """Readable JSON in UTF-8; file names that are not text, and what a terminal would obey, become escapes."""
     text = json.dumps(value, ensure_ascii=False, indent=2)
-    text = re.sub("[\x7f-\x9f]", lambda sign: f"\\u{ord(sign[0]):04x}", text)
+    lines = [CONTROL.sub(lambda signs: json.dumps(signs[0])[1:-1], line) for line in text.split("\n")]
+    text = "\n".join(lines)
     return (text + "\n").encode("utf-8", "backslashreplace")
 
 
@@ -246,7 +247,7 @@ def checked_output(name: str, source: str, hint: str | None = None, *, recorded:
     def refuse(what: str, hint: str | None = None) -> NoReturn:
         raise Failure("invalid_output", f"{source}: {what}", hint=hint)
 
-    if not name or _CONTROL.search(name):
+    if not name or CONTROL.search(name):
         refuse("must not be empty or hold control characters", hint)
     if name.endswith(("/", os.sep)) or os.path.isdir(name):
         refuse(f"{outside_text(name, 200)} is a folder; give a file name in it")

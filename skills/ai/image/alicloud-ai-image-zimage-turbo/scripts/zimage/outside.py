@@ -2,37 +2,97 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import json
 import math
 import re
+from collections.abc import Mapping
 from typing import Any
-from urllib.parse import quote
+from urllib.parse import quote, quote_plus, unquote
 
 from zimage.contract import OUTSIDE_TEXT
 
-# What must never be printed or written. Filled where keys are read, consulted where text leaves or enters.
+# What must never be printed or written: each secret in every form that it may come back in. Filled where keys are read.
 _secrets: set[str] = set()
-SHORTEST_SECRET = 6  # characters; shorter values of other programs' variables, such as "none", are words
+SHORTEST_SECRET = 6  # characters
+LONGEST_WORDS = 20  # characters; what is longer may be a pass phrase
+# Given where a server wants no key: `none`, `EMPTY`, `lm-studio`, `sk-no-key-required`. Masking words garbles texts.
+_WORD = "(?:[a-z]{1,12}|[A-Z]{1,12}|[A-Z][a-z]{1,11})"
+_WORDS = re.compile(rf"{_WORD}(?:[-_. ]{_WORD}){{0,4}}|[0-9]{{1,9}}")
 _KEY_LIKE = re.compile(r"\bsk-[A-Za-z0-9_\-]{6,}")
-_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]+")
+_USER_INFO = re.compile(r"(?<=://)[^/\s@]+@")  # of a URL: a proxy's user and password
+# What a terminal obeys: controls, line ends, and what turns the direction of writing.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]+")
+LONGEST_LINE = 20_000  # characters that a terminal is told at once: a command with three paths
+
+
+def is_secret(value: str) -> bool:
+    """Whether a value that stands in the place of a key can be one: not a short one, plain words, or dashes."""
+    is_word = len(value) <= LONGEST_WORDS and _WORDS.fullmatch(value) is not None
+    return len(value) >= SHORTEST_SECRET and len(set(value)) > 3 and not is_word
 
 
 def remember_secret(value: str) -> None:
-    """Have this value, and its percent-encoded form, masked in every text from outside and every message."""
-    _secrets.update({value, quote(value, safe="")} - {""})
+    """Have this value masked, in whatever form it comes back, in every text from outside and every message."""
+    if is_secret(value):
+        _secrets.update(form.lower() for form in forms_of(value))
+
+
+def remember_environment(env: Mapping[str, str]) -> None:
+    """Have what environment variables hold masked: keys, and what proxies are logged in with."""
+    for name, value in env.items():
+        if name.endswith(("_API_KEY", "_TOKEN", "_SECRET", "_PASSWORD")):
+            remember_secret(value.strip())
+        elif name.lower().endswith("_proxy"):
+            login = value.rpartition("://")[2].partition("/")[0].rpartition("@")[0]
+            for part in (login, *login.split(":")):
+                remember_secret(part)
+                remember_secret(unquote(part))
+
+
+def forms_of(value: str) -> set[str]:
+    """A secret as it may stand in a URL, in JSON, in HTML, and in Base64 (of HTTP's basic authentication, too)."""
+    forms = {value, quote(value), quote(value, safe=""), quote_plus(value), html.escape(value)}
+    forms |= {json.dumps(value)[1:-1], json.dumps(value)[1:-1].replace("/", "\\/"), repr(value)[1:-1]}
+    forms.add("".join(f"\\u{ord(sign):04x}" for sign in value))
+    content = value.encode("utf-8", "replace")
+    for before in range(3):  # bytes that stand before it in a group of three: the signs that it decides alone
+        coded = base64.b64encode(bytes(before) + content)[(8 * before + 5) // 6 : 8 * (before + len(content)) // 6]
+        forms |= {coded.decode(), coded.translate(bytes.maketrans(b"+/", b"-_")).decode()}
+    return forms
+
+
+def mask_known(text: str) -> str:
+    """The text with every known key replaced."""
+    folded = text.lower()
+    found = [secret for secret in _secrets if secret in folded]
+    if not found:
+        return text
+    alternatives = "|".join(map(re.escape, sorted(found, key=len, reverse=True)))
+    return re.sub(alternatives, "***", text, flags=re.IGNORECASE)
 
 
 def mask(text: str) -> str:
     """The text with every known key, and everything that looks like one, replaced."""
-    for secret in sorted(_secrets, key=len, reverse=True):
-        text = text.replace(secret, "***")
-    return _KEY_LIKE.sub("sk-***", text)
+    return _KEY_LIKE.sub("sk-***", _USER_INFO.sub("***@", mask_known(text)))
+
+
+def told_line(text: str) -> str:
+    """A line for a terminal: without a known key, bounded, and what a terminal would obey as escapes.
+
+    Paths, links and commands stay as they are otherwise.
+    """
+    text = mask_known(text)
+    text = text if len(text) <= LONGEST_LINE else text[: LONGEST_LINE - 1] + "…"
+    text = CONTROL.sub(lambda signs: signs[0].encode("unicode_escape").decode(), text)
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def outside_text(value: object, limit: int = OUTSIDE_TEXT) -> str:
     """A text from a service, made safe to show: one line, no key, no control characters, at most `limit` long."""
     text = value if isinstance(value, str) else "" if value is None else str(value)
-    text = _CONTROL.sub(" ", without_surrogates(mask(text))).strip()
+    text = CONTROL.sub(" ", without_surrogates(mask(text))).strip()
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from zimage.batch.journal import Job, RunRow
 from zimage.console import Console
+from zimage.outside import told_line
 
 REPORT_EVERY = 5.0  # seconds between progress lines where stderr is no terminal
 
@@ -69,7 +70,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         if self._bar is not None:
-            self._bar.write(text, file=sys.stderr)
+            self._bar.write(told_line(text), file=sys.stderr)
         else:
             self._console.note(text)
 
