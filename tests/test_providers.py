@@ -423,6 +423,26 @@ def test_a_good_answer_without_a_picture_is_no_success(lab: Lab, case: Case) -> 
 
 
 @over_both_forms
+@pytest.mark.parametrize("name", ["invalid", "busy", "failing", "moved"])
+def test_a_picture_beside_an_error_is_taken_and_not_paid_again(lab: Lab, name: str) -> None:
+    """Whatever the status and the code beside it say: it was made."""
+    case, by_task = lab.case, lab.case.by_task
+    status, code = (302, "Moved") if name == "moved" else case.refused_as[name]
+
+    def beside(answer: Answer) -> Answer:
+        said = case.said(status, code, "it did not work")
+        assert isinstance(said, dict)
+        return json_answer(said | json.loads(answer.body) | {"code": said.get("code")}, status, bills=not by_task)
+
+    if by_task:
+        lab.book.play(lambda task, request: beside(lab.book.done(task, request)))
+    else:
+        lab.answers(lambda request: beside(lab.good(request)))
+    assert lab.make().code == 0
+    assert len(lab.paid) == 1 and lab.status() == "saved"
+
+
+@over_both_forms
 def test_a_broken_picture_is_no_success_and_not_paid_again(lab: Lab) -> None:
     lab.picture(png()[:-200])
     error = assert_error(lab.make(), 8, "yes", code="image_unusable")

@@ -92,18 +92,18 @@ class ZImageTurbo(Provider):
     def read_poll(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated | None:
         body = read_json(answer) or {}
         data = body.get("data")
-        if not is_good(answer, body) or not body:
+        status = str(at(data, "status")).upper()
+        links = links_in(at(data, "response")) if status == DONE else []
+        if not links and (not is_good(answer, body) or not body):  # a picture that is there was made
             raise failure_of(answer, body)
         if not isinstance(data, dict):
             return None  # an answer that says nothing of the task does not end it
-        status = str(data.get("status")).upper()
         said = outside_text(data.get("error_message"))
         if status == FAILED or (said and status not in (DONE, WORKING)):
             kind = "blocked" if UNSAFE.search(said) else "task_failed"
             raise Failure(kind, f"the task failed: {said or 'the service does not say why'}", billed="no")
         if status != DONE:
             return None
-        links = links_in(data.get("response"))
         if not links:
             raise Failure("no_image", f"the task succeeded, and no picture is in the answer{said and f': {said}'}")
         drawn = at(data, "request", "prompt")
