@@ -17,7 +17,7 @@ from mock_server import MockServer
 
 # Each layer imports from those before it only; within one, nobody imports another.
 LAYERS = [
-    ["contract", "endpoint", "facts"],
+    ["contract", "endpoint", "facts", "quoting"],
     ["outside"],
     ["errors"],
     ["provider", "files", "keys", "waiting", "registry"],
@@ -38,7 +38,18 @@ LAYERS = [
 ]
 LONGEST = 400
 # What a provider may know of the house: nothing that waits, sends, keeps or decides.
-FOR_PROVIDERS = {"answers", "contract", "endpoint", "errors", "keys", "outside", "provider", "request", "task"}
+FOR_PROVIDERS = {
+    "answers",
+    "contract",
+    "endpoint",
+    "errors",
+    "keys",
+    "outside",
+    "provider",
+    "quoting",
+    "request",
+    "task",
+}
 
 ROOMS = {
     ".".join(path.relative_to(SCRIPTS / "zimage").with_suffix("").parts): path

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import shlex
 import struct
 import sys
 import threading
@@ -31,6 +30,7 @@ from zimage.endpoint import Endpoint
 from zimage.errors import Failure, os_reason
 from zimage.outside import at, outside_text
 from zimage.provider import GUIDANCE, STEPS, Generated, LocalCall, OpenModel, Setting
+from zimage.quoting import command_line, quoted
 from zimage.request import ImageRequest
 
 # The same bounds stand in requirements-local.txt; a test compares them. What else is imported comes with these.
@@ -191,7 +191,7 @@ def check_packages() -> None:
 def packages_failure(message: str) -> Failure:
     every = [*contract.REQUIREMENTS.values(), *REQUIREMENTS.values()]
     hint = (
-        f"make an environment: python3 -m venv .venv && .venv/bin/pip install {shlex.join(every)} (then call "
+        f"make an environment: python3 -m venv .venv && .venv/bin/pip install {command_line(every)} (then call "
         ".venv/bin/python; torch from PyPI is built for CUDA on Linux, pytorch.org has the other builds)"
     )
     return Failure("missing_package", message, hint=hint)
@@ -231,7 +231,7 @@ def weights_failure(name: str, message: str) -> Failure:
     if re.fullmatch(HUB_NAME, name) and not os.path.isdir(name):
         fetch = f"fetch it: hf download {name}" + (f" ({DOWNLOAD})" if name == MODEL else "")
     else:
-        fetch = f"fetch it: hf download {MODEL} --local-dir {shlex.quote(name)} ({DOWNLOAD})"
+        fetch = f"fetch it: hf download {MODEL} --local-dir {quoted(name) or name} ({DOWNLOAD})"
     return Failure("missing_weights", message, hint=f"{fetch}; or name the folder that holds it with --model-path")
 
 

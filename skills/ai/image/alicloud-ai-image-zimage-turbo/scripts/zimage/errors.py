@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -25,7 +24,8 @@ from zimage.contract import (
     GENERATE_IMAGE,
     REQUIREMENTS,
 )
-from zimage.outside import mask
+from zimage.outside import mask, mask_known
+from zimage.quoting import quoted
 
 if TYPE_CHECKING:
     from zimage.facts import Error
@@ -200,9 +200,9 @@ class Fault(NamedTuple):
         return "run" if self.code == "unreachable" and not self.retryable else KINDS[self.code].concerns
 
     def as_json(self) -> Error:
-        """The error object of the contract. Key-like text is masked; paths, links and commands stay whole."""
+        """The error object of the contract. Paths, links and commands stay whole, in hints too."""
         told = {name: value for name, value in self._asdict().items() if value is not None and name != "lasting"}
-        told |= {"message": mask(self.message), "hint": mask(self.hint)}
+        told |= {"message": mask(self.message), "hint": mask_known(self.hint)}
         if self.problems is not None:
             told["problems"] = [mask(problem) for problem in self.problems]
         return cast("Error", told)
@@ -281,12 +281,11 @@ def missing_packages(requirements: Mapping[str, str] = REQUIREMENTS, script: Pat
 
 
 def missing_package(what: str, requirements: Mapping[str, str], script: Path) -> Failure:
-    packages = " ".join(f"'{requirement}'" for requirement in requirements.values())
-    name = shlex.quote(str(script))
-    with_packages = " ".join(f"--with '{requirement}'" for requirement in requirements.values())
+    packages = [name for name in map(quoted, requirements.values()) if name]
+    name = quoted(str(script)) or script.name
     # In an archive uv finds no list of packages.
-    how = f"--script {name}" if script.suffix == ".py" else f"--no-project {with_packages} python {name}"
-    hint = INSTALL_HINT.format(how=how, packages=packages)
+    how = ["--script"] if script.suffix == ".py" else ["--no-project", *(f"--with {p}" for p in packages), "python"]
+    hint = INSTALL_HINT.format(how=" ".join([*how, name]), packages=" ".join(packages))
     return Failure("missing_package", f"missing Python package: {what}", hint=hint)
 
 

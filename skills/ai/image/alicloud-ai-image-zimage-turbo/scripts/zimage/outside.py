@@ -75,7 +75,8 @@ def mask_known(text: str) -> str:
 
 def mask(text: str) -> str:
     """The text with every known key, and everything that looks like one, replaced."""
-    return _KEY_LIKE.sub("sk-***", _USER_INFO.sub("***@", mask_known(text)))
+    text = _USER_INFO.sub("***@", mask_known(text))
+    return _KEY_LIKE.sub(lambda found: "sk-***" if re.search("[0-9]", found[0]) else found[0], text)
 
 
 def told_line(text: str) -> str:

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import shlex
 import signal
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from enum import Enum
@@ -24,6 +21,7 @@ from zimage.errors import (
     Left,
     internal_error,
 )
+from zimage.quoting import command_line
 from zimage.waiting import Stopped, wait_before
 
 if TYPE_CHECKING:
@@ -100,7 +98,10 @@ def way_back(fault: Fault, have: Have) -> Way:
 
 
 class Advice(NamedTuple):
-    """A row of advice: it is given where all its conditions hold; None is no condition. {hint} is the kind's own."""
+    """A row of advice: it is given where all its conditions hold; None is no condition.
+
+    {hint} stands for the failure's own. EVIDENCE, in these hints and in those of KINDS, stands for the evidence file.
+    """
 
     hint: str
     code: str | None = None
@@ -141,22 +142,31 @@ ADVICE = (  # the first that fits
 )  # fmt: skip
 
 
+WITH_EVIDENCE = {text for text in (ASK_BEFORE_PAYING, *(kind.hint for kind in KINDS.values())) if "EVIDENCE" in text}
+BY_HAND = "give --recover the file that evidence_path names, quoted for your shell: it does not pay again"
+
+
 def settle(
-    record: Record, failure: Failure, flags: Sequence[str] = (), hints: Mapping[str, str] | None = None
+    record: Record,
+    failure: Failure,
+    flags: Sequence[str] = (),
+    place: Sequence[str] = (),
+    hints: Mapping[str, str] | None = None,
 ) -> tuple[Left, Failure]:
     """Put on record what a failure leaves of a picture; returns that, and what is told of it.
 
-    `flags` are those that a recovery needs to do what was asked for; `hints` stand in for those of KINDS.
+    `flags` are those that a recovery needs to do what was asked for, `place` those that name where it was asked for;
+    `hints` stand in for those of KINDS.
     """
     have = record.evidence.have
     left = left_by(failure.fault, have)
     if left is Left.AGAIN and record.forgets_tries:
         record.settled(left, failure.fault)
         return left, failure
-    told = explained(record.evidence, failure, flags, hints)
+    told = explained(record.evidence, failure, flags, place, hints)
     record.settled(left, told.fault)
     if record.behind is not None:
-        told = explained(record.evidence, failure, flags, hints, have=have, written=False)
+        told = explained(record.evidence, failure, flags, place, hints, have=have, written=False)
     return left, told
 
 
@@ -164,6 +174,7 @@ def explained(
     evidence: Evidence,
     failure: Failure,
     flags: Sequence[str] = (),
+    place: Sequence[str] = (),
     hints: Mapping[str, str] | None = None,
     *,
     have: Have | None = None,
@@ -174,15 +185,21 @@ def explained(
     fault, path = failure.fault, str(evidence.path)
     way, left = way_back(fault, have), left_by(fault, have)
     own = (hints or {}).get(fault.code, fault.hint)
+    named = command_line([path, *place]) or "EVIDENCE"
     hint = next((row.hint for row in ADVICE if row.fits(fault, way, have, left, written)), "{hint}")
+    # Only words of this file are filled in, in one step: what stands in a path or an answer is never taken for one.
+    hint = hint.replace("EVIDENCE", "{named}").format(
+        named=named, hint=own.replace("EVIDENCE", named) if own in WITH_EVIDENCE else own
+    )
     reachable = way is not Way.NONE and (written or not (have.link or left is Left.OPEN))
+    command = own_command("--recover", path, *place, *flags, "--print-response") if reachable else None
     return failure.but(
         billed=most_billed(fault.billed, have.billed),
-        hint=hint.replace("{hint}", own).replace("EVIDENCE", shlex.quote(path)),
+        hint=BY_HAND if reachable and command is None else hint,
         evidence_path=path,
         image_url=have.link or fault.image_url,
         request_id=fault.request_id or evidence.said.get("request_id") or None,
-        next_command=own_command("--recover", path, *flags, "--print-response") if reachable else None,
+        next_command=command,
     )
 
 
@@ -227,10 +244,9 @@ def retry_wait(failure: Failure, attempt: int, max_retries: int, stop: Stop) -> 
     return wait if stop.room_for_attempt_after(wait) else None  # else it might be paid for in vain
 
 
-def own_command(*arguments: str) -> str:
-    """The script for one picture with other arguments, quoted for the shell of this system."""
-    words = [sys.executable or "python3", str(GENERATE_IMAGE), *arguments]
-    return subprocess.list2cmdline(words) if os.name == "nt" else shlex.join(words)
+def own_command(*arguments: str) -> str | None:
+    """The script for one picture with other arguments, quoted for the shell of this system; None where it cannot be."""
+    return command_line([sys.executable or "python3", str(GENERATE_IMAGE), *arguments])
 
 
 def table() -> str:

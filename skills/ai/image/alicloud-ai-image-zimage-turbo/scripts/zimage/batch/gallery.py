@@ -89,7 +89,7 @@ def gallery_data(database: sqlite3.Connection, folder: Path) -> Iterator[str]:
             shown_entry |= {"image": entry["output"], "thumb": thumb_name(entry["number"])}
         if "evidence_path" in entry:
             shown_entry["evidence"] = evidence
-            shown_entry["replay"] = own_command("--replay", entry["evidence_path"])
+            shown_entry["replay"] = own_command("--replay", entry["evidence_path"]) or ""
         if "error" in entry:
             error = entry["error"]
             shown_entry["error"] = {name: error[name] for name in ("code", "message", "hint") if name in error}
