@@ -305,6 +305,17 @@ def test_no_key_can_add_a_header(shell: Shell, mock: MockServer, key: str, place
     assert refused(shell, mock)["code"] == "key_malformed"
 
 
+@pytest.mark.parametrize("variable", ["DASHSCOPE_API_KEY", "OTHER_API_KEY"])
+def test_a_variable_that_is_no_text_is_no_fault_of_the_tool(shell: Shell, mock: MockServer, variable: str) -> None:
+    """Its own or that of another program: both are masked wherever they may turn up."""
+    shell.use(mock)
+    shell.env[variable] = os.fsdecode(b"sk-\xff\xfe23456789")
+    if variable == "DASHSCOPE_API_KEY":
+        assert refused(shell, mock)["code"] == "key_malformed"
+    else:
+        assert shell.run("--check").code == 0
+
+
 @pytest.mark.parametrize("place", ["dotenv", "ini", "named file", "own file"])
 def test_a_malformed_key_is_refused_by_the_place_it_is_in(shell: Shell, mock: MockServer, place: str) -> None:
     put(shell, place, "sk-01234 56789abcdef")

@@ -52,8 +52,12 @@ def remember_environment(env: Mapping[str, str]) -> None:
 
 
 def forms_of(value: str) -> set[str]:
-    """A secret as it may stand in a URL, in JSON, in HTML, and in Base64 (of HTTP's basic authentication, too)."""
-    forms = {value, quote(value), quote(value, safe=""), quote_plus(value), html.escape(value)}
+    """A secret as it may stand in a URL, in JSON, in HTML, and in Base64 (of HTTP's basic authentication, too).
+
+    A variable of the environment need not be text: what is none arrives as lone surrogates.
+    """
+    quotes = (quote(value, safe="/", errors="surrogatepass"), quote(value, safe="", errors="surrogatepass"))
+    forms = {value, *quotes, quote_plus(value, errors="surrogatepass"), html.escape(value)}
     forms |= {json.dumps(value)[1:-1], json.dumps(value)[1:-1].replace("/", "\\/"), repr(value)[1:-1]}
     forms.add("".join(f"\\u{ord(sign):04x}" for sign in value))
     content = value.encode("utf-8", "replace")
