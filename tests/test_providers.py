@@ -594,6 +594,18 @@ def test_a_replay_pays_once_for_the_very_same_request(lab: Lab, case: Case) -> N
 
 
 @over_all
+@pytest.mark.parametrize("region", ["singapore", "nowhere"])
+def test_a_replay_takes_the_regions_of_the_provider_that_it_asks(lab: Lab, case: Case, region: str) -> None:
+    lab.make()
+    (path,) = lab.shell.evidence_files()
+    result = lab.call("--replay", str(path), "--region", region, "--dry-run")
+    if region in provider_class(case.provider).roots:
+        assert result.code == 0 and result.json["region"] == region
+    else:
+        assert result.code == 2 and result.error["code"] == "usage" and region in result.error["message"]
+
+
+@over_all
 def test_a_dry_run_sends_nothing_writes_nothing_and_needs_no_key(lab: Lab, case: Case) -> None:
     for name in KEYS:
         del lab.shell.env[name]

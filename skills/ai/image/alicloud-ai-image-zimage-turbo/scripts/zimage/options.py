@@ -195,8 +195,8 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
     Raises:
         Failure: usage, naming every problem.
     """
-    provider: type[Provider] | None = provider_in(argv)
-    arguments, unknown = build_parser(provider).parse_known_args(argv)
+    asked = provider_in(argv)
+    arguments, unknown = build_parser(asked).parse_known_args(argv)
     given = {
         name: value
         for name, value in vars(arguments).items()
@@ -206,7 +206,7 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
     mode = chosen_mode(given, MODES, problems)
     allowed = ALLOWED.get(mode)
     if allowed is not None:
-        allowed = allowed | ({setting.name for setting in provider.own_settings} if provider else set())
+        allowed = allowed | ({setting.name for setting in asked.own_settings} if asked else set())
         strange = [name for name in given if name not in allowed and name not in MODES]
         problems += [Problem("usage", f"{flag(name)} does not go with {flag(mode)}") for name in strange]
     if mode == "schema" and arguments.schema not in SCHEMAS:
@@ -215,12 +215,12 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
         )
     timeout = read_value("timeout", given, number(float, *TIMEOUT_RANGE), DEFAULT_TIMEOUT, problems)
     max_retries = read_value("max_retries", given, number(int, *MAX_RETRIES_RANGE), DEFAULT_MAX_RETRIES, problems)
-    settings = read_settings(provider, given, problems) if provider else {}
-    region = None
+    settings = read_settings(asked, given, problems) if asked else {}
+    provider, region = None, None
     with noting(problems):
         provider = None if arguments.provider is None else provider_class(arguments.provider)
     with noting(problems):
-        region = region_option(arguments.region, provider or provider_class(DEFAULT_PROVIDER))
+        region = region_option(arguments.region, asked or provider_class(DEFAULT_PROVIDER))
     trusted, more = trusted_hosts(arguments.trust_host or [], env)
     problems += more
     if mode in ALLOWED:
