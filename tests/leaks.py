@@ -8,6 +8,7 @@ was searched, for the last line of a run of pytest.
 from __future__ import annotations
 
 import base64
+import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -24,10 +25,10 @@ def keys_in(env: Mapping[str, str]) -> list[str]:
 
 def forms(key: str) -> set[bytes]:
     """How a key could stand in a text."""
-    plain = key.encode()
+    plain = os.fsencode(key)
     shifted = (base64.b64encode(bytes(shift) + plain)[(shift * 8 + 5) // 6 :].rstrip(b"=")[:-1] for shift in range(3))
     hexed = plain.hex().encode()
-    return {plain, quote(key, safe="").encode(), hexed, hexed.upper(), *shifted}
+    return {plain, quote(plain, safe="").encode(), hexed, hexed.upper(), *shifted}
 
 
 class Search:
