@@ -392,7 +392,7 @@ def test_a_replay_makes_the_same_request_again_under_a_new_name(shell: Shell, mo
     first = saved_path(shell.run(*SMALL, "--prompt-extend"))
     (evidence,) = shell.evidence_files()
     before = evidence.read_bytes()
-    del shell.env["DASHSCOPE_BASE_URL"]
+    shell.env |= {"DASHSCOPE_BASE_URL": "https://dashscope.aliyuncs.com", "DASHSCOPE_HTTP_BASE_URL": mock.base_url}
     second = saved_path(shell.run("--replay", str(evidence)))
     assert second != first
     assert second.read_bytes() == first.read_bytes(), "the mock draws the same for the same request"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime as dt
 import ipaddress
 import re
 from collections.abc import Callable
@@ -13,12 +12,13 @@ from zimage.answers import retry_after
 from zimage.contract import CORRUPT_DOWNLOAD_RETRIES, DOWNLOAD_RETRIES, MAX_HOPS, MAX_IMAGE_BYTES, MIB
 from zimage.endpoint import _is_address, is_loopback_host, is_loopback_url, is_public_address, origin_of, split_netloc
 from zimage.errors import Failure, os_reason
-from zimage.evidence import moment_of, said_of, utc_now
+from zimage.evidence import said_of
 from zimage.outside import without_surrogates
 from zimage.picture import ends_as_it_should, verified
 from zimage.provider import HttpCall
 from zimage.settle import DEAD_LINK
 from zimage.transport import AnswerLost, AnswerTooLarge, NotSent, exchange
+from zimage.trust import home_of, unnamed
 from zimage.waiting import wait_before
 
 if TYPE_CHECKING:
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from zimage.picture import Picture
     from zimage.provider import HttpAnswer, Provider
     from zimage.task import Task
+    from zimage.trust import Home
     from zimage.waiting import Stop
 
 
@@ -48,11 +49,12 @@ def checked_link(link: str, *, loopback: bool, provider: Provider, origin: str =
         host, port = split_netloc(parts.netloc)
     except ValueError:
         refuse("does not name a plain host")
+    is_at_home = origin != "" and origin_of(link) == origin
     if is_loopback_host(host):
-        if not loopback or parts.scheme not in ("http", "https"):
+        if not (loopback or is_at_home) or parts.scheme not in ("http", "https"):
             refuse("leads to this machine")
         return link, "loopback"
-    if origin and origin_of(link) == origin:
+    if is_at_home:
         return link, "service"
     if _is_address(host) and not is_public_address(ipaddress.ip_address(host)):
         refuse("leads to a private address")
@@ -73,8 +75,8 @@ def fetch(link: str, *, stop: Stop, loopback: bool, provider: Provider, origin: 
     """
     for _ in range(MAX_HOPS + 1):
         link, reach = checked_link(link, loopback=loopback, provider=provider, origin=origin)
-        loopback = reach == "loopback"  # once on the open internet, there is no way back
-        origin = origin if reach == "service" else ""
+        loopback = loopback and reach == "loopback"  # once on the open internet, there is no way back
+        origin = "" if reach == "public" else origin
         answer = exchange(HttpCall("GET", link, {"Accept": "image/*"}), stop, limit=MAX_IMAGE_BYTES, reach=reach)
         target = answer.headers.get("location", "").strip()
         if not (300 <= answer.status < 400 and target):
@@ -86,20 +88,18 @@ def fetch(link: str, *, stop: Stop, loopback: bool, provider: Provider, origin: 
     raise Failure("hop_refused", f"the link to the picture was redirected more than {MAX_HOPS} times")
 
 
-def download(link: str, *, stop: Stop, endpoint: str, provider: Provider, expires_at: dt.datetime) -> Picture:
+def download(link: str, *, stop: Stop, home: Home, provider: Provider, was_refused: bool) -> Picture:
     """The verified picture behind a link, tried again (it is free) while time is left.
 
-    `endpoint` is the URL that was asked for the picture.
+    `was_refused`: the service has refused this link before.
 
     Raises:
         Failure: paid_not_downloaded, link_expired, link_refused, hop_refused, image_unusable, image_too_large.
     """
-    loopback = is_loopback_url(endpoint)
-    origin = origin_of(endpoint) if provider.links_to_itself else ""
     for attempt in range(DOWNLOAD_RETRIES + 1):
         try:
-            answer = fetch(link, stop=stop, loopback=loopback, provider=provider, origin=origin)
-            return verified(picture_bytes(answer, expires_at))
+            answer = fetch(link, stop=stop, loopback=home.loopback, provider=provider, origin=home.origin)
+            return verified(picture_bytes(answer, was_refused))
         except AnswerTooLarge:
             raise Failure("image_too_large", f"the picture is larger than {MAX_IMAGE_BYTES // MIB} MiB") from None
         except (NotSent, AnswerLost) as error:
@@ -117,8 +117,8 @@ def download(link: str, *, stop: Stop, endpoint: str, provider: Provider, expire
     raise failure
 
 
-def picture_bytes(answer: HttpAnswer, expires_at: dt.datetime) -> bytes:
-    """The body of a successful download.
+def picture_bytes(answer: HttpAnswer, was_refused: bool) -> bytes:
+    """The body of a successful download. That a link is dead is the service's word: clocks are wrong, or forged.
 
     Raises:
         Failure: paid_not_downloaded where trying again may help, else link_expired or link_refused.
@@ -132,22 +132,31 @@ def picture_bytes(answer: HttpAnswer, expires_at: dt.datetime) -> bytes:
         message = f"the picture was not downloaded: HTTP {status}"
         raise Failure("paid_not_downloaded", message, http_status=status, retry_after_s=retry_after(answer))
     said_expired = status in (403, 410) and b"expired" in answer.body[:4096].lower()
-    if said_expired or (status in (401, 403, 404, 410) and expires_at <= utc_now()):
+    if said_expired or (was_refused and status in (401, 403, 404, 410)):
         raise Failure("link_expired", f"the link to the picture has expired (HTTP {status})", http_status=status)
     raise Failure("link_refused", f"the link to the picture is answered with HTTP {status}", http_status=status)
 
 
-def fetch_source(evidence: Evidence, provider: Provider, stop: Stop) -> Picture:
+def fetch_source(evidence: Evidence, provider: Provider, stop: Stop, home: Home) -> Picture:
     """The picture as the service made it: what was handed over, else by its link.
 
     Raises:
-        Failure: as `verified` and `download`; disk_after_paying.
+        Failure: as `verified` and `download`; disk_after_paying; host_not_trusted where a file alone names its place.
     """
     link = evidence.have.link
     if evidence.content or not link:
         return handed_over(evidence)
-    expires_at = moment_of(evidence.said.get("expires_at"))
-    return download(link, stop=stop, endpoint=evidence.data["endpoint"], provider=provider, expires_at=expires_at)
+    was_refused = evidence.data.get("error", {}).get("code") == "link_refused"
+    try:
+        return download(link, stop=stop, home=home, provider=provider, was_refused=was_refused)
+    except Failure as failure:
+        theirs = home_of(evidence.data["endpoint"], provider)
+        stays = (theirs.loopback and is_loopback_url(link)) or (
+            theirs.origin != "" and origin_of(link) == theirs.origin
+        )
+        if failure.code == "hop_refused" and stays and home != theirs:  # the user's, perhaps, and not named this time
+            raise unnamed(link, provider) from None
+        raise
 
 
 def handed_over(evidence: Evidence) -> Picture:
@@ -172,14 +181,14 @@ def handed_over(evidence: Evidence) -> Picture:
         raise failure.but(lasting=True, hint=hint) from None
 
 
-def fetch_anew(evidence: Evidence, provider: Provider, stop: Stop, task: Callable[[], Task]) -> Picture:
+def fetch_anew(evidence: Evidence, provider: Provider, stop: Stop, home: Home, task: Callable[[], Task]) -> Picture:
     """The picture of an evidence file; where its link has died and there is a task, the service names a new one, free.
 
     Raises:
         Failure: as `fetch_source`.
     """
     try:
-        return fetch_source(evidence, provider, stop)
+        return fetch_source(evidence, provider, stop, home)
     except Failure as failure:
         if failure.code not in DEAD_LINK or not evidence.task_id:
             raise
@@ -191,6 +200,6 @@ def fetch_anew(evidence: Evidence, provider: Provider, stop: Stop, task: Callabl
             raise
     evidence.update(response=said_of(generated))
     try:
-        return fetch_source(evidence, provider, stop)
+        return fetch_source(evidence, provider, stop, home)
     except Failure as failure:
         raise failure.but(lasting=failure.fault.lasting or failure.code in DEAD_LINK) from None

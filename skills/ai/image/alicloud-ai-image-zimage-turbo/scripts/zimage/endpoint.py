@@ -76,17 +76,20 @@ def _is_loopback_netloc(netloc: str) -> bool:
 
 
 _NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
+_COMPATIBLE = ipaddress.IPv6Network("::/96")  # deprecated form of an IPv4 address
 
 
 def is_public_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
     """Whether an address is on the open internet, also where IPv6 wraps an IPv4 address."""
     if isinstance(address, ipaddress.IPv6Address):
         inner = address.ipv4_mapped or address.sixtofour or (address.teredo[1] if address.teredo else None)
-        if inner is None and address in _NAT64:
+        if inner is None and (address in _NAT64 or address in _COMPATIBLE):
             inner = ipaddress.IPv4Address(int(address) & 0xFFFFFFFF)
         if inner is not None:
             return is_public_address(inner)
-    return address.is_global and not address.is_multicast
+        if address.is_site_local:
+            return False
+    return address.is_global and not address.is_multicast and not address.is_reserved
 
 
 def _is_address(host: str) -> bool:
@@ -97,10 +100,17 @@ def _is_address(host: str) -> bool:
         return False
 
 
+DEFAULT_PORTS = {"http": 80, "https": 443}
+
+
 def origin_of(url: str) -> str:
-    """Scheme and network location of a URL, in lower case."""
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc}".lower()
+    """The `scheme://host:port` of a URL, the port also where it is the scheme's own; empty for what is no plain URL."""
+    try:
+        parts = urlsplit(url)
+        host, port = split_netloc(parts.netloc)
+    except ValueError:
+        return ""
+    return f"{parts.scheme}://{host}:{port or DEFAULT_PORTS.get(parts.scheme, 0)}"
 
 
 def is_loopback_url(url: str) -> bool:

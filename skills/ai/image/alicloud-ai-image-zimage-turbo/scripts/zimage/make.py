@@ -19,7 +19,7 @@ from zimage.provider import Generated, Submitted
 from zimage.settle import TASK_ENDS, ended_early, explained, retry_wait, settle
 from zimage.task import Task
 from zimage.transport import ask, wired_adapter
-from zimage.trust import key_for, telling_of_withheld
+from zimage.trust import Own, home_of, key_for, naming_flags, telling_of_withheld
 from zimage.waiting import Stopped, in_time
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from zimage.picture import Picture
     from zimage.plan import Options, Plan
     from zimage.provider import Provider
+    from zimage.trust import Home
     from zimage.waiting import Stop
 
 
@@ -55,7 +56,8 @@ def generate(plan: Plan, options: Options, stop: Stop, console: Console, env: Ma
         plan = plan._replace(warnings=(*plan.warnings, key.warning))
     console.warn(plan.warnings)
     record = EvidenceFile(Evidence(plan.evidence_path, plan.evidence(utc_now())))
-    with settling(record, flags=recovery_flags(plan, options)):
+    place = naming_flags(plan.endpoint, plan.provider, Own(options.base_url, options.trusted, env))
+    with settling(record, flags=["--overwrite"] * plan.overwrite, place=place):
         image = make(plan, key, record, stop, options.max_retries, console)
     return response_of(record.evidence, image)
 
@@ -65,13 +67,6 @@ def get_ready(provider: Provider, stop: Stop) -> None:
     provider.preflight()
     if provider.in_process:
         in_time(lambda until: provider.prepare(), stop.generating)
-
-
-def recovery_flags(plan: Plan, options: Options) -> list[str]:
-    """The flags without which a recovery would not do what this command was asked to."""
-    asks_again = plan.endpoint.host in options.trusted  # a task is asked after where it was submitted
-    trust = ["--trust-host", plan.endpoint.host] if asks_again else []
-    return [*trust, *["--overwrite"] * plan.overwrite]
 
 
 def make(plan: Plan, key: Key, record: Record, stop: Stop, max_retries: int, console: Console | None = None) -> Image:
@@ -96,7 +91,8 @@ def make(plan: Plan, key: Key, record: Record, stop: Stop, max_retries: int, con
     came(plan, record, made, stop.start)
     if isinstance(made, Submitted):
         follow(Task(plan.provider, plan.endpoint, key, plan.request, made.task_id), plan, record, stop)
-    return save(record, plan.provider, plan.output, stop, overwrite=plan.overwrite)
+    home = home_of(plan.endpoint.url, plan.provider)
+    return save(record, plan.provider, plan.output, stop, home, overwrite=plan.overwrite)
 
 
 def attempt(plan: Plan, key: Key, record: Record, stop: Stop, console: Console | None = None) -> Generated | Submitted:
@@ -186,6 +182,7 @@ def save(
     provider: Provider,
     output: Path,
     stop: Stop,
+    home: Home,
     *,
     task: Callable[[], Task] | None = None,
     overwrite: bool = False,
@@ -200,7 +197,7 @@ def save(
         Failure: as `fetch_anew` and `collect`.
     """
     evidence, start = record.evidence, time.monotonic()
-    source = fetch_anew(evidence, provider, stop, task) if task else fetch_source(evidence, provider, stop)
+    source = fetch_anew(evidence, provider, stop, home, task) if task else fetch_source(evidence, provider, stop, home)
     image = collect(evidence, source, output, provider, overwrite=overwrite, again=again)
     also(source)
     evidence.saved(image, elapsed_ms(start), elapsed_ms(stop.start))
@@ -211,10 +208,10 @@ def save(
 
 
 @contextlib.contextmanager
-def settling(record: Record, *, flags: Sequence[str], saved: bool = False) -> Iterator[None]:
+def settling(record: Record, *, flags: Sequence[str], place: Sequence[str], saved: bool = False) -> Iterator[None]:
     """Whatever ends the work, the record says how, and the error says where it is.
 
-    `flags` are those that a recovery needs to do what was asked for. `saved`: the picture is safe already; a copy
+    `flags` and `place`: see `settle`. `saved`: the picture is safe already; a copy
     that fails changes nothing about that.
     """
     try:
@@ -222,5 +219,5 @@ def settling(record: Record, *, flags: Sequence[str], saved: bool = False) -> It
     except (Exception, Stopped) as error:
         failure = error if isinstance(error, Failure) else ended_early(error, record.evidence)
         if saved:
-            raise explained(record.evidence, failure, flags) from None
-        raise settle(record, failure, flags)[1] from None
+            raise explained(record.evidence, failure, flags, place) from None
+        raise settle(record, failure, flags, place)[1] from None

@@ -36,7 +36,7 @@ MODES = ("request", "file", "prompt", "replay", "recover", "check", "schema")
 REQUEST_FLAGS = ("size", "aspect_ratio", "seed", "prompt_extend", "base_url")
 ALWAYS_ALLOWED = {"print_response", "quiet"}
 ALLOWED: dict[str, set[str]] = {  # the flags that mean something in a mode; those not named here allow all
-    "recover": ALWAYS_ALLOWED | {"output", "overwrite", "timeout", "trust_host"},
+    "recover": ALWAYS_ALLOWED | {"output", "overwrite", "timeout", "trust_host", "base_url"},
     "check": ALWAYS_ALLOWED | {"base_url", "region", "provider", "timeout", "max_retries", "trust_host"},
     "schema": ALWAYS_ALLOWED,
 }

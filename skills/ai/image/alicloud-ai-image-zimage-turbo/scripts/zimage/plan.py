@@ -15,7 +15,7 @@ from zimage.files import check_free_name, checked_output, slug_of
 from zimage.outside import outside_text, shown
 from zimage.registry import DEFAULT_PROVIDER, provider_class, provider_named
 from zimage.request import decode_json_file, normalize, parse_json, read_input, request_problems
-from zimage.trust import choose_endpoint
+from zimage.trust import Own, choose_endpoint, recorded_endpoint
 
 if TYPE_CHECKING:
     from zimage.endpoint import Endpoint
@@ -219,6 +219,8 @@ def planned_endpoint(
     region = options.region
     if recorded and recorded["provider"] == provider.name and region is None:
         request_url = recorded["endpoint"]
+        if not options.base_url and not provider.in_process:
+            recorded_endpoint(request_url, provider, Own(None, options.trusted, env))
         region = recorded["region"] if recorded["region"] in provider.roots and not options.base_url else None
     return choose_endpoint(
         provider,

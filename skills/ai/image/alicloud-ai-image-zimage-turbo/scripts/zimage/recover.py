@@ -20,11 +20,12 @@ from zimage.registry import provider_named
 from zimage.request import normalize, request_problems
 from zimage.settle import explained
 from zimage.task import Task, is_task_id
-from zimage.trust import check_trust, key_for, parse_base_url
+from zimage.trust import Own, home_of, home_of_record, key_for, recorded_endpoint
 
 if TYPE_CHECKING:
     from zimage.facts import Image
     from zimage.plan import Options
+    from zimage.trust import Home
     from zimage.waiting import Stop
 
 
@@ -53,15 +54,19 @@ def recover(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, A
         raise explained(evidence, failure, have=have._replace(billed=failure.fault.billed))
     check_writable(output.parent, evidence.id)
     flags = ["--output", str(output)] if options.output else []
-    flags += [word for host in sorted(options.trusted) for word in ("--trust-host", host)] if task_is_open else []
+    own = Own(options.base_url, options.trusted, env)
+    place = [word for host in sorted(options.trusted) for word in ("--trust-host", host)] if task_is_open else []
+    place += ["--base-url", options.base_url] if options.base_url else []
     try:
-        task = task_of(evidence, provider, options, env) if task_is_open else None
+        task = task_of(evidence, provider, own) if task_is_open else None
     except Failure as failure:
-        raise explained(evidence, failure.but(billed="unknown"), flags) from None
+        raise explained(evidence, failure.but(billed="unknown"), flags, place) from None
+    # Only an answer that comes now, from a place that the user names, may lead where a file alone may not.
+    home = home_of(evidence.data["endpoint"], provider) if task else home_of_record(have.link, provider, own)
     import_libraries()
     record = EvidenceFile(evidence)
     warnings = evidence.data.get("warnings", ())
-    with settling(record, flags=[*flags, *["--overwrite"] * options.overwrite], saved=saved):
+    with settling(record, flags=[*flags, *["--overwrite"] * options.overwrite], place=place, saved=saved):
         if task is not None:
             evidence.update(status="submitted", error=None)
             generated = task.wait_for(stop.generating)
@@ -70,42 +75,44 @@ def recover(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, A
         elif "response" not in evidence.data:  # killed between the bytes and the evidence
             evidence.generated(Generated(), warnings, 0.0, by_http=not provider.in_process)
         if saved:
-            return response_of(evidence, one_more_copy(evidence, provider, output, stop, options))
+            return response_of(evidence, one_more_copy(evidence, provider, output, stop, home, options))
         image = save(
             record,
             provider,
             output,
             stop,
-            task=lambda: task_of(evidence, provider, options, env),
+            home,
+            task=lambda: task_of(evidence, provider, own),
             overwrite=options.overwrite,
             again=True,
         )
     return response_of(evidence, image)
 
 
-def one_more_copy(evidence: Evidence, provider: Provider, output: Path, stop: Stop, options: Options) -> Image:
+def one_more_copy(
+    evidence: Evidence, provider: Provider, output: Path, stop: Stop, home: Home, options: Options
+) -> Image:
     """Save a picture under another name too; the evidence goes on naming the first.
 
     A converted one is fetched again: its file may have lost something.
     """
     if "source_format" in evidence.data["image"] and evidence.have.link:
-        source = fetch_source(evidence, provider, stop)
+        source = fetch_source(evidence, provider, stop, home)
     else:
         source = verified(Path(evidence.data["image"]["path"]).read_bytes())
     return collect(evidence, source, output, provider, overwrite=options.overwrite, again=True)
 
 
-def task_of(evidence: Evidence, provider: Provider, options: Options, env: Mapping[str, str]) -> Task:
+def task_of(evidence: Evidence, provider: Provider, own: Own) -> Task:
     """The submitted task of an evidence file, to be asked after where it was submitted.
 
     Raises:
-        Failure: invalid_evidence, host_not_trusted, key_missing, key_malformed.
+        Failure: invalid_evidence, key_missing, key_malformed; as `recorded_endpoint`.
     """
     if type(provider).poll is Provider.poll or not is_task_id(evidence.task_id):
         raise Failure("invalid_evidence", f"{evidence.path.name}: task_id: not one of {provider.name}")
-    endpoint = parse_base_url(evidence.data["endpoint"], "endpoint", provider)
-    check_trust(endpoint, "endpoint", provider, options.trusted)
-    key = key_for(provider, endpoint, options.trusted, env)
+    endpoint = recorded_endpoint(evidence.data["endpoint"], provider, own)
+    key = key_for(provider, endpoint, own.trusted, own.env)
     request = normalize(evidence.data["request"], with_seed=provider.takes_seed)
     return Task(provider, endpoint, key, request, evidence.task_id)
 
@@ -119,6 +126,8 @@ def recovery_output(evidence: Evidence, options: Options) -> Path:
     recorded = None
     with noting(problems):
         recorded = checked_output(evidence.data["output"], "output", recorded=True)
+        if "image" in evidence.data:
+            checked_output(evidence.data["image"]["path"], "image.path", recorded=True)
     if problems or recorded is None or not os.path.isabs(evidence.data["output"]):
         texts = [problem.text for problem in problems] or ["output: is not an absolute path"]
         raise Failure("invalid_evidence", f"{evidence.path.name}: {'; '.join(texts)}", problems=texts)

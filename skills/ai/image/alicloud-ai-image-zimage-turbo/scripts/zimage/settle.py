@@ -89,6 +89,8 @@ def left_by(fault: Fault, have: Have) -> Left:
 
 def way_back(fault: Fault, have: Have) -> Way:
     """How a picture can be had after a failure, free."""
+    if fault.code == "host_not_trusted":
+        return Way.NONE  # as long as the user does not name the host
     link_is_dead = fault.code in DEAD_LINK and not fault.lasting
     if have.task and fault.code not in TASK_IS_DONE and (link_is_dead or not have.link):
         return Way.ASK

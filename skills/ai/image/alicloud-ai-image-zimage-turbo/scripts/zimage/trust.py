@@ -5,10 +5,18 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
 from zimage.contract import EXIT_KEY
-from zimage.endpoint import IN_PROCESS, Endpoint, _is_loopback_netloc, is_host_name, split_netloc
+from zimage.endpoint import (
+    IN_PROCESS,
+    Endpoint,
+    _is_loopback_netloc,
+    is_host_name,
+    is_loopback_url,
+    origin_of,
+    split_netloc,
+)
 from zimage.errors import Failure, Problem
 from zimage.keys import NO_KEY, find_key
 from zimage.outside import outside_text, shown
@@ -126,14 +134,8 @@ def may_have_optional_key(
     endpoint: Endpoint, provider: Provider, trusted: frozenset[str], env: Mapping[str, str]
 ) -> bool:
     """Whether a host is loopback, or over https the one that the user's environment names, or trusted by name."""
-    if endpoint.is_loopback:
-        return True
-    hosts = set(trusted)
-    for text in filter(None, (env.get(name) for name in provider.base_url_variables)):
-        with contextlib.suppress(Failure):
-            hosts.add(parse_base_url(text, "environment", provider).host)
-            break
-    return endpoint.root.startswith("https://") and endpoint.host in hosts
+    named = endpoint.host in trusted or Own(None, trusted, env).names(endpoint.root, provider)
+    return endpoint.is_loopback or (named and endpoint.root.startswith("https://"))
 
 
 def choose_endpoint(
@@ -174,6 +176,74 @@ def choose_endpoint(
         )
     known = endpoint.region or region or provider.default_region
     return Endpoint(endpoint.root, endpoint.url, endpoint.host, known)
+
+
+class Own(NamedTuple):
+    """What the user's own settings name: flags and environment. No file is among them, whoever has written it."""
+
+    base_url: str | None  # --base-url
+    trusted: frozenset[str]
+    env: Mapping[str, str]
+
+    def names(self, url: str, provider: Provider) -> bool:
+        """Whether scheme, host and port of a URL are those of a base URL of the user."""
+        origins = set()
+        for text in (self.base_url, *map(self.env.get, provider.base_url_variables)):
+            with contextlib.suppress(Failure):
+                origins.add(origin_of(parse_base_url(text, "", provider).root) if text else "")
+        return origin_of(url) in origins - {""}
+
+
+def recorded_endpoint(url: str, provider: Provider, own: Own) -> Endpoint:
+    """The endpoint that an evidence file names: it may be a stranger's, who must not steer key and calls.
+
+    Raises:
+        Failure: invalid_base_url, host_not_trusted unless the host is the provider's own, or the user's settings name
+            it with its port.
+    """
+    endpoint = parse_base_url(url, "endpoint", provider)
+    check_trust(endpoint, "endpoint", provider, own.trusted)
+    is_trusted = provider.owns(endpoint.host) or endpoint.host in own.trusted
+    if not (is_trusted and endpoint.root.startswith("https://")) and not own.names(endpoint.root, provider):
+        raise unnamed(endpoint.root, provider)
+    return endpoint
+
+
+def unnamed(url: str, provider: Provider) -> Failure:
+    """That an evidence file leads to a place that no setting of the user names."""
+    variable = "".join(f" or {name}" for name in provider.base_url_variables[:1])
+    return Failure(
+        "host_not_trusted",
+        f"the evidence leads to {outside_text(origin_of(url), 200) or 'no plain host'}, which only its file names",
+        hint=f"ask the user whether that server is theirs; if it is, they name it by --base-url{variable}",
+    )
+
+
+def naming_flags(endpoint: Endpoint, provider: Provider, own: Own) -> list[str]:
+    """The flags without which a later command on the evidence would not be let go where the user has sent this one.
+
+    Also where a variable names it: the command may be run from elsewhere.
+    """
+    flags = ["--trust-host", endpoint.host] if endpoint.host in own.trusted else []
+    is_known = provider.in_process or provider.owns(endpoint.host)
+    return flags if is_known else [*flags, "--base-url", endpoint.root]
+
+
+class Home(NamedTuple):
+    """Where a picture may be fetched from beside the open internet."""
+
+    loopback: bool = False  # anywhere on this machine
+    origin: str = ""  # there, even where it is not public
+
+
+def home_of(endpoint: str, provider: Provider) -> Home:
+    """Of an answer from an endpoint that the user has chosen: it may lead to itself, on loopback to its neighbours."""
+    return Home(is_loopback_url(endpoint), origin_of(endpoint) if provider.links_to_itself else "")
+
+
+def home_of_record(link: str, provider: Provider, own: Own) -> Home:
+    """Of a link that stands in a file: only a place that the user's own settings name."""
+    return Home(False, origin_of(link) if own.names(link, provider) else "")
 
 
 @contextlib.contextmanager

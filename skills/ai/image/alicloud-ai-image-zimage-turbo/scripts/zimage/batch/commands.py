@@ -34,7 +34,7 @@ from zimage.evidence import moment_of, utc_now
 from zimage.files import check_space, check_working_folder, check_writable, to_json
 from zimage.make import get_ready, import_libraries
 from zimage.plan import workspace_of
-from zimage.trust import choose_endpoint, key_for
+from zimage.trust import Own, choose_endpoint, key_for
 from zimage.waiting import Stop
 
 LONGEST_LOADING = 3600.0  # seconds for a model that runs in this process
@@ -80,7 +80,8 @@ def make(options: BatchOptions, stop: Stop, console: Console, env: Mapping[str, 
         get_ready(options.provider, stop.part(options.time_limit or LONGEST_LOADING))
     with database_failures(folder / DATABASE):
         stop.check()
-        run = Run(options, Place(options.provider, stage.endpoint, workspace, key), stop, began, console)
+        own = Own(options.base_url, options.trusted, env)
+        run = Run(options, Place(options.provider, stage.endpoint, workspace, key, own), stop, began, console)
         failure = run()
         conclude(run, failure, console)
     lock.release()

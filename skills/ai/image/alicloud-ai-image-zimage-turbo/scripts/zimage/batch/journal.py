@@ -29,6 +29,7 @@ from zimage.registry import provider_named
 from zimage.request import ImageRequest
 from zimage.settle import DEAD_LINK, STATES
 from zimage.task import Task
+from zimage.trust import Own
 
 if TYPE_CHECKING:
     from zimage.facts import Facts, State
@@ -85,6 +86,7 @@ class Place(NamedTuple):
     endpoint: Endpoint
     workspace: str | None
     key: Key
+    own: Own
 
 
 Services = Mapping[int, tuple[Provider, Endpoint]]
@@ -283,7 +285,7 @@ class RunRow:
         """Now, or a spacing after the last call of an earlier run: its minute counts at the service too."""
         if self.last_before is None or not rpm:
             return time.monotonic()
-        age = (utc_now() - moment_of(self.last_before)).total_seconds()
+        age = max(0.0, (utc_now() - moment_of(self.last_before)).total_seconds())  # a clock may have been set back
         return time.monotonic() + min(max(0.0, SPACING * 60 / rpm - age), 60.0)
 
     def keep(self, progress: Mapping[str, Any]) -> None:

@@ -28,7 +28,7 @@ from zimage.batch.work import ROW_HINTS
 from zimage.console import Console
 from zimage.contract import SKILL
 from zimage.errors import Failure
-from zimage.evidence import EvidenceFile, moment_of, utc_now
+from zimage.evidence import EvidenceFile
 from zimage.files import check_space, check_writable, file_hash, leftovers_of, remove_leftovers
 from zimage.provider import Generated
 from zimage.settle import settle
@@ -71,10 +71,13 @@ def clean_up(folder: Path, console: Console) -> None:
             "--retry-unknown sends them again (costs)"
         )
     if again:
-        console.note(f"warning: {again} saved pictures have vanished from the folder; they are downloaded again, free")
+        console.note(
+            f"warning: {again} saved pictures have vanished from the folder; they are downloaded again, free, "
+            "where their links live"
+        )
     if gone:
         console.note(
-            f"warning: {gone} saved pictures have vanished from the folder and their links have expired; "
+            f"warning: {gone} saved pictures have vanished from the folder and have no links; "
             "--retry-failed makes them again (costs)"
         )
 
@@ -171,9 +174,9 @@ def find_vanished(database: sqlite3.Connection, folder: Path) -> tuple[int, int]
         (said,) = database.execute("SELECT facts FROM pictures WHERE number = ?", (number,)).fetchone()
         facts = facts_of(said)
         response = facts.get("response", {})
-        alive = position is not None and moment_of(response.get("expires_at")) > utc_now()
+        alive = position is not None and bool(response.get("image_url"))  # as far as is known: the service will tell
         if not alive:
-            failure = Failure("link_expired", "the saved file has vanished, and its link is not good any more")
+            failure = Failure("link_expired", "the saved file has vanished, and there is no link to fetch it again")
             facts["error"] = failure.fault.as_json()
         facts.pop("image", None)
         database.execute(

@@ -15,6 +15,7 @@ from zimage.picture import Picture
 from zimage.provider import Generated, Submitted
 from zimage.settle import TASK_ENDS, settle
 from zimage.task import Task
+from zimage.trust import home_of, home_of_record, naming_flags
 from zimage.waiting import Stop
 
 
@@ -49,6 +50,8 @@ class Worker:
         self._journal = journal
         self._key = place.key
         self._endpoint = place.endpoint
+        self._own = place.own
+        self._naming = naming_flags(place.endpoint, place.provider, place.own)
         self._timeout = timeout
         self._calls = calls  # what all calls are held to
         self._thumbs = thumbs
@@ -114,12 +117,15 @@ class Worker:
         """Download, verify and save a picture that has been paid for, with its thumbnail and its evidence."""
         stop, record = self._stop(), JournalRow(job, self._journal)
         here = job.plan.endpoint == self._endpoint  # another service must not get this one's key
+        is_new = here and job.state_before != "generated"  # else the link comes from the database
+        link, provider = job.evidence.have.link, job.plan.provider
         try:
             save(
                 record,
-                job.plan.provider,
+                provider,
                 job.plan.output,
                 stop,
+                home_of(self._endpoint.url, provider) if is_new else home_of_record(link, provider, self._own),
                 task=(lambda: self.task(job, job.evidence.task_id)) if here else None,
                 again=job.state_before == "generated",  # else a file like it is another row's
                 also=lambda picture: self._add_thumb(picture, job),
@@ -144,7 +150,8 @@ class Worker:
     def _settled(self, step: str, job: Job, record: JournalRow, failure: Failure, began: float) -> Outcome:
         """Keep what became of a picture; where it is not simply sent again, its evidence file says so too."""
         seconds = time.monotonic() - began
-        left, told = settle(record, failure, hints=ROW_HINTS)
+        place = self._naming if job.plan.endpoint == self._endpoint else ()
+        left, told = settle(record, failure, place=place, hints=ROW_HINTS)
         return Outcome(step, job, record.behind or told, began, seconds, left, record)
 
     def _stop(self) -> Stop:
