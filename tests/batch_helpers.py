@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import sqlite3
 import subprocess
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeAlias
+
+import pytest
 
 from closed import assert_closed
 from conftest import GENERATE as SINGLE
@@ -27,6 +30,8 @@ PRICE = 0.01434
 STATES = ("saved", "failed", "unknown", "generated", "pending")
 SMALL = "512*512"
 SMALL_PNG = png(512, 512)
+
+posix = pytest.mark.skipif(os.name == "nt", reason="what only POSIX has: signals, modes, links, terminals, limits")
 
 Row: TypeAlias = "str | Mapping[str, Any]"
 
@@ -222,5 +227,6 @@ __all__ = [
     "assert_counts",
     "by_prompt",
     "parameters_of",
+    "posix",
     "prompt_of",
 ]

@@ -42,9 +42,6 @@ IS_WARM = sys.platform == "linux" and "ZIMAGE_TEST_COLD" not in os.environ
 
 sys.path.insert(0, str(SCRIPTS))
 
-# These hold what only POSIX has: locks, terminals, limits of a process.
-collect_ignore = ["test_batch_run.py", "test_batch_state.py"] if os.name == "nt" else []
-
 import figures
 from closed import assert_answer_closed, assert_closed
 from fault_server import FaultServer

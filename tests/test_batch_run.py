@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -11,7 +10,6 @@ import shutil
 import signal
 import struct
 import subprocess
-import termios
 import threading
 import time
 from collections import Counter
@@ -21,7 +19,18 @@ from statistics import linear_regression
 
 import pytest
 
-from batch_helpers import PRICE, SMALL_PNG, STATES, Batch, Gate, assert_counts, by_prompt, parameters_of, prompt_of
+from batch_helpers import (
+    PRICE,
+    SMALL_PNG,
+    STATES,
+    Batch,
+    Gate,
+    assert_counts,
+    by_prompt,
+    parameters_of,
+    posix,
+    prompt_of,
+)
 from conftest import TEST_KEY, Result, Shell
 from fault_server import (
     GENERATE,
@@ -35,8 +44,6 @@ from fault_server import (
     good,
     html,
 )
-
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 
 LOST = good(how=Answer(hang_up="after-reading"))  # billed, and the connection closed
 SILENT = good(how=Answer(delay_s=60))
@@ -470,6 +477,7 @@ def test_a_time_limit_holds_whatever_the_service_does(batch: Batch, case: str) -
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@posix
 @pytest.mark.parametrize(("signum", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)], ids=["INT", "TERM"])
 def test_the_first_signal_lets_what_is_out_finish_and_sends_nothing_new(batch: Batch, signum: int, code: int) -> None:
     gate, pictures = Gate(), Gate(file(SMALL_PNG))
@@ -494,6 +502,7 @@ def test_the_first_signal_lets_what_is_out_finish_and_sends_nothing_new(batch: B
     assert len(batch.sent) == 9
 
 
+@posix
 @pytest.mark.parametrize(
     "answer", [error(429, "Throttling", headers=(("Retry-After", "50"),)), BUSY], ids=["held", "failing"]
 )
@@ -511,6 +520,7 @@ def test_a_signal_ends_all_waits(batch: Batch, answer: Answer) -> None:
     assert_counts(result, pending=2)
 
 
+@posix
 def test_a_signal_ends_the_wait_between_two_calls(batch: Batch) -> None:
     batch.prompts(3)
     process = batch.start("--rpm", "1")
@@ -522,6 +532,7 @@ def test_a_signal_ends_the_wait_between_two_calls(batch: Batch) -> None:
     assert time.monotonic() - began < 1
 
 
+@posix
 def test_the_second_signal_stops_at_once_and_what_was_out_is_unknown(batch: Batch) -> None:
     batch.service.play(GENERATE, by_prompt({"picture 1": SILENT}))
     batch.prompts(3)
@@ -542,6 +553,7 @@ def test_the_second_signal_stops_at_once_and_what_was_out_is_unknown(batch: Batc
     assert_counts(result, saved=2, unknown=1)
 
 
+@posix
 def test_a_signal_before_anything_is_sent_writes_nothing(batch: Batch) -> None:
     process = subprocess.Popen(
         batch.shell.command("--input", "-", "--output-dir", "out"),
@@ -677,6 +689,7 @@ def test_quiet_still_tells_why_it_failed(batch: Batch) -> None:
     assert len(result.stderr.splitlines()) == 2
 
 
+@posix
 def test_without_a_terminal_a_line_comes_every_few_seconds(batch: Batch) -> None:
     gate = Gate()
     batch.service.play(GENERATE, by_prompt({"b": gate}))
@@ -691,7 +704,11 @@ def test_without_a_terminal_a_line_comes_every_few_seconds(batch: Batch) -> None
     assert batch.finish(process).code == 0
 
 
+@posix
 def test_on_a_terminal_there_is_a_bar(batch: Batch) -> None:
+    import fcntl
+    import termios
+
     batch.service.play(GENERATE, slowly(0.1))
     batch.prompts(6)
     leader, follower = os.openpty()
@@ -719,6 +736,7 @@ def test_on_a_terminal_there_is_a_bar(batch: Batch) -> None:
     assert "\r" in text and re.search(r"\b6/6\b", text) and "US$" in text and "failed" in text
 
 
+@posix
 def test_a_terminal_shows_no_bar_when_quiet(batch: Batch) -> None:
     batch.prompts(2)
     leader, follower = os.openpty()
@@ -748,6 +766,7 @@ def test_control_characters_of_the_service_do_not_reach_the_terminal(batch: Batc
     assert "\x1b" not in result.stderr and "\x07" not in result.stderr
 
 
+@posix
 @pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&-", "<&-", ">/dev/full", "2>/dev/full"])
 def test_streams_that_are_closed_cost_no_picture(batch: Batch, streams: str) -> None:
     batch.rows("a", "b")
@@ -798,6 +817,7 @@ def test_the_key_is_in_no_file_and_no_stream(batch: Batch) -> None:
     assert [name for name, content in batch.files().items() if TEST_KEY.encode() in content] == []
 
 
+@posix
 def test_the_key_goes_to_the_service_only(batch: Batch) -> None:
     """No proxy for loopback, no .netrc, no key on downloads."""
     with FaultServer() as proxy:
@@ -839,7 +859,8 @@ def test_a_host_that_is_not_trusted_gets_nothing(batch: Batch) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+@posix
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_cannot_be_written_stops_before_paying(batch: Batch) -> None:
     batch.out.mkdir(mode=0o500)
     batch.prompts(1)

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import random
-import resource
 import shlex
 import signal
 import sqlite3
@@ -32,6 +30,7 @@ from batch_helpers import (
     assert_counts,
     by_prompt,
     parameters_of,
+    posix,
     prompt_of,
 )
 from conftest import TEST_KEY, Result, Shell
@@ -53,8 +52,6 @@ from fault_server import (
 )
 from zimage.batch.folder import FolderLock
 from zimage.errors import Failure
-
-pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and modes of POSIX")
 
 SILENT = good(how=Answer(delay_s=60))  # billed, and the answer does not come
 LOST = good(how=Answer(hang_up="after-reading"))  # billed, and the connection closed
@@ -526,6 +523,7 @@ def test_a_foreign_file_is_not_overwritten_by_a_picture_that_moves(batch: Batch,
     assert batch.sent == ["old"]
 
 
+@posix
 @pytest.mark.parametrize("name", ["moved_from", "output"])
 @pytest.mark.parametrize("path", ["../elsewhere/one.png", "/elsewhere/one.png", "link/one.png"])
 def test_a_strangers_database_moves_nothing_outside_the_folder(batch: Batch, name: str, path: str) -> None:
@@ -707,6 +705,7 @@ def test_a_vanished_file_whose_link_is_dead_is_told_and_not_paid_again(batch: Ba
     assert len(batch.sent) == 3
 
 
+@posix
 @pytest.mark.parametrize("kind", ["file", "folder", "dangling link"])
 def test_a_foreign_file_in_the_way_is_refused_before_paying(batch: Batch, kind: str) -> None:
     batch.out.mkdir()
@@ -787,6 +786,7 @@ def running(batch: Batch) -> tuple[Gate, subprocess.Popen[bytes]]:
     return gate, process
 
 
+@posix
 @pytest.mark.parametrize("way", ["the lock file removed", "a link to the folder", "the folder renamed"])
 def test_a_running_batch_is_noticed_whatever_is_done_to_the_folder(batch: Batch, way: str) -> None:
     gate, process = running(batch)
@@ -816,7 +816,10 @@ def test_nothing_is_read_or_changed_while_another_runs(batch: Batch) -> None:
     assert batch.finish(process).code == 0
 
 
+@posix
 def test_a_run_of_040_that_holds_its_lock_file_is_noticed(batch: Batch) -> None:
+    import fcntl
+
     batch.rows("a")
     assert batch.run("--limit", "0").code == 1
     with open(batch.out / "batch.lock", "wb") as held:
@@ -827,6 +830,7 @@ def test_a_run_of_040_that_holds_its_lock_file_is_noticed(batch: Batch) -> None:
     assert batch.run().code == 0
 
 
+@posix
 def test_a_lock_file_that_leads_elsewhere_is_not_followed(batch: Batch) -> None:
     batch.out.mkdir()
     (batch.out / "batch.lock").symlink_to(batch.shell.folder / "elsewhere")
@@ -835,6 +839,7 @@ def test_a_lock_file_that_leads_elsewhere_is_not_followed(batch: Batch) -> None:
     assert not (batch.shell.folder / "elsewhere").exists()
 
 
+@posix
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOSYS, errno.EBADF])
 def test_a_folder_that_cannot_be_locked_is_told_as_that(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
@@ -842,13 +847,16 @@ def test_a_folder_that_cannot_be_locked_is_told_as_that(
     def refuse(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(fcntl, "flock", refuse)
+    monkeypatch.setattr("fcntl.flock", refuse)
     with pytest.raises(Failure, match="this folder cannot be locked") as caught:
         FolderLock(tmp_path).take()
     assert caught.value.code == "disk"
 
 
+@posix
 def test_those_who_only_look_do_not_see_each_other(tmp_path: Path) -> None:
+    import fcntl
+
     descriptor = os.open(tmp_path, os.O_RDONLY)
     fcntl.flock(descriptor, fcntl.LOCK_SH)
     assert not FolderLock(tmp_path).is_taken()
@@ -869,6 +877,7 @@ def test_the_lock_of_a_dead_process_holds_nobody_up(batch: Batch) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@posix
 def test_the_database_is_private_journaled_and_versioned(batch: Batch) -> None:
     gate = Gate()
     batch.service.play(GENERATE, gate)
@@ -1045,8 +1054,11 @@ def test_a_picture_of_another_size_is_saved_with_a_warning(batch: Batch) -> None
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@posix
 def test_a_disk_that_fails_after_paying_loses_no_picture(batch: Batch) -> None:
     """No file may grow beyond 512 KiB: the database can, the picture cannot."""
+    import resource
+
     size = 512 * 1024
     batch.service.play(PICTURE, file(noise_png()))
     batch.rows(*({"prompt": name, "size": "1024*1024"} for name in "abc"))
@@ -1069,6 +1081,7 @@ def test_a_disk_that_fails_after_paying_loses_no_picture(batch: Batch) -> None:
     assert sorted(batch.sent) == ["a", "b", "c"]
 
 
+@posix
 @pytest.mark.parametrize(
     ("folder", "code"),
     [
@@ -1121,6 +1134,7 @@ def test_the_next_command_of_a_failure_works_in_a_shell(batch: Batch) -> None:
     assert batch.sent == ["a"]
 
 
+@posix
 def test_a_signal_in_the_middle_of_the_start_leaves_a_folder_that_works(batch: Batch) -> None:
     batch.prompts(3)
     for moment in range(8):

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import itertools
 import json
+import ntpath
 import os
 import re
 import shutil
@@ -235,6 +236,37 @@ def _holds(path: Path, content: bytes) -> bool:
     return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
 
 
+# What Windows does not take as the name of a file, or takes for something else than a file.
+DEVICES = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
+    f"{port}{digit}" for port in ("com", "lpt") for digit in "0123456789¹²³"
+}
+
+
+def is_windows_name(name: str) -> bool:
+    """Whether Windows makes a plain file, or folder, of just this name.
+
+    Not of `nul.png` or `AUX .x` (devices), `pic:1.png` (a stream of another file), `a.` and `a ` (the end is cut off).
+    """
+    device = name.partition(".")[0].rstrip(" ").casefold()
+    return not (re.search(r'[<>:"/\\|?*\x00-\x1f]', name) or name.endswith((" ", ".")) or device in DEVICES)
+
+
+def windows_problem(path: str) -> str | None:
+    r"""What is wrong with the path of a file on Windows; None where nothing is. Drives, UNC and `\\?\` are taken."""
+    drive, root, rest = _split_windows(path)
+    if drive and not root:
+        return "is relative to the working folder of its drive; give it with a backslash behind the drive"
+    for part in re.split(r"[\\/]+", rest):
+        if part not in ("", ".", "..") and not is_windows_name(part):
+            return "has a name in it that Windows keeps for itself, or cannot write"
+    return None
+
+
+def _split_windows(path: str) -> tuple[str, str, str]:
+    drive, rest = ntpath.splitdrive(path)
+    return drive, rest[:1] if rest[:1] in ("\\", "/") else "", rest
+
+
 def checked_output(name: str, source: str, hint: str | None = None, *, recorded: bool = False) -> Path:
     """The absolute path of the picture; `source` is where its name was given.
 
@@ -251,6 +283,8 @@ def checked_output(name: str, source: str, hint: str | None = None, *, recorded:
         refuse("must not be empty or hold control characters", hint)
     if name.endswith(("/", os.sep)) or os.path.isdir(name):
         refuse(f"{outside_text(name, 200)} is a folder; give a file name in it")
+    if sys.platform == "win32" and (problem := windows_problem(name)):  # before Python makes another path of it
+        refuse(problem, hint)
     path = Path(os.path.abspath(name))
     if path.suffix.lower() not in FORMATS:
         refuse(f"must end in one of {', '.join(FORMATS)}, got {shown(path.name)}")
@@ -276,7 +310,7 @@ def slug_of(prompt: str) -> str:
     """The beginning of a prompt as part of a file name: letters and digits of any script, joined by `-`."""
     words = re.findall(r"\w+", unicodedata.normalize("NFC", without_surrogates(prompt[:400])).replace("_", " ").lower())
     slug = "-".join(words)[:40].strip("-")
-    return slug if is_file_name(slug) else ""
+    return slug if is_file_name(slug) and is_windows_name(slug) else ""
 
 
 def is_file_name(text: str) -> bool:

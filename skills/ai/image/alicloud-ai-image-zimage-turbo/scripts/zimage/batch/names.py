@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import posixpath
 import re
+import types
 import unicodedata
 from pathlib import Path
 from typing import NoReturn
 
 from zimage.batch.contract import EVIDENCE, FOLDER_SIZE, IMAGES, OWN_NAMES, REPLACED, THUMBS
 from zimage.errors import Failure, Problem, raise_problems
-from zimage.files import checked_output, slug_of
+from zimage.files import checked_output, is_windows_name, slug_of
 from zimage.outside import outside_text
 from zimage.plan import format_problems
 from zimage.request import ImageRequest
@@ -63,6 +64,14 @@ def output_key(output: str) -> str:
     return unicodedata.normalize("NFC", unicodedata.normalize("NFD", output).casefold())
 
 
+def is_inside(path: str, folder: str, flavour: types.ModuleType = os.path) -> bool:
+    """Whether a real path is that of a folder or lies below it; `flavour` is posixpath or ntpath."""
+    try:
+        return bool(flavour.normcase(flavour.commonpath([path, folder])) == flavour.normcase(folder))
+    except ValueError:  # another drive, behind a junction
+        return False
+
+
 class Names:
     """Checks the outputs that rows name. Folders are examined once each."""
 
@@ -85,6 +94,8 @@ class Names:
             refuse("must be a file name without backslashes, and not begin or end with blanks")
         if output.startswith("/") or re.match("[A-Za-z]:", output) or ".." in output.split("/"):
             refuse("must be a path in the output folder, without .. and not absolute")
+        if not all(map(is_windows_name, filter(None, output.split("/")))):  # folders of a batch are handed on
+            refuse("has a name in it that Windows cannot hold, such as nul.png, a:b.png or one that ends in a dot")
         path = checked_output(str(self.folder / output), "output")
         raise_problems([Problem(p.code, p.text.replace("--output", "output")) for p in format_problems(request, path)])
         name = posixpath.normpath(output)
@@ -110,5 +121,5 @@ class Names:
         """Whether a folder below the output folder really lies there."""
         if parent not in self._inside:
             real = os.path.realpath(self.folder / parent)
-            self._inside[parent] = os.path.commonpath([real, self._real]) == self._real
+            self._inside[parent] = is_inside(real, self._real)
         return self._inside[parent]
