@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
 from zimage.errors import KINDS, Failure
-from zimage.outside import outside_text
+from zimage.outside import json_of, outside_text
 from zimage.provider import HttpCall
 
 if TYPE_CHECKING:
@@ -98,6 +98,9 @@ def json_post(url: str, payload: Mapping[str, Any], headers: dict[str, str]) -> 
     return HttpCall("POST", url, headers | {"Content-Type": "application/json"}, body)
 
 
+_LENIENT = json.JSONDecoder(strict=False, parse_int=lambda digits: int(digits) if len(digits) < 20 else None)
+
+
 def read_json(answer: HttpAnswer) -> dict[str, Any] | None:
     """The JSON object in an answer; None where there is none, whatever stands there instead.
 
@@ -105,8 +108,8 @@ def read_json(answer: HttpAnswer) -> dict[str, Any] | None:
     """
     try:
         text = answer.body.decode("utf-8-sig", "replace")
-        body = json.loads(text, strict=False, parse_int=lambda digits: int(digits) if len(digits) < 20 else None)
-    except (ValueError, RecursionError):
+        body = json_of(text, _LENIENT)
+    except ValueError:
         return None
     return body if isinstance(body, dict) else None
 

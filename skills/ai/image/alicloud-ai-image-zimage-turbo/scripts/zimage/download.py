@@ -13,11 +13,12 @@ from zimage.contract import CORRUPT_DOWNLOAD_RETRIES, DOWNLOAD_RETRIES, MAX_HOPS
 from zimage.endpoint import _is_address, is_loopback_host, is_loopback_url, is_public_address, origin_of, split_netloc
 from zimage.errors import Failure, os_reason
 from zimage.evidence import said_of
+from zimage.files import read_file
 from zimage.outside import without_surrogates
 from zimage.picture import ends_as_it_should, verified
 from zimage.provider import HttpCall
 from zimage.settle import DEAD_LINK
-from zimage.transport import AnswerLost, AnswerTooLarge, NotSent, exchange
+from zimage.transport import AnswerEncoded, AnswerLost, AnswerTooLarge, NotSent, exchange
 from zimage.trust import home_of, unnamed
 from zimage.waiting import wait_before
 
@@ -71,7 +72,7 @@ def fetch(link: str, *, stop: Stop, loopback: bool, provider: Provider, origin: 
     """Follow a link, over checked hops, to an answer that is not a redirect. The key is never sent.
 
     Raises:
-        Failure: hop_refused. NotSent, AnswerLost, AnswerTooLarge, Stopped.
+        Failure: hop_refused. NotSent, AnswerLost, AnswerTooLarge, AnswerEncoded, Stopped.
     """
     for _ in range(MAX_HOPS + 1):
         link, reach = checked_link(link, loopback=loopback, provider=provider, origin=origin)
@@ -99,9 +100,11 @@ def download(link: str, *, stop: Stop, home: Home, provider: Provider, was_refus
     for attempt in range(DOWNLOAD_RETRIES + 1):
         try:
             answer = fetch(link, stop=stop, loopback=home.loopback, provider=provider, origin=home.origin)
-            return verified(picture_bytes(answer, was_refused))
+            return verified(picture_bytes(answer, was_refused), stop)
         except AnswerTooLarge:
             raise Failure("image_too_large", f"the picture is larger than {MAX_IMAGE_BYTES // MIB} MiB") from None
+        except AnswerEncoded as error:
+            failure = Failure("image_unusable", f"what came as the picture cannot be read: {error.reason}")
         except (NotSent, AnswerLost) as error:
             failure = Failure("paid_not_downloaded", f"the picture was not downloaded: {error.reason}")
             if isinstance(error, NotSent) and error.refused:
@@ -145,7 +148,7 @@ def fetch_source(evidence: Evidence, provider: Provider, stop: Stop, home: Home)
     """
     link = evidence.have.link
     if evidence.content or not link:
-        return handed_over(evidence)
+        return handed_over(evidence, stop)
     was_refused = evidence.data.get("error", {}).get("code") == "link_refused"
     try:
         return download(link, stop=stop, home=home, provider=provider, was_refused=was_refused)
@@ -159,7 +162,7 @@ def fetch_source(evidence: Evidence, provider: Provider, stop: Stop, home: Home)
         raise
 
 
-def handed_over(evidence: Evidence) -> Picture:
+def handed_over(evidence: Evidence, stop: Stop) -> Picture:
     """The picture whose bytes came with the answer: they are in memory, or lie beside the evidence.
 
     Raises:
@@ -167,7 +170,7 @@ def handed_over(evidence: Evidence) -> Picture:
     """
     held = evidence.held
     try:
-        return verified(evidence.content or held.read_bytes())
+        return verified(evidence.content or read_file(held, MAX_IMAGE_BYTES), stop)
     except FileNotFoundError:
         if evidence.status == "saved":
             message = "the saved file has vanished, and there is no link to fetch the picture again"
@@ -176,7 +179,10 @@ def handed_over(evidence: Evidence) -> Picture:
         raise Failure("image_unusable", f"{held} is not there", hint=hint, lasting=True) from None
     except OSError as error:
         raise Failure("disk_after_paying", f"{held} cannot be read: {os_reason(error)}") from None
-    except Failure as failure:  # the same bytes will not get better
+    except Failure as failure:
+        if failure.code == "paid_not_downloaded":  # it had too little time
+            raise
+        # The same bytes will not get better.
         hint = f"report it, do not rerun unasked; what came is kept as {held}"
         raise failure.but(lasting=True, hint=hint) from None
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import itertools
 import os
 import secrets
 import time
@@ -17,6 +18,7 @@ from zimage.files import OWNER_ONLY, replace_private, to_json, write_gitignore, 
 from zimage.outside import outside_text
 from zimage.request import decode_json_file, read_input
 from zimage.settle import STATES, Have
+from zimage.waiting import Late
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -112,20 +114,12 @@ class Evidence:
         Raises:
             Failure: file_unreadable, invalid_evidence.
         """
-        import jsonschema
-
         path = Path(os.path.abspath(name))
         content = read_input(option, str(path) if name else "", MAX_EVIDENCE_BYTES, stop)
         try:
-            data = decode_json_file(name, content)
-        except Failure as failure:
-            raise Failure("invalid_evidence", failure.message) from None
-        faults = sorted(jsonschema.Draft202012Validator(EVIDENCE_SCHEMA).iter_errors(data), key=lambda e: e.json_path)
-        if faults:
-            paths = [fault.json_path.removeprefix("$").removeprefix(".") or "the file" for fault in faults]
-            texts = [outside_text(f"{path}: {fault.message}", 200) for path, fault in zip(paths, faults, strict=True)]
-            raise Failure("invalid_evidence", f"{outside_text(name)} is not an evidence file: {'; '.join(texts[:5])}")
-        return cls(path, data)
+            return cls(path, stop.in_thread(lambda: _checked(name, content)))
+        except Late:
+            raise Failure("file_unreadable", f"{option} {outside_text(name, 200)}: was not read in time") from None
 
     def update(self, **changes: Unpack[Changes]) -> None:
         """Merge changes; None removes a field."""
@@ -191,6 +185,27 @@ class Evidence:
         """Remove the bytes that were handed over, once the saved picture is on record."""
         with contextlib.suppress(OSError):
             self.held.unlink(missing_ok=True)
+
+
+def _checked(name: str, content: bytes) -> Content:
+    """What the bytes of an evidence file say.
+
+    Raises:
+        Failure: invalid_evidence, with the first faults.
+    """
+    import jsonschema
+
+    try:
+        data = decode_json_file(name, content)
+    except Failure as failure:
+        raise Failure("invalid_evidence", failure.message) from None
+    found = jsonschema.Draft202012Validator(EVIDENCE_SCHEMA).iter_errors(data)
+    faults = sorted(itertools.islice(found, 100), key=lambda fault: fault.json_path)
+    if faults:
+        paths = [fault.json_path.removeprefix("$").removeprefix(".") or "the file" for fault in faults]
+        texts = [outside_text(f"{path}: {fault.message}", 200) for path, fault in zip(paths, faults, strict=True)]
+        raise Failure("invalid_evidence", f"{outside_text(name)} is not an evidence file: {'; '.join(texts[:5])}")
+    return cast("Content", data)
 
 
 def said_of(generated: Generated) -> Response:

@@ -11,13 +11,14 @@ import ntpath
 import os
 import re
 import shutil
+import stat
 import sys
 import unicodedata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
-from zimage.contract import FORMATS, MIB, MIN_FREE_BYTES, SKILL
+from zimage.contract import FORMATS, MAX_SAVED_BYTES, MIB, MIN_FREE_BYTES, SKILL
 from zimage.errors import Failure, os_reason
 from zimage.outside import CONTROL, outside_text, shown, without_surrogates
 
@@ -233,7 +234,10 @@ def _second_name(output: Path, evidence_id: str) -> Path:
 
 
 def _holds(path: Path, content: bytes) -> bool:
-    return path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content
+    try:
+        return read_file(path, len(content)) == content
+    except OSError:
+        return False
 
 
 # What Windows does not take as the name of a file, or takes for something else than a file.
@@ -363,6 +367,39 @@ def check_writable(folder: Path, evidence_id: str) -> None:
         raise Failure("disk", f"the folder {folder} is not writable: {os_reason(error)}") from None
 
 
+def open_regular(path: str | Path) -> BinaryIO:
+    """A file that somebody else named, to read: a pipe, device, socket or folder neither blocks nor is read.
+
+    Raises:
+        OSError, ValueError.
+    """
+    flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(path, flags)
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file", str(path))
+        return open(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_file(path: str | Path, limit: int) -> bytes:
+    """The bytes of a file that somebody else named. Raises as `open_regular`, also where they are more than `limit`."""
+    with open_regular(path) as source:
+        content = source.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"is larger than {limit // MIB} MiB", str(path))
+    return content
+
+
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file, in hex."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+    """SHA-256 of a saved picture, in hex. Raises as `read_file`."""
+    with open_regular(path) as source:
+        if os.fstat(source.fileno()).st_size > MAX_SAVED_BYTES:
+            raise OSError(errno.EFBIG, f"is larger than {MAX_SAVED_BYTES // MIB} MiB", str(path))
+        digest, left = hashlib.sha256(), MAX_SAVED_BYTES
+        while left > 0 and (block := source.read(MIB)):
+            digest.update(block)
+            left -= len(block)
+    return digest.hexdigest()

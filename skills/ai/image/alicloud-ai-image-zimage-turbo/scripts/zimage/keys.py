@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from zimage.errors import Failure, os_reason
+from zimage.files import open_regular
 from zimage.outside import outside_text, remember_secret
 
 
@@ -149,7 +151,7 @@ def _read_text(path: Path, notes: list[str]) -> str:
     try:
         if not path.is_file():
             return ""
-        with path.open(encoding="utf-8-sig") as source:
+        with io.TextIOWrapper(open_regular(path), encoding="utf-8-sig") as source:
             return source.read(64 * 1024)
     except (OSError, ValueError) as error:
         reason = "not UTF-8" if isinstance(error, UnicodeDecodeError) else os_reason(error)

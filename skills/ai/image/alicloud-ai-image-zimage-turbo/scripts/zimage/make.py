@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -145,32 +146,33 @@ def send(plan: Plan, key: Key, stop: Stop) -> Generated | Submitted:
         made = ask(call, lambda answer: provider.read(answer, plan.request, utc_now()), stop, plan.endpoint, limit)
     if isinstance(made, Generated) and provider.links_to_itself and made.image_url.startswith("/"):
         made = made._replace(image_url=urljoin(plan.endpoint.url, made.image_url))
-    return made
+    return made.bounded() if isinstance(made, Generated) else made
 
 
 def collect(
-    evidence: Evidence, source: Picture, output: Path, provider: Provider, *, overwrite: bool, again: bool
+    evidence: Evidence, source: Picture, output: Path, provider: Provider, stop: Stop, *, overwrite: bool, again: bool
 ) -> Image:
     """Put a downloaded picture in its place; returns the `image` of the evidence.
 
     `again`: an earlier run may have got as far as this.
 
     Raises:
-        Failure: image_unusable, disk_after_paying.
+        Failure: as `converted`; disk_after_paying. Stopped.
     """
-    picture = converted(source, FORMATS[output.suffix.lower()])
-    path, warning = place(picture.content, output, evidence.id, overwrite=overwrite, again=again)
-    unlike = size_warning(evidence.data["request"]["size"], picture, provider)
+    wanted = FORMATS[output.suffix.lower()]
+    content, width, height = converted(source, wanted, stop)
+    path, warning = place(content, output, evidence.id, overwrite=overwrite, again=again)
+    unlike = size_warning(evidence.data["request"]["size"], (width, height), provider)
     warnings = [text for text in (warning, unlike) if text]
     image: Image = {
         "path": str(path),
-        "sha256": picture.sha256,
-        "bytes": len(picture.content),
-        "format": picture.format,
-        "width": picture.width,
-        "height": picture.height,
+        "sha256": hashlib.sha256(content).hexdigest(),
+        "bytes": len(content),
+        "format": wanted,
+        "width": width,
+        "height": height,
     }
-    if picture is not source:
+    if wanted != source.format:
         image |= {"source_format": source.format, "source_sha256": source.sha256}
     if warnings:
         image["warnings"] = warnings
@@ -198,8 +200,9 @@ def save(
     """
     evidence, start = record.evidence, time.monotonic()
     source = fetch_anew(evidence, provider, stop, home, task) if task else fetch_source(evidence, provider, stop, home)
-    image = collect(evidence, source, output, provider, overwrite=overwrite, again=again)
-    also(source)
+    with contextlib.closing(source):
+        image = collect(evidence, source, output, provider, stop, overwrite=overwrite, again=again)
+        also(source)
     evidence.saved(image, elapsed_ms(start), elapsed_ms(stop.start))
     record.keep()
     if record.behind is None:

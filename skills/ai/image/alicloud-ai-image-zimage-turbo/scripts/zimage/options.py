@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -21,7 +19,8 @@ from zimage.contract import (
     VERSION,
 )
 from zimage.errors import Failure, Problem, noting, raise_problems
-from zimage.outside import at, outside_text, shown
+from zimage.files import read_file
+from zimage.outside import at, json_of, outside_text, shown
 from zimage.plan import Options
 from zimage.provider import number
 from zimage.registry import DEFAULT_PROVIDER, provider_class, provider_names
@@ -142,11 +141,10 @@ def provider_in(argv: Sequence[str]) -> type[Provider] | None:
     named = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     for option in ("--provider", "--replay"):
         named.add_argument(option)
-    with contextlib.suppress(argparse.ArgumentError, Failure, SystemExit, OSError, ValueError, RecursionError):
+    with contextlib.suppress(argparse.ArgumentError, Failure, SystemExit, OSError, ValueError):
         said = named.parse_known_args(argv)[0]
-        if said.provider is None and said.replay is not None and os.path.isfile(said.replay):
-            with open(said.replay, "rb") as source:
-                said.provider = at(json.loads(source.read(MAX_EVIDENCE_BYTES)), "provider")
+        if said.provider is None and said.replay is not None:
+            said.provider = at(json_of(read_file(said.replay, MAX_EVIDENCE_BYTES).decode()), "provider")
         return None if said.provider is None else provider_class(str(said.provider))
     return None
 

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import quote, quote_plus, unquote
 
-from zimage.contract import OUTSIDE_TEXT
+from zimage.contract import MAX_JSON_DEPTH, MAX_JSON_VALUES, OUTSIDE_TEXT
 
 # What must never be printed or written: each secret in every form that it may come back in. Filled where keys are read.
 _secrets: set[str] = set()
@@ -119,6 +119,42 @@ def outside_json(value: Any, depth: int = 4) -> Any:
         kept_items = [outside_json(item, depth - 1) for item in value[:50]] if depth else []
         return [item for item in kept_items if item is not None]
     return value
+
+
+_PLAIN = json.JSONDecoder()
+
+
+def json_of(text: str, decoder: json.JSONDecoder = _PLAIN) -> Any:
+    """The value of JSON that somebody else wrote: bounded in memory and depth, whatever it is.
+
+    Raises:
+        ValueError: with a sentence.
+    """
+    if sum(map(text.count, ",[{")) > MAX_JSON_VALUES and _has_too_many_values(text):
+        raise ValueError(f"it holds more than {MAX_JSON_VALUES} values")
+    try:
+        value = decoder.decode(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+    if text.count("[") + text.count("{") > MAX_JSON_DEPTH:
+        level = [value]
+        for _ in range(MAX_JSON_DEPTH):
+            lists = [
+                item.values() if isinstance(item, dict) else item for item in level if isinstance(item, (dict, list))
+            ]
+            level = [item for items in lists for item in items]
+        if level:
+            raise ValueError("it is nested too deeply")
+    return value
+
+
+def _has_too_many_values(text: str) -> bool:
+    """Whether JSON holds too many values, told before any is made, and without those signs that stand in a text."""
+    plain = text.replace("\\\\", "").replace('\\"', "")
+    if plain.count('"') > 4 * MAX_JSON_VALUES:
+        return True
+    outside_texts = plain.split('"')[::2]
+    return sum(part.count(sign) for part in outside_texts for sign in ",[{") > MAX_JSON_VALUES
 
 
 def shown(value: Any) -> str:

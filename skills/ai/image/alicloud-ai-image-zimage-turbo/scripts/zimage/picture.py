@@ -6,71 +6,129 @@ import hashlib
 import io
 import math
 import os
-import struct
 import threading
-import zlib
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
-from zimage.contract import MAX_DECODED_PIXELS, RATIO_TOLERANCE, READABLE_FORMATS, SAVE_OPTIONS
+from zimage.contract import (
+    DECODED_BYTES,
+    DECODED_BYTES_ELSE,
+    LAST_WORK,
+    MAX_DECODED_PIXELS,
+    MIB,
+    RATIO_TOLERANCE,
+    READABLE_FORMATS,
+    SAVE_OPTIONS,
+)
 from zimage.errors import Failure
+from zimage.formats import lean, orientation, png_lacks_rows
+from zimage.memory import MEMORY, Share
 from zimage.request import parse_size
+from zimage.waiting import Late
 
 if TYPE_CHECKING:
     import PIL.Image
 
     from zimage.provider import Provider
+    from zimage.waiting import Stop
+
+Result = TypeVar("Result")
 
 
 class Picture(NamedTuple):
-    """A verified image: the bytes, their format (PNG, JPEG or WEBP where it can be kept), width, height, pixels."""
+    """A verified image: the bytes, their format (PNG, JPEG or WEBP where it can be kept), width, height, pixels.
+
+    Its pixels take a share of the memory for all decoders: it must be closed.
+    """
 
     content: bytes
     format: str
     width: int
     height: int
     image: PIL.Image.Image  # as decoded to verify it: whatever needs the pixels need not decode them again
+    share: Share
 
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.content).hexdigest()
+
+    def close(self) -> None:
+        """Give back what the pixels take."""
+        self.image.close()
+        self.share.close()
 
 
 # Where many pictures arrive at once: decoders beyond the number of cores only push each other out of the caches.
 _decoders = threading.BoundedSemaphore(os.cpu_count() or 1)
 
 
-def verified(content: bytes) -> Picture:
+def in_its_time(what: str, work: Callable[[], Result], stop: Stop) -> Result:
+    """Do work on pixels in a thread that can be left: a decoder cannot be broken off.
+
+    Raises:
+        Failure: paid_not_downloaded where it is not done in time; what the work raises. Stopped.
+    """
+    try:
+        return stop.in_thread(work, LAST_WORK)
+    except Late:
+        raise Failure("paid_not_downloaded", f"the picture was not {what} in time on this machine") from None
+
+
+def verified(content: bytes, stop: Stop) -> Picture:
     """Decode the whole image, so that nothing broken, cut or hostile is called a picture.
 
     Raises:
-        Failure: image_unusable.
+        Failure: image_unusable, image_too_large; paid_not_downloaded where its time is over. Stopped.
     """
+    return in_its_time("decoded", lambda: _decoded(content, stop), stop)
+
+
+def _decoded(content: bytes, stop: Stop) -> Picture:
     from PIL import Image
 
     Image.MAX_IMAGE_PIXELS = None  # the check below is stricter, and does not print a warning
-
-    def unusable(what: str) -> Failure:
-        return Failure("image_unusable", f"what came as the picture ({len(content)} bytes) {what}")
-
+    what_came = f"what came as the picture ({len(content)} bytes)"
     if not content:
-        raise unusable("is empty")
+        raise Failure("image_unusable", f"{what_came} is empty")
     try:
-        with _decoders, Image.open(io.BytesIO(content), formats=READABLE_FORMATS) as image:
-            if image.width * image.height > MAX_DECODED_PIXELS:
-                raise unusable(f"claims {image.width}*{image.height} pixels, which no picture of this model has")
-            kind = image.format or ""
-            image.load()
-            last_row_is_empty = image.crop((0, image.height - 1, image.width, image.height)).getbbox() is None
-        if kind == "PNG":
-            with Image.open(io.BytesIO(content), formats=["PNG"]) as chunks:
-                chunks.verify()  # checksums of all chunks, to the last
-    except Failure:
+        needed = lean(content)
+        with _decoders, Image.open(io.BytesIO(needed), formats=READABLE_FORMATS) as image:
+            kind, (width, height) = image.format or "", image.size
+            share = MEMORY.take(_bytes_for(kind, width, height, content, what_came), stop)
+            try:
+                image.load()
+                is_whole = ends_as_it_should(kind, content) and not (
+                    kind == "PNG" and image.crop((0, height - 1, width, height)).getbbox() is None
+                    and png_lacks_rows(needed)
+                )  # fmt: skip
+                if not is_whole:
+                    raise Failure("image_unusable", f"{what_came} is a {kind} image that breaks off")
+            except BaseException:
+                image.close()
+                share.close()
+                raise
+        return Picture(content, kind, width, height, image, share)
+    except (Failure, Late):
         raise
     except Exception as error:  # Pillow's decoders raise many kinds for bytes they cannot read
-        raise unusable(f"is not a whole image ({type(error).__name__})") from None
-    if not ends_as_it_should(kind, content) or (kind == "PNG" and last_row_is_empty and png_lacks_rows(content)):
-        raise unusable(f"is a {kind} image that breaks off")
-    return Picture(content, kind, image.width, image.height, image)
+        reason = f"{what_came} is not a whole image ({type(error).__name__})"
+        raise Failure("image_unusable", reason) from None
+
+
+def _bytes_for(kind: str, width: int, height: int, content: bytes, what_came: str) -> int:
+    """The memory that a picture takes, by what its header says, with all that is done with it.
+
+    Raises:
+        Failure: image_unusable, image_too_large.
+    """
+    if width * height > MAX_DECODED_PIXELS:
+        reason = f"{what_came} claims {width}*{height} pixels, which no picture of this model has"
+        raise Failure("image_unusable", reason)
+    needed = width * height * DECODED_BYTES.get(kind, DECODED_BYTES_ELSE) + 2 * len(content)
+    if needed > MEMORY.total:
+        reason = f"a {kind} picture of {width}*{height} pixels needs {needed // MIB} MiB to decode"
+        raise Failure("image_too_large", f"{reason}; at most {MEMORY.total // MIB} are taken")
+    return needed
 
 
 def ends_as_it_should(kind: str, content: bytes) -> bool:
@@ -84,43 +142,47 @@ def ends_as_it_should(kind: str, content: bytes) -> bool:
     return True
 
 
-def png_lacks_rows(content: bytes) -> bool:
-    """Whether a PNG's data ends before its last row: Pillow leaves such rows empty and says nothing.
-
-    Chunk layout and sizes: PNG specification (W3C), sections 5 and 7. Interlaced pictures are taken as they are.
-    """
-    width, height, bits, color, _, _, interlaced = struct.unpack(">IIBBBBB", content[16:29])
-    samples = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
-    expected = height * (1 + (width * bits * samples + 7) // 8)
-    data, position = bytearray(), 8
-    while position + 8 <= len(content):
-        length, kind = struct.unpack(">I4s", content[position : position + 8])
-        data += content[position + 8 : position + 8 + length] if kind == b"IDAT" else b""
-        position += 12 + length
-    return not interlaced and len(zlib.decompressobj().decompress(bytes(data), expected)) < expected
-
-
-def converted(picture: Picture, wanted: str) -> Picture:
-    """The picture in the wanted format; the service's bytes are kept where they are of that format.
+def converted(picture: Picture, wanted: str, stop: Stop) -> tuple[bytes, int, int]:
+    """The picture in the wanted format, its width and height; the service's bytes where they are of that format.
 
     Raises:
-        Failure: image_unusable.
+        Failure: image_unusable; paid_not_downloaded where its time is over. Stopped.
     """
     if picture.format == wanted:
-        return picture
-    from PIL import ImageOps
+        return picture.content, picture.width, picture.height
 
-    target = io.BytesIO()
-    try:
-        image = ImageOps.exif_transpose(picture.image)
+    def convert() -> tuple[bytes, int, int]:
+        image, target = turned(picture.image), io.BytesIO()
         plain = flattened(image) if wanted == "JPEG" else image.convert("RGBA" if has_alpha(image) else "RGB")
+        for name in ("exif", "xmp"):  # they would say that it has to be turned once more
+            plain.info.pop(name, None)
         plain.save(target, wanted, **SAVE_OPTIONS[wanted])
+        return target.getvalue(), image.width, image.height
+
+    try:
+        return in_its_time("converted", convert, stop)
     except (OSError, ValueError) as error:
         reason = f"the picture cannot be converted to {wanted} ({type(error).__name__})"
         raise Failure(
             "image_unusable", reason, hint="run next_command with another --output, such as one ending in .png"
         ) from None
-    return Picture(target.getvalue(), wanted, image.width, image.height, image)
+
+
+def turned(image: PIL.Image.Image) -> PIL.Image.Image:
+    """The picture as it is meant to be seen, by its Exif."""
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    turn = turns.get(orientation(image.info.get("exif", b"")))
+    return image if turn is None else image.transpose(turn)
 
 
 def has_alpha(image: PIL.Image.Image) -> bool:
@@ -139,13 +201,11 @@ def flattened(image: PIL.Image.Image) -> PIL.Image.Image:
     return white
 
 
-def size_warning(asked: str, picture: Picture, provider: Provider) -> str | None:
+def size_warning(asked: str, has: tuple[int, int], provider: Provider) -> str | None:
     """A sentence where the picture is not what was asked for, as far as the provider lets that be asked."""
     width, height = parse_size(asked)
-    if (picture.width, picture.height) == (width, height):
+    if has == (width, height):
         return None
-    if provider.sizes_are_ratios and math.isclose(
-        picture.width * height, picture.height * width, rel_tol=RATIO_TOLERANCE
-    ):
+    if provider.sizes_are_ratios and math.isclose(has[0] * height, has[1] * width, rel_tol=RATIO_TOLERANCE):
         return None
-    return f"the picture is {picture.width}*{picture.height}, asked was {asked}"
+    return f"the picture is {has[0]}*{has[1]}, asked was {asked}"

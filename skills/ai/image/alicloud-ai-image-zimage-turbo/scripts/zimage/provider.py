@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import datetime as dt
+import json
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
-from zimage.contract import LONG_PROMPT, MAX_ANSWER_BYTES
+from zimage.contract import LONG_PROMPT, MAX_ANSWER_BYTES, MAX_LINK_LENGTH, MAX_OTHER_LINKS, MAX_USAGE_BYTES
+from zimage.errors import Failure
 
 if TYPE_CHECKING:
     from zimage.endpoint import Endpoint
@@ -54,6 +56,21 @@ class Generated(NamedTuple):
     usage: Mapping[str, Any] = {}
     other_urls: tuple[str, ...] = ()  # of further pictures in the same answer
     warnings: tuple[str, ...] = ()
+
+    def bounded(self) -> Generated:
+        """The same with no more than an evidence file takes, so that what is written can be read again.
+
+        Raises:
+            Failure: answer_unusable.
+        """
+        if len(self.image_url) > MAX_LINK_LENGTH:
+            reason = (
+                f"the link to the picture has {len(self.image_url)} characters; at most {MAX_LINK_LENGTH} are taken"
+            )
+            raise Failure("answer_unusable", reason, request_id=self.request_id or None)
+        others = [link for link in self.other_urls if len(link) <= MAX_LINK_LENGTH][:MAX_OTHER_LINKS]
+        usage = self.usage if len(json.dumps(self.usage)) <= MAX_USAGE_BYTES else {}
+        return self._replace(other_urls=tuple(others), usage=usage)
 
 
 class Submitted(NamedTuple):

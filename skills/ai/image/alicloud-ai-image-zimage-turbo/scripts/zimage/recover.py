@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zimage.contract import SKILL
+from zimage.contract import MAX_SAVED_BYTES, SKILL
 from zimage.download import fetch_source
 from zimage.errors import KINDS, Failure, Problem, noting, raise_problems
 from zimage.evidence import MADE, Evidence, EvidenceFile, elapsed_ms, response_of
-from zimage.files import check_free_name, check_writable, checked_output, file_hash, leftovers_of, remove_leftovers
+from zimage.files import (
+    check_free_name,
+    check_writable,
+    checked_output,
+    file_hash,
+    leftovers_of,
+    read_file,
+    remove_leftovers,
+)
 from zimage.make import collect, import_libraries, save, settling
 from zimage.outside import outside_text
 from zimage.picture import verified
@@ -21,6 +30,7 @@ from zimage.request import normalize, request_problems
 from zimage.settle import explained
 from zimage.task import Task, is_task_id
 from zimage.trust import Own, home_of, home_of_record, key_for, recorded_endpoint
+from zimage.waiting import Late
 
 if TYPE_CHECKING:
     from zimage.facts import Image
@@ -42,7 +52,7 @@ def recover(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, A
         evidence.path.parent, f"{MADE}|{leftovers_of(evidence.id, evidence.path.name, evidence.held.name)}"
     )
     remove_leftovers(output.parent, leftovers_of(f"{SKILL}-{evidence.id}"))
-    saved, have = is_saved(evidence), evidence.have
+    saved, have = is_saved(evidence, stop), evidence.have
     if saved:
         evidence.drop_held()  # a run that was killed may have left it
     if saved and options.output is None:
@@ -99,8 +109,9 @@ def one_more_copy(
     if "source_format" in evidence.data["image"] and evidence.have.link:
         source = fetch_source(evidence, provider, stop, home)
     else:
-        source = verified(Path(evidence.data["image"]["path"]).read_bytes())
-    return collect(evidence, source, output, provider, overwrite=options.overwrite, again=True)
+        source = verified(read_file(Path(evidence.data["image"]["path"]), MAX_SAVED_BYTES), stop)
+    with contextlib.closing(source):
+        return collect(evidence, source, output, provider, stop, overwrite=options.overwrite, again=True)
 
 
 def task_of(evidence: Evidence, provider: Provider, own: Own) -> Task:
@@ -140,14 +151,14 @@ def recovery_output(evidence: Evidence, options: Options) -> Path:
     return recorded
 
 
-def is_saved(evidence: Evidence) -> bool:
-    """Whether the picture of this evidence lies, unchanged, where the evidence says."""
+def is_saved(evidence: Evidence, stop: Stop) -> bool:
+    """Whether the picture of this evidence lies, unchanged, where the evidence says. Raises Stopped."""
     image = evidence.data.get("image")
     if not image or evidence.status != "saved":
         return False
     try:
-        return file_hash(Path(image["path"])) == str(image["sha256"])
-    except (OSError, ValueError):
+        return stop.in_thread(lambda: file_hash(Path(image["path"]))) == str(image["sha256"])
+    except (OSError, ValueError, Late):
         return False
 
 

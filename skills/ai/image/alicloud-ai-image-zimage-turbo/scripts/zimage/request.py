@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, cast
 
 from zimage.contract import DEFAULT_SIZE, MAX_PIXELS, MAX_SEED, MIB, MIN_PIXELS, RATIO_SIZES, REQUEST_SCHEMA
 from zimage.errors import Failure, Problem, os_reason
-from zimage.outside import json_kind, outside_text, shown, without_surrogates
+from zimage.files import open_regular
+from zimage.outside import json_kind, json_of, outside_text, shown, without_surrogates
 from zimage.waiting import TICK, Late, Stop
 
 if TYPE_CHECKING:
@@ -182,11 +183,9 @@ def parse_json(text: str) -> Any:
     try:
         if text.startswith("\ufeff"):
             raise json.JSONDecodeError("Unexpected UTF-8 BOM (decode using utf-8-sig)", text, 0)
-        return _STRICT.decode(text)
+        return json_of(text, _STRICT)
     except json.JSONDecodeError as error:
         raise ValueError(f"{error.msg} at line {error.lineno}, column {error.colno}") from None
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
 
 
 def _no_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -235,8 +234,6 @@ def incoming(
 ) -> Iterator[bytes]:
     """The pieces that `read` makes of a file, `-` for standard input; a pipe may take `wait` seconds for each.
 
-    `until` is the moment of time.monotonic() at which a pipe must have been read.
-
     Raises:
         Failure: file_unreadable, time_limit.
     """
@@ -247,9 +244,11 @@ def incoming(
             # Not sys.stdin itself: a thread that still reads it would hang or crash the interpreter's end.
             pieces = _piped(sys.stdin.fileno(), read)
         elif stat.S_ISREG(os.stat(name).st_mode):
-            with open(name, "rb") as source:
+            with open_regular(name) as source:
                 for piece in read(source):
                     stop.check()
+                    if stop.left_s <= 0:
+                        raise Late
                     yield piece
             return
         elif os.path.isdir(name):

@@ -75,7 +75,7 @@ class Task:
             self._trouble = f"; the last question failed: {failure.message}"
             return None
         self._strange_in_a_row, self._trouble, self._retry_after_s = 0, "", None
-        return found
+        return found and found.bounded()
 
     @property
     def is_held(self) -> bool:

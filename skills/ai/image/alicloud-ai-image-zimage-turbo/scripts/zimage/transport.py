@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import io
 import ipaddress
 import os
 import socket
 import threading
+import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import quote, urlsplit
 
-from zimage.contract import CONNECT_TIMEOUT, MAX_ANSWER_BYTES, MIB, SKILL, VERSION
+from zimage.contract import CONNECT_TIMEOUT, MAX_ANSWER_BYTES, MAX_ERROR_BYTES, MIB, SKILL, VERSION
 from zimage.endpoint import _is_address, is_loopback_address, is_loopback_host, is_public_address
 from zimage.errors import Failure, os_reason
+from zimage.outside import outside_text
 from zimage.provider import HttpAnswer, LocalCall
 from zimage.waiting import WATCHER, Late, Stop, Stopped, in_time
 
@@ -43,6 +46,15 @@ class AnswerLost(Exception):
 
 class AnswerTooLarge(Exception):
     """The answer is larger than this tool takes."""
+
+
+class AnswerEncoded(Exception):
+    """The answer is packed in a way that was not asked for and is not unpacked here."""
+
+    def __init__(self, coding: str, request_id: str) -> None:
+        super().__init__(coding)
+        self.reason = f"it is encoded as {outside_text(coding, 60)}, which was not asked for"
+        self.request_id = outside_text(request_id, 200)
 
 
 REACH: dict[str, Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address], bool]] = {
@@ -222,7 +234,7 @@ def exchange(call: HttpCall, stop: Stop, *, limit: int, reach: str) -> HttpAnswe
     paid for is put on disk first, the next wait gives way.
 
     Raises:
-        NotSent, AnswerLost, AnswerTooLarge, Stopped.
+        NotSent, AnswerLost, AnswerTooLarge, AnswerEncoded, Stopped.
     """
     import requests
     import urllib3
@@ -264,27 +276,53 @@ def _read_answer(response: Any, limit: int) -> HttpAnswer:
     headers = {name.lower(): value for name, value in response.headers.items()}
     if 300 <= response.status_code < 400 and "location" in headers:
         return HttpAnswer(response.status_code, headers, b"")  # all that a redirect says is said
-    chunks: list[bytes] = []
-    size, whole = 0, True
+    is_good = response.status_code < 300
+    limit = limit if is_good else MAX_ERROR_BYTES  # the status alone says enough
+    body = io.BytesIO()  # hands its bytes out without a copy
+    whole = True
     # Left to itself, urllib3 throws away the beginning of a body that breaks off: it may hold the link.
     response.raw.enforce_content_length = False
+    # And it unpacks what was packed, as often as the server says.
+    coding = response.raw.headers.pop("content-encoding", "").strip().lower()
     announced = headers.get("content-length", "")
-    if response.status_code < 300 and announced.isdecimal() and len(announced) < 19 and int(announced) > limit:
+    if is_good and announced.isdecimal() and len(announced) < 19 and int(announced) > limit:
         raise AnswerTooLarge
     try:
-        for chunk in response.iter_content(64 * 1024):
-            chunks.append(chunk)
-            size += len(chunk)
-            if size > limit and response.status_code < 300:
+        for chunk in response.raw.stream(64 * 1024, decode_content=False):
+            body.write(chunk)
+            if body.tell() > limit and is_good:
                 raise AnswerTooLarge
-            if size > limit:
-                break  # the status alone says enough
+            if body.tell() > limit:
+                break
         whole = not response.raw.length_remaining
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError):
         whole = False
-    if not size and not {"content-length", "transfer-encoding"} & headers.keys():
+    if not body.tell() and not {"content-length", "transfer-encoding"} & headers.keys():
         whole = False  # nothing announced and nothing sent: the headers broke off
-    return HttpAnswer(response.status_code, headers, b"".join(chunks), whole)
+    return _unpacked(HttpAnswer(response.status_code, headers, body.getvalue(), whole), coding, limit)
+
+
+def _unpacked(answer: HttpAnswer, coding: str, limit: int) -> HttpAnswer:
+    """The answer without the one layer of gzip that some gateways add unasked: behind it is what was paid for.
+
+    Raises:
+        AnswerTooLarge, AnswerEncoded.
+    """
+    is_gzip = coding in ("gzip", "x-gzip")
+    if coding in ("", "identity") or (is_gzip and not answer.body.startswith(b"\x1f\x8b")):
+        return answer  # some gateways unpack and leave the header
+    if not is_gzip and answer.status < 300:
+        raise AnswerEncoded(coding, answer.headers.get("x-request-id", ""))
+    if not is_gzip:
+        return answer._replace(body=b"")
+    unpacker = zlib.decompressobj(wbits=16 + zlib.MAX_WBITS)
+    try:
+        body = unpacker.decompress(answer.body, limit + 1)
+    except zlib.error:
+        return answer._replace(body=b"", whole=False)
+    if len(body) > limit and answer.status < 300:
+        raise AnswerTooLarge
+    return answer._replace(body=body[:limit], whole=answer.whole and unpacker.eof)
 
 
 def _transport_failure(wire: Wire, error: Exception) -> Exception:
@@ -334,3 +372,6 @@ def ask(
         raise Failure("outcome_unknown", f"{endpoint.host}: {error.reason}") from None
     except AnswerTooLarge:
         raise Failure("answer_unusable", f"the answer is larger than {limit // MIB} MiB") from None
+    except AnswerEncoded as error:
+        message = f"the answer cannot be read: {error.reason}"
+        raise Failure("answer_unusable", message, request_id=error.request_id or None) from None

@@ -98,8 +98,15 @@ class Stop:
     def _ends_waits(self) -> bool:
         return bool(self._reason) or (self._parent is not None and self._parent._ends_waits)
 
-    def in_thread(self, work: Callable[[], Result]) -> Result:
-        """What work returns or raises; at the end of its time it is left to itself.
+    @property
+    def is_signalled(self) -> bool:
+        """Whether a signal has come, whatever this one is held to."""
+        return self._parent.is_signalled if self._parent else bool(self._reason)
+
+    def in_thread(self, work: Callable[[], Result], last: float = math.inf) -> Result:
+        """What work returns or raises; at the end of its time it is left to itself, and the process ends without it.
+
+        `last`: the seconds that it has after a signal which would end waits only.
 
         Raises:
             Late, Stopped.
@@ -117,11 +124,16 @@ class Stop:
         thread.start()
         until = max(self.until, time.monotonic() + 0.001)
         while thread.is_alive() and (left := until - time.monotonic()) > 0:
+            if self.reason:
+                self.abandon()
             self.check()
+            if self.is_signalled:
+                until, last = min(until, time.monotonic() + last), math.inf
             thread.join(min(left, TICK))
         if errors:
             raise errors[0]
         if not results:
+            self.abandon()
             raise Late
         return results[0]
 
@@ -237,8 +249,4 @@ def in_time(work: Callable[[float], Result], stop: Stop) -> Result:
     try:
         return stop.in_thread(lambda: work(stop.until))
     except Late:
-        stop.abandon()
         raise Failure("too_slow", "the picture was not made in time on this machine") from None
-    except Stopped:
-        stop.abandon()
-        raise

@@ -66,7 +66,7 @@ def make(options: BatchOptions, stop: Stop, console: Console, env: Mapping[str, 
                 hint=f"put {DATABASE} back, or use another --output-dir",
             )
         create_database(folder)
-    clean_up(folder, console)
+    clean_up(folder, console, stop)
     stop.check()
     survey = stage.survey(retry_failed=options.retry_failed, retry_unknown=options.retry_unknown, read_only=False)
     changed = stage.changed_rows(survey)
@@ -245,6 +245,7 @@ def gallery_only(folder: Path, stop: Stop) -> dict[str, Any]:
     """Write the gallery of a folder as it is now."""
     with contextlib.closing(existing_batch(folder)) as database, database_failures(folder / DATABASE):
         path = write_gallery(database, folder, stop)
+        stop.check()
         states, spent = totals(database)
     return counts(states) | {"estimated_cost": spent, "gallery": str(path)}
 

@@ -18,13 +18,13 @@ from typing import TYPE_CHECKING, Any
 from zimage.batch.contract import GALLERY
 from zimage.batch.names import Names, evidence_name, thumb_name
 from zimage.batch.results import counts, listed_pictures, replace_file, totals
-from zimage.contract import SCRIPTS, VERSION
+from zimage.contract import MAX_SAVED_BYTES, SCRIPTS, VERSION
 from zimage.errors import Failure, os_reason
 from zimage.evidence import timestamp, utc_now
-from zimage.files import aside
-from zimage.picture import Picture, flattened, verified
+from zimage.files import aside, read_file
+from zimage.picture import Picture, flattened, in_its_time, verified
 from zimage.settle import own_command
-from zimage.waiting import Stop
+from zimage.waiting import Stop, Stopped
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -111,21 +111,27 @@ def make_missing_thumbs(database: sqlite3.Connection, folder: Path, stop: Stop) 
 
     def make(number: int, output: str) -> None:
         if stop.left_s > 0 and not stop.reason:
-            with contextlib.suppress(Failure, OSError):
-                write_thumb(verified((folder / output).read_bytes()), folder, number)
+            with contextlib.suppress(Failure, OSError, Stopped):
+                picture = verified(read_file(folder / output, MAX_SAVED_BYTES), stop)
+                with contextlib.closing(picture):
+                    write_thumb(picture, folder, number, stop)
 
     with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
         list(pool.map(lambda entry: make(*entry), missing))
 
 
-def write_thumb(picture: Picture, folder: Path, number: int) -> None:
-    """A small JPEG of a picture. The gallery does without one that cannot be written, or only outside the folder."""
+def write_thumb(picture: Picture, folder: Path, number: int, stop: Stop) -> None:
+    """A small JPEG of a picture.
+
+    The gallery does without one that cannot be made in time or written, or only outside the folder.
+    """
     target = folder / thumb_name(number)
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError, Failure):
+        small = in_its_time("made small", lambda: thumb(picture.image), stop)
         if Names(folder).stays_inside(str(target.parent.relative_to(folder))):
             target.parent.mkdir(parents=True, exist_ok=True)
             with aside(target, durable=False) as temporary:
-                thumb(picture.image).save(temporary, "JPEG", quality=80)
+                small.save(temporary, "JPEG", quality=80)
 
 
 def thumb(image: PIL.Image.Image) -> PIL.Image.Image:

@@ -25,10 +25,10 @@ from zimage.batch.names import (
     variant_output,
 )
 from zimage.batch.rows import Row, WrongRow
-from zimage.contract import MAX_SEED
+from zimage.contract import MAX_EVIDENCE_BYTES, MAX_SEED
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, Problem, os_reason
-from zimage.files import DISK, checked_output, file_hash, replace_private, to_json
+from zimage.files import DISK, checked_output, file_hash, read_file, replace_private, to_json
 from zimage.outside import outside_text, shown
 from zimage.provider import Provider
 from zimage.request import ImageRequest, parse_json, pick_seed
@@ -364,7 +364,7 @@ def settle_moves(folder: Path) -> None:
             if state == "saved" and names.holds(output) and names.holds(moved_from):
                 move_file(folder / moved_from, path)
             with contextlib.suppress(OSError, ValueError):  # there is none, or it cannot be read: no reason to stop
-                content = parse_json(evidence.read_text(encoding="utf-8"))
+                content = parse_json(read_file(evidence, MAX_EVIDENCE_BYTES).decode())
                 if isinstance(content, dict):
                     replace_private(evidence, to_json(with_image_at(path, content) | {"output": str(path)}))
             facts = json.dumps(with_image_at(path, facts_of(said)), ensure_ascii=False)

@@ -26,12 +26,14 @@ from zimage.batch.names import Names
 from zimage.batch.plan import settle_moves
 from zimage.batch.work import ROW_HINTS
 from zimage.console import Console
-from zimage.contract import SKILL
+from zimage.contract import MAX_EVIDENCE_BYTES, SKILL
 from zimage.errors import Failure
 from zimage.evidence import EvidenceFile
-from zimage.files import check_space, check_writable, file_hash, leftovers_of, remove_leftovers
+from zimage.files import check_space, check_writable, file_hash, leftovers_of, read_file, remove_leftovers
+from zimage.outside import json_of
 from zimage.provider import Generated
 from zimage.settle import settle
+from zimage.waiting import Stop
 
 
 def prepare_folder(folder: Path) -> None:
@@ -49,7 +51,7 @@ def prepare_folder(folder: Path) -> None:
         check_writable(folder / name, "batch")
 
 
-def clean_up(folder: Path, console: Console) -> None:
+def clean_up(folder: Path, console: Console, stop: Stop) -> None:
     """Bring the folder to a state from which a run can start, and tell what was found.
 
     Requests that were out when a process died become unknown, its temporary files go, saved pictures whose file has
@@ -61,7 +63,7 @@ def clean_up(folder: Path, console: Console) -> None:
     with contextlib.closing(database), database_failures(folder / DATABASE):
         remove_temporary_files(database, folder)
         database.execute("BEGIN IMMEDIATE")
-        lost = close_submitting(database, folder)
+        lost = close_submitting(database, folder, stop)
         again, gone = find_vanished(database, folder)
         database.execute("COMMIT")
         remove_held_of_saved(database, folder)
@@ -98,7 +100,7 @@ def remove_temporary_files(database: sqlite3.Connection, folder: Path) -> None:
         remove_leftovers(parent, MADE)
 
 
-def close_submitting(database: sqlite3.Connection, folder: Path) -> int:
+def close_submitting(database: sqlite3.Connection, folder: Path, stop: Stop) -> int:
     """Settle the requests that were out when their process died; returns how many are unknown now.
 
     Whatever else was not saved is taken over too, where somebody has recovered it by its evidence file meanwhile, or
@@ -108,6 +110,7 @@ def close_submitting(database: sqlite3.Connection, folder: Path) -> int:
     unknown = 0
     rows = database.execute("SELECT * FROM pictures WHERE state NOT IN ('pending', 'saved')").fetchall()
     for row in rows:
+        stop.check()
         job = job_of(row, folder, services, None)
         adopted = adopt(job)
         if row["state"] != "submitting" and not adopted:
@@ -141,7 +144,7 @@ def adopt(job: Job) -> bool:
 def adopt_written(job: Job) -> bool:
     """Take over what the evidence file says; False where it says no more than the database."""
     try:
-        written = json.loads(job.evidence.path.read_bytes())
+        written = json_of(read_file(job.evidence.path, MAX_EVIDENCE_BYTES).decode())
         same = len(written["attempts"]) == len(job.evidence.data["attempts"])
         link, image = written.get("response", {}).get("image_url"), written.get("image")
         if not same or written["status"] not in ("generated", "saved"):

@@ -128,7 +128,7 @@ class Worker:
                 home_of(self._endpoint.url, provider) if is_new else home_of_record(link, provider, self._own),
                 task=(lambda: self.task(job, job.evidence.task_id)) if here else None,
                 again=job.state_before == "generated",  # else a file like it is another row's
-                also=lambda picture: self._add_thumb(picture, job),
+                also=lambda picture: self._add_thumb(picture, job, stop),
             )
         except Failure as failure:
             return self._settled("save", job, record, failure, stop.start)
@@ -136,9 +136,9 @@ class Worker:
             return self._settled("save", job, record, own_fault(error, "yes"), stop.start)
         return Outcome("save", job, record.behind, stop.start, time.monotonic() - stop.start, record=record)
 
-    def _add_thumb(self, picture: Picture, job: Job) -> None:
+    def _add_thumb(self, picture: Picture, job: Job, stop: Stop) -> None:
         if self._thumbs:
-            write_thumb(picture, self._thumbs, job.number)
+            write_thumb(picture, self._thumbs, job.number, stop)
 
     def _came(self, step: str, job: Job, record: JournalRow, made: Generated | Submitted, stop: Stop) -> Outcome:
         seconds = time.monotonic() - stop.start
