@@ -153,7 +153,7 @@ def test_damaged_state_is_one_clear_error(batch: Batch) -> None:
     assert len(batch.sent) == 1
 
 
-def test_damaged_facts_of_a_saved_picture_are_told_and_touch_nothing(batch: Batch) -> None:
+def test_damaged_facts_of_a_saved_picture_are_one_clear_error_and_touch_nothing(batch: Batch) -> None:
     batch.prompts(1)
     assert batch.run().code == 0
     with sqlite3.connect(batch.out / "batch.sqlite3") as database:
@@ -161,7 +161,8 @@ def test_damaged_facts_of_a_saved_picture_are_told_and_touch_nothing(batch: Batc
     database.close()
     before = (batch.out / "results.jsonl").read_bytes()
     result = batch.run()
-    assert "facts" in " ".join(result.json["warnings"])
+    assert (result.code, result.error["code"]) == (2, "batch_unreadable")
+    assert "facts" in result.error["message"]
     assert (batch.out / "results.jsonl").read_bytes() == before
     assert len(batch.sent) == 1
 

@@ -30,6 +30,7 @@ LAYERS = [
     ["recover"],
     ["batch.contract"],
     ["batch.rows", "batch.names", "batch.folder", "batch.pacer", "batch.forecast", "batch.ending", "batch.options"],
+    ["batch.examine", "batch.moves"],
     ["batch.plan", "batch.journal", "batch.results"],
     ["batch.gallery", "batch.progress", "batch.tasks"],
     ["batch.work"],

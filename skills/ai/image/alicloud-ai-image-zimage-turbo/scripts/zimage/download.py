@@ -170,7 +170,7 @@ def handed_over(evidence: Evidence, stop: Stop) -> Picture:
     """
     held = evidence.held
     try:
-        return verified(evidence.content or read_file(held, MAX_IMAGE_BYTES), stop)
+        return verified(evidence.content or read_file(held, MAX_IMAGE_BYTES, follow=False), stop)
     except FileNotFoundError:
         if evidence.status == "saved":
             message = "the saved file has vanished, and there is no link to fetch the picture again"

@@ -367,14 +367,16 @@ def check_writable(folder: Path, evidence_id: str) -> None:
         raise Failure("disk", f"the folder {folder} is not writable: {os_reason(error)}") from None
 
 
-def open_regular(path: str | Path) -> BinaryIO:
+def open_regular(path: str | Path, *, follow: bool = True) -> BinaryIO:
     """A file that somebody else named, to read: a pipe, device, socket or folder neither blocks nor is read.
+
+    `follow`: it may be a link. In a folder that may be a stranger's, none is.
 
     Raises:
         OSError, ValueError.
     """
     flags = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_NOCTTY", 0) | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(path, flags)
+    descriptor = os.open(path, flags if follow else flags | getattr(os, "O_NOFOLLOW", 0))
     try:
         if not stat.S_ISREG(os.fstat(descriptor).st_mode):
             raise OSError(errno.EINVAL, "is not a regular file", str(path))
@@ -384,18 +386,18 @@ def open_regular(path: str | Path) -> BinaryIO:
         raise
 
 
-def read_file(path: str | Path, limit: int) -> bytes:
+def read_file(path: str | Path, limit: int, *, follow: bool = True) -> bytes:
     """The bytes of a file that somebody else named. Raises as `open_regular`, also where they are more than `limit`."""
-    with open_regular(path) as source:
+    with open_regular(path, follow=follow) as source:
         content = source.read(limit + 1)
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"is larger than {limit // MIB} MiB", str(path))
     return content
 
 
-def file_hash(path: Path) -> str:
+def file_hash(path: Path, *, follow: bool = True) -> str:
     """SHA-256 of a saved picture, in hex. Raises as `read_file`."""
-    with open_regular(path) as source:
+    with open_regular(path, follow=follow) as source:
         if os.fstat(source.fileno()).st_size > MAX_SAVED_BYTES:
             raise OSError(errno.EFBIG, f"is larger than {MAX_SAVED_BYTES // MIB} MiB", str(path))
         digest, left = hashlib.sha256(), MAX_SAVED_BYTES

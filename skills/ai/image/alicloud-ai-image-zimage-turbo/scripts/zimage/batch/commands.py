@@ -11,12 +11,13 @@ import sqlite3
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from zimage.batch.contract import BATCH_REQUIREMENTS, DATABASE, EVIDENCE, GALLERY, RESULTS
 from zimage.batch.ending import interrupted_run
+from zimage.batch.examine import examine
 from zimage.batch.folder import FolderLock, create_database, database_failures, open_database
 from zimage.batch.forecast import duration
 from zimage.batch.gallery import write_gallery
@@ -46,9 +47,11 @@ def make(options: BatchOptions, stop: Stop, console: Console, env: Mapping[str, 
     lock = FolderLock(folder)
     locked = folder.is_dir() and not options.dry_run
     if locked:
-        take_lock(lock, folder)
+        take_lock(lock, folder, stop)
     stage, workspace = staged(options, stop, env, began)
     if options.dry_run:
+        if os.path.lexists(folder / DATABASE):
+            examine(folder, stop.part(options.timeout))
         console.answer(dry_run(options, stage, env))
         return None
     key = key_for(options.provider, stage.endpoint, options.trusted, env)
@@ -56,9 +59,11 @@ def make(options: BatchOptions, stop: Stop, console: Console, env: Mapping[str, 
         console.note(f"warning: {key.warning}")
     if not locked:
         check_writable(folder, "batch")
-        take_lock(lock, folder)
+        take_lock(lock, folder, stop)
     prepare_folder(folder)
-    if not (folder / DATABASE).exists():
+    if os.path.lexists(folder / DATABASE):
+        examine(folder, stop.part(options.timeout))
+    else:
         if any((folder / EVIDENCE).glob("*/*.json")):
             raise Failure(
                 "batch_unreadable",
@@ -112,7 +117,7 @@ def staged(options: BatchOptions, stop: Stop, env: Mapping[str, str], began: flo
         env=env,
         trusted=options.trusted,
     )
-    stage = Stage(options.provider, endpoint, options.variants, options.folder)
+    stage = Stage(options.provider, endpoint, options.variants, options.folder, stop)
     if options.prompt is not None:
         stage.load([checked_row(1, {"prompt": options.prompt})])
     else:
@@ -121,12 +126,12 @@ def staged(options: BatchOptions, stop: Stop, env: Mapping[str, str], began: flo
     return stage, workspace
 
 
-def take_lock(lock: FolderLock, folder: Path) -> None:
+def take_lock(lock: FolderLock, folder: Path, stop: Stop) -> None:
     """Raise already_running, with its progress, where another process works on the folder; disk where none can tell."""
     if not lock.take():
         progress = None
         with contextlib.suppress(Failure):
-            progress = status(folder)
+            progress = status(folder, stop)
         raise Failure("already_running", f"another batch works on {folder}", progress=progress)
 
 
@@ -207,22 +212,25 @@ def dry_run(options: BatchOptions, stage: Stage, env: Mapping[str, str]) -> dict
     return {name: value for name, value in plan.items() if value is not None}
 
 
-def existing_batch(folder: Path) -> sqlite3.Connection:
+@contextlib.contextmanager
+def existing_batch(folder: Path, stop: Stop) -> Iterator[sqlite3.Connection]:
     """The database of a batch that has been started, to read.
 
     Raises:
-        Failure: no_batch, batch_unreadable.
+        Failure: no_batch, batch_unreadable, disk. Stopped.
     """
-    if not (folder / DATABASE).is_file():
+    if not os.path.lexists(folder / DATABASE):
         raise Failure("no_batch", f"{folder} holds no {DATABASE}")
-    database = open_database(folder, read_only=True)
+    examine(folder, stop)
+    database = open_database(folder, read_only=True, stop=stop)
     database.row_factory = sqlite3.Row
-    return database
+    with contextlib.closing(database), database_failures(folder / DATABASE, stop):
+        yield database
 
 
-def status(folder: Path) -> dict[str, Any]:
+def status(folder: Path, stop: Stop) -> dict[str, Any]:
     """How far a batch is, read beside the process that works on it; nothing is written."""
-    with contextlib.closing(existing_batch(folder)) as database, database_failures(folder / DATABASE):
+    with existing_batch(folder, stop) as database:
         states, spent = totals(database)
         run = database.execute("SELECT * FROM runs ORDER BY number DESC LIMIT 1").fetchone()
     running = FolderLock(folder).is_taken()
@@ -243,7 +251,7 @@ def status(folder: Path) -> dict[str, Any]:
 
 def gallery_only(folder: Path, stop: Stop) -> dict[str, Any]:
     """Write the gallery of a folder as it is now."""
-    with contextlib.closing(existing_batch(folder)) as database, database_failures(folder / DATABASE):
+    with existing_batch(folder, stop) as database:
         path = write_gallery(database, folder, stop)
         stop.check()
         states, spent = totals(database)
@@ -266,7 +274,7 @@ def run_command(
     missing_packages(BATCH_REQUIREMENTS, SCRIPTS / "generate_batch.py")
     check_working_folder()
     if options.mode == "status":
-        console.answer(status(options.folder))
+        console.answer(status(options.folder, stop.part(options.timeout)))
     elif options.mode == "gallery":
         console.answer(gallery_only(options.folder, stop))
     else:

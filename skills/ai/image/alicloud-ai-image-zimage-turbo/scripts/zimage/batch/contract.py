@@ -15,11 +15,9 @@ RESERVE = ".batch.reserve"  # room kept free for a full disk
 DATABASE_VERSION = 1
 FOLDER_SIZE = 1000  # files a folder: more make listings slow
 PRIVATE_FILES = f"{DATABASE}*\n{RESERVE}\n{LOCK}\n{EVIDENCE}/\n"  # for .gitignore: they hold signed links
-# What the batch calls its own files and folders, in the folded form of `output_key`.
-OWN_NAMES = re.compile(
-    rf"({THUMBS}|{EVIDENCE}|{LOCK}|{RESULTS}|{GALLERY}|{re.escape(RESERVE)}|{DATABASE}[^/]*)(/|$)"
-    rf"|({IMAGES}|{REPLACED})/(\d{{4,}}/)?\d{{6,}}"
-)
+# What the batch calls its own files and folders, in the folded form of `output_key`; the second those of pictures.
+OWN_FILES = re.compile(rf"({THUMBS}|{EVIDENCE}|{LOCK}|{RESULTS}|{GALLERY}|{re.escape(RESERVE)}|{DATABASE}[^/]*)(/|$)")
+OWN_NAMES = re.compile(rf"{OWN_FILES.pattern}|({IMAGES}|{REPLACED})/(\d{{4,}}/)?\d{{6,}}")
 
 MAX_LINE_BYTES = 1 * MIB
 MAX_ID_LENGTH = 200

@@ -8,19 +8,21 @@ import importlib
 import json
 import os
 import sqlite3
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from zimage.batch.contract import DATABASE, DATABASE_SCHEMA, DATABASE_VERSION, KEPT_FACTS, LOCK, PRIVATE_FILES, RESERVE
-from zimage.contract import MIB
+from zimage.contract import MAX_EVIDENCE_BYTES, MIB
 from zimage.errors import Failure, os_reason
 from zimage.files import OWNER_ONLY, aside, write_gitignore, write_new
 from zimage.outside import outside_text
 
 if TYPE_CHECKING:
     from zimage.facts import Facts
+    from zimage.waiting import Stop
 
 
 class FolderLock:
@@ -137,19 +139,65 @@ class Reserve:
 
 
 PATIENCE = 5.0  # seconds for another program that has locked the database
+LOOKERS_PATIENCE = 1.0  # the same, for who only reads
+LIMIT_LENGTH, LONGEST_VALUE = 0, 2 * MAX_EVIDENCE_BYTES  # sqlite3.SQLITE_LIMIT_LENGTH
+# What an OperationalError says of the database itself; all others are of the disk, or of who else works on it.
+DAMAGE = ("no such", "malformed", "decode", "user-defined function", "encoding")
+# What a rollback journal ends with that names another file: SQLite deletes that one once it has played this back.
+NAMES_ANOTHER = bytes.fromhex("d9d505f920a163d7")
 
 
 @contextlib.contextmanager
-def database_failures(path: Path) -> Iterator[None]:
-    """What the database says of the disk, or of itself, as a Failure."""
+def database_failures(path: Path, stop: Stop | None = None) -> Iterator[None]:
+    """What the database says of the disk, or of itself, as a Failure; a query that `heed` broke off, as Stopped."""
     try:
         yield
     except sqlite3.DatabaseError as error:
-        # "file is not a database", "disk image is malformed"; "no such table"; rows that contradict each other
-        damaged = type(error) in (sqlite3.DatabaseError, sqlite3.IntegrityError) or "no such" in str(error)
-        if damaged:
-            raise Failure("batch_unreadable", f"{path}: {outside_text(error)}") from None
-        raise Failure("disk", f"{path}: {outside_text(error)}") from None
+        text = str(error)
+        if stop is not None and text == "interrupted":
+            stop.check()
+            raise Failure("batch_unreadable", f"{path}: could not be read in {stop.timeout:g} s") from None
+        # "file is not a database", "disk image is malformed"; rows that contradict each other; a value too big
+        damaged = not isinstance(error, sqlite3.OperationalError) or any(word in text for word in DAMAGE)
+        raise Failure("batch_unreadable" if damaged else "disk", f"{path}: {outside_text(text)}") from None
+
+
+def heed(database: sqlite3.Connection, stop: Stop) -> None:
+    """Have queries break off when the command is to end, whatever the database has them do."""
+    database.set_progress_handler(lambda: bool(stop.reason) or stop.left_s < 0, 10_000)
+
+
+def harden(database: sqlite3.Connection) -> None:
+    """Take nothing on trust: what the database says runs nothing, and no value is longer than this tool writes."""
+    database.execute("PRAGMA trusted_schema = OFF")
+    database.execute("PRAGMA cell_size_check = ON")
+    if hasattr(database, "setlimit"):  # Python 3.11
+        database.setlimit(LIMIT_LENGTH, LONGEST_VALUE)
+
+
+def check_files(path: Path) -> None:
+    """See that a database, and what SQLite keeps beside it, are files of this folder alone.
+
+    SQLite follows links, waits for pipes, and writes into a file that has a second name elsewhere.
+
+    Raises:
+        Failure: batch_unreadable, disk.
+    """
+    try:
+        for suffix in ("", "-wal", "-shm", "-journal"):
+            beside = path.with_name(path.name + suffix)
+            if not os.path.lexists(beside):
+                continue
+            found = os.lstat(beside)
+            if not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+                raise Failure("batch_unreadable", f"{beside}: a link, or not a plain file")
+            if suffix == "-journal" and found.st_size >= len(NAMES_ANOTHER):
+                with open(beside, "rb") as journal:
+                    journal.seek(-len(NAMES_ANOTHER), os.SEEK_END)
+                    if journal.read() == NAMES_ANOTHER:
+                        raise Failure("batch_unreadable", f"{beside}: it names a file that SQLite would delete")
+    except OSError as error:
+        raise Failure("disk", f"{path} cannot be read: {os_reason(error)}") from None
 
 
 def database_uri(path: Path, *, read_only: bool) -> str:
@@ -159,16 +207,21 @@ def database_uri(path: Path, *, read_only: bool) -> str:
     return f"{path.as_uri()}?{mode}"
 
 
-def open_database(folder: Path, *, read_only: bool = False) -> sqlite3.Connection:
-    """The database of an output folder.
+def open_database(folder: Path, *, read_only: bool = False, stop: Stop | None = None) -> sqlite3.Connection:
+    """The database of an output folder; queries break off with `stop`.
 
     Raises:
-        Failure: batch_unreadable, disk.
+        Failure: batch_unreadable, disk. Stopped.
     """
     path = folder / DATABASE
-    with database_failures(path):
+    check_files(path)
+    with database_failures(path, stop):
         uri = database_uri(path, read_only=read_only)
-        database = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=PATIENCE, check_same_thread=False)
+        patience = LOOKERS_PATIENCE if read_only else PATIENCE
+        database = sqlite3.connect(uri, uri=True, isolation_level=None, timeout=patience, check_same_thread=False)
+        if stop is not None:
+            heed(database, stop)
+        harden(database)
         check_version(database, path)
         if not read_only:
             database.execute("PRAGMA journal_mode = WAL")

@@ -112,7 +112,7 @@ def make_missing_thumbs(database: sqlite3.Connection, folder: Path, stop: Stop) 
     def make(number: int, output: str) -> None:
         if stop.left_s > 0 and not stop.reason:
             with contextlib.suppress(Failure, OSError, Stopped):
-                picture = verified(read_file(folder / output, MAX_SAVED_BYTES), stop)
+                picture = verified(read_file(folder / output, MAX_SAVED_BYTES, follow=False), stop)
                 with contextlib.closing(picture):
                     write_thumb(picture, folder, number, stop)
 

@@ -62,7 +62,8 @@ class Job:
     @property
     def name(self) -> str:
         """How messages call it."""
-        return f"line {self.line}" + (f" ({self.id})" if self.id else "") if self.line else f"picture {self.number}"
+        row = f"line {self.line}" if self.line else f"picture {self.number}"
+        return f"{row} ({outside_text(self.id)})" if self.line and self.id else row
 
     def take_back(self, fault: Fault) -> State:
         """Forget a try that surely was not billed; returns the state from before it, which stays true."""
@@ -137,6 +138,12 @@ class Jobs:
         services = read_services(database)
         self._here = next(n for n, (who, there) in services.items() if (who.name, there.region, there.url) == here)
         self._services = {**services, self._here: (place.provider, place.endpoint)}  # set up, and loaded once
+        # A link may lead to this machine, or to the server that was asked, only where the user names that one now.
+        self._reached = [
+            number
+            for number, (who, there) in services.items()
+            if number == self._here or (place.endpoint.is_loopback if there.is_loopback else not who.links_to_itself)
+        ]
 
     def to_send(self, states: Sequence[str], after: tuple[int, int]) -> list[Job]:
         """The next pictures of the input that may be sent, behind a position and variant."""
@@ -162,8 +169,19 @@ class Jobs:
         ]
 
     def paid(self, after: int) -> list[Job]:
-        """The next pictures that are paid for and not downloaded, from wherever, behind a number."""
-        return self._where("state = 'generated' AND number > ? ORDER BY number LIMIT ?", after, DOWNLOADS_AT_ONCE)
+        """The next pictures that are paid for and not downloaded, from wherever that may be, behind a number."""
+        marks = ", ".join("?" * len(self._reached))
+        where = f"state = 'generated' AND service IN ({marks}) AND number > ? ORDER BY number LIMIT ?"
+        return self._where(where, *self._reached, after, DOWNLOADS_AT_ONCE)
+
+    def out_of_reach(self) -> list[str]:
+        """What is to be told of pictures that are paid for and not downloaded by this run."""
+        rows = self._database.execute("SELECT service, count(*) FROM pictures WHERE state = 'generated' GROUP BY 1")
+        return [
+            f"{count} paid pictures wait at {self._services[number][1].url}: only a run that names it fetches them"
+            for number, count in rows.fetchall()
+            if number not in self._reached
+        ]
 
     def _where(self, condition: str, *values: object) -> list[Job]:
         rows = self._database.execute(f"SELECT * FROM pictures WHERE {condition}", values).fetchall()

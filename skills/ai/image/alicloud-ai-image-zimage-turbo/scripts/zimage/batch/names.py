@@ -10,10 +10,11 @@ import unicodedata
 from pathlib import Path
 from typing import NoReturn
 
-from zimage.batch.contract import EVIDENCE, FOLDER_SIZE, IMAGES, OWN_NAMES, REPLACED, THUMBS
+from zimage.batch.contract import EVIDENCE, FOLDER_SIZE, IMAGES, OWN_FILES, OWN_NAMES, REPLACED, THUMBS
+from zimage.contract import FORMATS
 from zimage.errors import Failure, Problem, raise_problems
 from zimage.files import checked_output, is_windows_name, slug_of
-from zimage.outside import outside_text
+from zimage.outside import outside_text, without_surrogates
 from zimage.plan import format_problems
 from zimage.request import ImageRequest
 
@@ -106,14 +107,23 @@ class Names:
         return name
 
     def holds(self, name: str) -> bool:
-        """Whether a path that a database names lies in the folder."""
-        return not os.path.isabs(name) and ".." not in name.split("/") and self.stays_inside(posixpath.dirname(name))
+        """Whether a path that a database names is that of a picture in the folder."""
+        parent, file = posixpath.split(name)
+        return (
+            posixpath.splitext(file)[1].lower() in FORMATS
+            and posixpath.normpath(name) == name
+            and not re.match("/|[A-Za-z]:|[.][.]/", name)
+            and name == without_surrogates(name)
+            and not re.search(r"[\\\x00-\x1f\x7f]", name)
+            and not OWN_FILES.match(output_key(name))
+            and self.stays_inside(parent)
+        )
 
     def linked_folders(self, own: str) -> list[Path]:
-        """Folders below one of the batch's own that are symbolic links."""
+        """Symbolic links in one of the batch's own folders that are folders, or lead nowhere yet."""
         try:
             with os.scandir(self.folder / own) as entries:
-                return [Path(entry.path) for entry in entries if entry.is_symlink() and entry.is_dir()]
+                return [Path(entry.path) for entry in entries if entry.is_symlink() and not entry.is_file()]
         except OSError:
             return []
 

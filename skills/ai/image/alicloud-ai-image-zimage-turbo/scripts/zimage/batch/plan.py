@@ -2,36 +2,36 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import posixpath
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from zimage.batch.contract import DATABASE, DATABASE_SCHEMA, NO_SEED, PROBLEMS_TOLD
-from zimage.batch.folder import check_version, database_failures, database_uri, facts_of, open_database
+from zimage.batch.folder import database_failures, database_uri, harden, heed
+from zimage.batch.moves import settle_moves
 from zimage.batch.names import (
     LONGEST_DEFAULT_NAME,
     Names,
     default_output_name,
-    evidence_name,
     output_key,
     replaced_name,
     variant_output,
 )
 from zimage.batch.rows import Row, WrongRow
-from zimage.contract import MAX_EVIDENCE_BYTES, MAX_SEED
+from zimage.contract import MAX_SEED
 from zimage.endpoint import Endpoint
-from zimage.errors import Failure, Problem, os_reason
-from zimage.files import DISK, checked_output, file_hash, read_file, replace_private, to_json
+from zimage.errors import Failure, Problem
+from zimage.files import checked_output
 from zimage.outside import outside_text, shown
 from zimage.provider import Provider
-from zimage.request import ImageRequest, parse_json, pick_seed
+from zimage.request import ImageRequest, pick_seed
+from zimage.waiting import Stop
 
 STAGE_SCHEMA = """
 CREATE TABLE rows (
@@ -71,7 +71,7 @@ def made_kinds(*, with_changed: bool) -> tuple[str, ...]:
 class Stage:
     """All rows of an input in a temporary database: not in memory, and before the folder is touched."""
 
-    def __init__(self, provider: Provider, endpoint: Endpoint, variants: int, folder: Path) -> None:
+    def __init__(self, provider: Provider, endpoint: Endpoint, variants: int, folder: Path, stop: Stop) -> None:
         self.provider = provider
         self.endpoint = endpoint
         self.variants = variants
@@ -83,10 +83,14 @@ class Stage:
         self.count = 0
         self.wrong = 0
         self.problems: list[Problem] = []
+        self._stop = stop
         self.db = sqlite3.connect("", uri=True, isolation_level=None)
+        harden(self.db)
+        heed(self.db, stop)
         self.db.create_function("pick_seed", 0, pick_seed if provider.takes_seed else lambda: NO_SEED)
         self.db.create_function("replaced_name", 2, replaced_name)
         self.db.create_function("output_key", 1, output_key)
+        self.db.create_function("variant_output", 2, lambda output, k: output and variant_output(output, k))
         self.db.executescript(STAGE_SCHEMA)
         self.db.executemany("INSERT INTO variants VALUES (?)", [(variant,) for variant in range(variants)])
 
@@ -96,7 +100,7 @@ class Stage:
         Raises:
             Failure: invalid_rows, with the first problems and their count.
         """
-        with database_failures(Path("temporary database")):
+        with database_failures(Path("temporary database"), self._stop):
             self.db.execute("BEGIN")
             for row in rows:
                 if sentences := row.sentences if isinstance(row, WrongRow) else self._add(row):
@@ -183,12 +187,15 @@ class Stage:
         """)
 
     def survey(self, *, retry_failed: bool, retry_unknown: bool, read_only: bool) -> Survey:
-        """Hold the rows against the folder's database; without one, against an empty one."""
+        """Hold the rows against the folder's database; without one, against an empty one.
+
+        What a picture is sent with must be what its row says now: in a stranger's database only the row's fingerprint
+        may be right.
+        """
         path = self.folder / DATABASE
-        with database_failures(path):
+        with database_failures(path, self._stop):
             if path.exists():
                 self.db.execute("ATTACH ? AS folder", (database_uri(path, read_only=read_only),))
-                check_version(self.db, path, "folder")
             else:
                 self.db.execute("ATTACH ':memory:' AS folder")
                 for statement in re.findall(r"CREATE TABLE \w+ \(.*?\);", DATABASE_SCHEMA, re.DOTALL):
@@ -198,8 +205,11 @@ class Stage:
                 """
                 INSERT INTO plan SELECT r.position, v.variant, p.number,
                   CASE WHEN p.number IS NULL THEN 'new'
-                       WHEN p.fingerprint <> r.fingerprint OR p.service <> ?
+                       WHEN p.fingerprint <> r.fingerprint OR p.service <> ? OR p.prompt <> r.prompt OR p.size <> r.size
+                         OR p.prompt_extend <> r.prompt_extend OR p.seed <> (r.seed + v.variant) % 2147483648
                          THEN CASE WHEN p.state = 'pending' AND p.paid = 0 THEN 'edited' ELSE 'changed' END
+                       WHEN p.state = 'pending' AND p.paid = 0 AND p.output <> variant_output(r.output, v.variant)
+                         THEN 'edited'
                        WHEN p.state = 'pending' THEN 'pending'
                        WHEN p.state = 'failed' AND ? THEN 'retried'
                        WHEN p.state IN ('unknown', 'submitting') AND ? THEN 'retried'
@@ -276,7 +286,7 @@ class Stage:
         Raises:
             Failure: output_exists, disk.
         """
-        with database_failures(self.folder / DATABASE):
+        with database_failures(self.folder / DATABASE, self._stop):
             self.db.execute("PRAGMA folder.synchronous = FULL")
             self.db.execute("BEGIN IMMEDIATE")
             try:
@@ -293,7 +303,7 @@ class Stage:
                 raise
             self.db.execute("DETACH folder")
         self.db.close()
-        settle_moves(self.folder)
+        settle_moves(self.folder, self._stop)
 
     def _merge(self) -> None:
         self.db.execute(
@@ -314,6 +324,14 @@ class Stage:
         self.db.execute(
             f"UPDATE folder.pictures SET position = ({position}), line = ({line}) "
             f"WHERE position IS NOT ({position}) OR line IS NOT ({line})"
+        )
+        # What --max-cost sums up is never less than what is paid now.
+        self.db.execute(
+            """
+            UPDATE folder.pictures SET price = (SELECT price FROM plan WHERE plan.number = pictures.number)
+            WHERE price < (SELECT price FROM plan
+              WHERE plan.number = pictures.number AND kind IN ('pending', 'retried'))
+            """
         )
         self.db.execute("DELETE FROM folder.pictures WHERE position IS NULL AND state = 'pending' AND paid = 0")
         # Another identity and file name for a picture whose row was changed, so that the new one can have them.
@@ -345,45 +363,3 @@ class Stage:
         seed = seed if seed == NO_SEED else (seed + variant) % (MAX_SEED + 1)
         row = (number, identity, variant, position, line, name, fingerprint, service)
         return (*row, prompt, size, seed, extend, output, output_key(output), price)
-
-
-def settle_moves(folder: Path) -> None:
-    """Finish what `Stage.merge` began: pictures whose rows were changed move to where the database says they are.
-
-    Killed at any moment, it goes on at the next start. Version 0.4.0 gave the file its second name before.
-
-    Raises:
-        Failure: disk.
-    """
-    names = Names(folder)
-    database = open_database(folder)
-    with contextlib.closing(database), database_failures(folder / DATABASE):
-        moved = "SELECT number, state, output, moved_from, facts FROM pictures WHERE moved_from IS NOT NULL"
-        for number, state, output, moved_from, said in database.execute(moved).fetchall():
-            path, evidence = folder / output, folder / evidence_name(number)
-            if state == "saved" and names.holds(output) and names.holds(moved_from):
-                move_file(folder / moved_from, path)
-            with contextlib.suppress(OSError, ValueError):  # there is none, or it cannot be read: no reason to stop
-                content = parse_json(read_file(evidence, MAX_EVIDENCE_BYTES).decode())
-                if isinstance(content, dict):
-                    replace_private(evidence, to_json(with_image_at(path, content) | {"output": str(path)}))
-            facts = json.dumps(with_image_at(path, facts_of(said)), ensure_ascii=False)
-            database.execute("UPDATE pictures SET moved_from = NULL, facts = ? WHERE number = ?", (facts, number))
-
-
-def move_file(old: Path, new: Path) -> None:
-    """Move a file to a name that is free, or has the same content already."""
-    try:
-        new.parent.mkdir(parents=True, exist_ok=True)
-        if not old.is_file():
-            return
-        if DISK.claim(old, new) or file_hash(old) == file_hash(new):
-            old.unlink(missing_ok=True)
-    except OSError as error:
-        raise Failure("disk", f"{old} cannot be moved to {new}: {os_reason(error)}") from None
-
-
-def with_image_at(path: Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Facts, or the content of an evidence file, of a picture that lies there."""
-    image = content.get("image")
-    return {**content, "image": image | {"path": str(path)}} if isinstance(image, dict) else dict(content)

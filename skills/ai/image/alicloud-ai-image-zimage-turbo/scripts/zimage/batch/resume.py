@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,8 +23,8 @@ from zimage.batch.contract import (
 )
 from zimage.batch.folder import database_failures, facts_in, facts_of, open_database
 from zimage.batch.journal import Job, job_of, read_services
+from zimage.batch.moves import settle_moves
 from zimage.batch.names import Names
-from zimage.batch.plan import settle_moves
 from zimage.batch.work import ROW_HINTS
 from zimage.console import Console
 from zimage.contract import MAX_EVIDENCE_BYTES, SKILL
@@ -57,11 +58,11 @@ def clean_up(folder: Path, console: Console, stop: Stop) -> None:
     Requests that were out when a process died become unknown, its temporary files go, saved pictures whose file has
     vanished are downloaded again while their link lives.
     """
-    settle_moves(folder)
-    database = open_database(folder)
+    settle_moves(folder, stop)
+    database = open_database(folder, stop=stop)
     database.row_factory = sqlite3.Row
-    with contextlib.closing(database), database_failures(folder / DATABASE):
-        remove_temporary_files(database, folder)
+    with contextlib.closing(database), database_failures(folder / DATABASE, stop):
+        remove_temporary_files(database, folder, stop)
         database.execute("BEGIN IMMEDIATE")
         lost = close_submitting(database, folder, stop)
         again, gone = find_vanished(database, folder)
@@ -90,13 +91,14 @@ MADE = rf"{SKILL}-(?:\d{{6,}}|batch)|\d{{6,}}(?:\.(?:jpg|json|picture))?|" + lef
 )
 
 
-def remove_temporary_files(database: sqlite3.Connection, folder: Path) -> None:
+def remove_temporary_files(database: sqlite3.Connection, folder: Path, stop: Stop) -> None:
     """Remove what a dead run was writing: in the folder, below its own subfolders, and where paid pictures go."""
     outputs = database.execute("SELECT output FROM pictures WHERE state IN ('generated', 'submitting')")
     parents = {folder} | {(folder / output).parent for (output,) in outputs}
     for own in (IMAGES, EVIDENCE, THUMBS):
         parents |= {Path(parent) for parent, _, _ in os.walk(folder / own)}
     for parent in parents:
+        stop.check()
         remove_leftovers(parent, MADE)
 
 
@@ -112,7 +114,7 @@ def close_submitting(database: sqlite3.Connection, folder: Path, stop: Stop) -> 
     for row in rows:
         stop.check()
         job = job_of(row, folder, services, None)
-        adopted = adopt(job)
+        adopted = adopt(job, folder)
         if row["state"] != "submitting" and not adopted:
             continue
         if not adopted and job.plan.provider.in_process:  # whatever it was making died with it
@@ -130,26 +132,26 @@ def close_submitting(database: sqlite3.Connection, folder: Path, stop: Stop) -> 
     return unknown
 
 
-def adopt(job: Job) -> bool:
+def adopt(job: Job, folder: Path) -> bool:
     """Take over what the evidence file knows of the same attempt, where it got further than the database.
 
     That is so only where the disk failed under the database while it still took the picture or its evidence, or
     where the process died between the picture that was handed over and the database.
     """
-    if not adopt_written(job) and job.state == "submitting" and job.evidence.held.exists():
+    if not adopt_written(job, folder) and job.state == "submitting" and job.evidence.held.exists():
         job.evidence.generated(Generated(), job.plan.warnings, 0.0)
     return job.evidence.status != job.state
 
 
-def adopt_written(job: Job) -> bool:
+def adopt_written(job: Job, folder: Path) -> bool:
     """Take over what the evidence file says; False where it says no more than the database."""
     try:
-        written = json_of(read_file(job.evidence.path, MAX_EVIDENCE_BYTES).decode())
+        written = json_of(read_file(job.evidence.path, MAX_EVIDENCE_BYTES, follow=False).decode())
         same = len(written["attempts"]) == len(job.evidence.data["attempts"])
         link, image = written.get("response", {}).get("image_url"), written.get("image")
         if not same or written["status"] not in ("generated", "saved"):
             return False
-        saved = image is not None and file_hash(Path(image["path"])) == image["sha256"]
+        saved = image is not None and hash_of_own(Path(image["path"]), folder) == image["sha256"]
         if not saved and (not link or job.state in ("generated", "failed")):
             return False
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -159,13 +161,25 @@ def adopt_written(job: Job) -> bool:
     return True
 
 
+def hash_of_own(path: Path, folder: Path) -> str:
+    """SHA-256 of a picture that an evidence file names, in hex; empty where it does not lie in the folder.
+
+    Raises OSError.
+    """
+    name = os.path.relpath(os.path.join(os.path.realpath(path.parent), path.name), os.path.realpath(folder))
+    if not Names(folder).holds(name.replace(os.sep, "/")):
+        return ""
+    return file_hash(path, follow=False)
+
+
 def remove_held_of_saved(database: sqlite3.Connection, folder: Path) -> None:
     """Remove bytes that were handed over and whose picture is saved: the process died before it could."""
     for path in (folder / EVIDENCE).glob("*/*.picture"):
-        if path.stem.isdecimal():
+        if re.fullmatch(r"[0-9]{6,10}", path.stem):
             state = database.execute("SELECT state FROM pictures WHERE number = ?", (int(path.stem),)).fetchone()
             if state is not None and state[0] == "saved":
-                path.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
 
 
 def find_vanished(database: sqlite3.Connection, folder: Path) -> tuple[int, int]:

@@ -86,6 +86,7 @@ class Run:
         self._told = 0
         self._behind: dict[int, JournalRow] = {}  # pictures of which the disk does not know the last word
         self.progress = Progress(self.tally, self._row, console)
+        console.warn(self._jobs.out_of_reach())
 
     # The loop
 

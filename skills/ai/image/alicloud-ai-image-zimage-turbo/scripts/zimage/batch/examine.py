@@ -1,0 +1,254 @@
+"""Examine: whether a folder's database is what this tool wrote. It may be a stranger's, who can put anything into it.
+
+All of it is looked at once, before anything else reads it: what it is made of, and every value of every row.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import re
+import sqlite3
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from zimage.batch.contract import DATABASE, DATABASE_SCHEMA, KEPT_FACTS, MAX_LINE_BYTES
+from zimage.batch.folder import check_version, database_failures, open_database
+from zimage.batch.names import Names
+from zimage.contract import EVIDENCE_SCHEMA, MAX_EVIDENCE_BYTES, MAX_SEED
+from zimage.endpoint import IN_PROCESS
+from zimage.errors import Failure
+from zimage.plan import checked_settings
+from zimage.registry import provider_class
+from zimage.request import parse_json
+from zimage.trust import parse_base_url
+from zimage.waiting import Late, Stopped
+
+if TYPE_CHECKING:
+    from zimage.provider import Provider
+    from zimage.waiting import Stop
+
+
+def examine(folder: Path, stop: Stop) -> None:
+    """See that the database of a folder is one that this tool wrote.
+
+    In a thread of its own: whatever the database does, the command ends in time.
+
+    Raises:
+        Failure: batch_unreadable, disk. Stopped.
+    """
+    try:
+        stop.in_thread(lambda: _examine(folder, stop))
+    except (Late, Stopped) as ended:
+        stop.abandon()
+        if isinstance(ended, Stopped):
+            raise
+        raise Failure("batch_unreadable", f"{folder / DATABASE}: could not be read in {stop.timeout:g} s") from None
+
+
+def _examine(folder: Path, stop: Stop) -> None:
+    path = folder / DATABASE
+    for is_last in (False, True):
+        before = _state_of(path)
+        try:
+            database = open_database(folder, read_only=True, stop=stop)
+            with contextlib.closing(database), database_failures(path, stop):
+                return _check_database(database, path, Names(folder))
+        except Failure:
+            if is_last or _state_of(path) == before:
+                raise  # else a run has begun meanwhile, and changed under our eyes what lay still
+
+
+def _state_of(path: Path) -> tuple[int, int, bool]:
+    found = os.lstat(path)
+    return found.st_mtime_ns, found.st_size, os.path.lexists(f"{path}-wal")
+
+
+def _check_database(database: sqlite3.Connection, path: Path, names: Names) -> None:
+    def refuse(what: str) -> None:
+        raise Failure("batch_unreadable", f"{path}: not as this tool writes it: {what}")
+
+    check_version(database, path)
+    with contextlib.closing(sqlite3.connect(":memory:")) as ours:
+        ours.executescript(DATABASE_SCHEMA)
+        if parts_of(database) != parts_of(ours):
+            refuse("its tables, indexes and views are others")
+    if database.execute("PRAGMA encoding").fetchone() != ("UTF-8",):
+        refuse("its text is not in UTF-8")
+    for (fault,) in database.execute("PRAGMA integrity_check(1)"):
+        if fault != "ok":
+            refuse("its pages or indexes contradict each other")
+    facts = FactsOfPictures()
+    functions: Mapping[str, Callable[..., bool]] = {
+        "is_text": is_text,
+        "is_moment": is_moment,
+        "is_object": is_object,
+        "is_size": is_size,
+        "is_output": names.holds,
+        "is_service": facts.is_service,
+        "is_facts": facts.are_right,
+    }
+    for name, function in functions.items():
+        database.create_function(name, -1, function)
+    for table, columns in RULES.items():
+        wrong = " ".join(f"WHEN NOT ({rule.format(name)}) THEN '{name}'" for name, rule in columns.items())
+        found = database.execute(f"SELECT number, CASE {wrong} END AS wrong FROM {table} WHERE wrong IS NOT NULL")
+        if row := found.fetchone():
+            refuse(f"{table}: row {row[0]!r:.20}: {row[1]}")
+
+
+def parts_of(database: sqlite3.Connection) -> set[tuple[str, ...]]:
+    """What a database is made of, without the comments, which differ between versions."""
+    parts = database.execute("SELECT type, name, tbl_name, substr(sql, 1, 10000) FROM sqlite_master LIMIT 100")
+    return {
+        (str(kind), str(name), str(table), " ".join(re.sub("--.*", "", str(sql)).split()))
+        for kind, name, table, sql in parts
+    }
+
+
+# What a column may hold, as SQL; {0} is its name.
+
+
+def whole(least: int, most: int = 10**9) -> str:
+    return f"typeof({{0}}) = 'integer' AND {{0}} BETWEEN {least} AND {most}"
+
+
+def real(most: float) -> str:
+    return f"typeof({{0}}) = 'real' AND {{0}} BETWEEN 0 AND {most}"
+
+
+def text(longest: int) -> str:
+    return f"is_text({{0}}, {longest})"
+
+
+def perhaps(rule: str) -> str:
+    return f"{{0}} IS NULL OR {rule}"
+
+
+MOMENT = "is_moment({0})"
+RULES: Mapping[str, Mapping[str, str]] = {
+    "services": {
+        "number": whole(0),
+        "provider": text(100),
+        "region": text(100),
+        "endpoint": f"{text(2000)} AND is_service(number, provider, {{0}})",
+    },
+    "pictures": {
+        "number": whole(0),
+        "identity": text(2000),
+        "variant": whole(0),
+        "position": perhaps(whole(0)),
+        "line": perhaps(whole(1)),
+        "id": perhaps(text(MAX_LINE_BYTES)),
+        "fingerprint": text(100),
+        "service": f"{whole(0)} AND {{0}} IN (SELECT number FROM services)",
+        "prompt": text(MAX_LINE_BYTES),
+        "size": "is_size({0})",
+        "seed": whole(-1, MAX_SEED),
+        "prompt_extend": whole(0, 1),
+        "output": f"{text(4000)} AND is_output({{0}})",
+        "output_key": text(12_000),
+        "price": real(10_000),
+        "paid": whole(0, 10**6),
+        "state": text(20),  # its table has a CHECK
+        "facts": f"{{0}} = '{{{{}}}}' OR {text(MAX_EVIDENCE_BYTES)} AND is_facts({{0}}, service)",
+        "moved_from": perhaps(f"{text(4000)} AND is_output({{0}})"),
+    },
+    "runs": {
+        "number": whole(1),
+        "started_at": MOMENT,
+        "updated_at": MOMENT,
+        "finished_at": perhaps(MOMENT),
+        "exit_code": perhaps(whole(0, 255)),
+        "latency_s": perhaps(real(10_000_000)),
+        "progress": f"{text(100_000)} AND is_object({{0}})",
+    },
+}
+_MOMENT = re.compile(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{1,6})?(?:Z|[+-]\d\d:\d\d)", re.ASCII)
+
+
+def is_text(value: object, longest: int) -> bool:
+    return isinstance(value, str) and len(value) <= longest and "\0" not in value
+
+
+def is_moment(value: object) -> bool:
+    return isinstance(value, str) and _MOMENT.fullmatch(value) is not None
+
+
+def is_size(value: object) -> bool:
+    return isinstance(value, str) and re.fullmatch(r"[1-9]\d{1,3}\*[1-9]\d{1,3}", value, re.ASCII) is not None
+
+
+def is_object(value: str) -> bool:
+    try:
+        return isinstance(parse_json(value), dict)
+    except ValueError:
+        return False
+
+
+FACTS_SCHEMA = {"type": "object", "properties": {name: EVIDENCE_SCHEMA["properties"][name] for name in KEPT_FACTS}}
+
+
+class FactsOfPictures:
+    """Whether facts are those of a picture of some service, of which the folder has several."""
+
+    def __init__(self) -> None:
+        self._providers: dict[int, type[Provider]] = {}
+
+    def is_service(self, number: int, name: str, url: str) -> bool:
+        """Whether a place is one where pictures are asked for; its provider is noted."""
+        try:
+            self._providers[number] = provider = provider_class(name)
+            return url == (IN_PROCESS if provider.in_process else parse_base_url(url, "", provider(None)).url)
+        except Failure:
+            return False
+
+    def are_right(self, value: str, service: int) -> bool:
+        try:
+            facts = parse_json(value)
+            if not fits(facts, FACTS_SCHEMA):
+                return False
+            checked_settings(self._providers[service], facts.get("settings", {}))
+        except (ValueError, Failure):
+            return False
+        return True
+
+
+KINDS: Mapping[str, type | tuple[type, ...]] = {
+    "object": dict,
+    "array": list,
+    "string": str,
+    "boolean": bool,
+    "integer": int,
+    "number": (int, float),
+}
+
+
+def fits(value: Any, schema: Mapping[str, Any]) -> bool:
+    """Whether a JSON value is what a schema of the contract describes.
+
+    jsonschema, which must be loaded for it, takes half a minute for the facts of a large folder. A test holds this to
+    it: what it does not know of a schema is not in those of the facts.
+    """
+    if "enum" in schema and value not in schema["enum"]:
+        return False
+    kind = schema.get("type")
+    if kind and (not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "boolean")):
+        return False
+    if isinstance(value, dict):
+        fields, others = schema.get("properties", {}), schema.get("additionalProperties", {})
+        return value.keys() >= set(schema.get("required", ())) and all(
+            fits(item, fields.get(name, others)) for name, item in value.items()
+        )
+    if isinstance(value, list):
+        return all(fits(item, schema.get("items", {})) for item in value)
+    if isinstance(value, str):
+        is_right_form = schema.get("format") != "date-time" or is_moment(value)
+        return (
+            is_right_form
+            and len(value) >= schema.get("minLength", 0)
+            and bool(re.search(schema.get("pattern", ""), value))
+        )
+    return not isinstance(value, float) or math.isfinite(value)
