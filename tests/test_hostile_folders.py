@@ -30,6 +30,7 @@ from fault_server import GENERATE, PICTURE, Answer, FaultServer, error, file, go
 from zimage.batch import examine
 from zimage.batch.contract import DATABASE_SCHEMA
 from zimage.batch.examine import FACTS_SCHEMA, fits
+from zimage.batch.folder import database_failures, open_database
 from zimage.waiting import Stop, Stopped
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="links and pipes of POSIX")
@@ -103,13 +104,16 @@ def on_server(shell: Shell, server: FaultServer) -> Batch:
 
 
 @pytest.fixture
-def batch(shell: Shell, server: FaultServer, original: Path) -> Batch:
+def batch(shell: Shell, server: FaultServer, original: Path) -> Iterator[Batch]:
     """A copy of that folder, and the same input."""
     batch = on_server(shell, server)
     batch.is_in_tables = True
     shutil.copytree(original, batch.out, symlinks=True)
     server.requests.clear()
-    return batch
+    yield batch
+    for path in shell.folder.iterdir():  # nobody is to read a pipe
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
 
 
 @pytest.fixture
@@ -270,7 +274,7 @@ VALUES = {
     "variant": ("'first'", "-1"),
     "position": ("-1", "'first'", "1e30"),
     "line": ("0", "x'01'"),
-    "id": ("x'00'", "12.5", "CAST(x'ff' AS TEXT)"),
+    "id": ("x'00'", "CAST(x'ff' AS TEXT)"),
     "fingerprint": ("zeroblob(100)",),
     "service": ("99", "-1"),
     "prompt": ("CAST(x'ff' AS TEXT)", "zeroblob(20000000)", "'a' || char(0) || 'b'", "hex(zeroblob(1000000))"),
@@ -293,7 +297,7 @@ VALUES = {
     "output_key": ("x'00'",),
     "price": ("-1", "1e999", "'cheap'", "1e9"),
     "paid": ("-5", "'often'", "1 << 40"),
-    "state": ("'bought'",),
+    "state": ("'bought'", "'submitted'"),
     "moved_from": ("'../mine/photo.png'", "'{mine}/photo.png'", "'index.html'", "'batch.lock'", "5"),
 }
 FACTS: tuple[object, ...] = (
@@ -339,7 +343,7 @@ RUNS = {
 }
 SERVICES = {
     "provider": ("'nosuch'", "'../dashscope'", "x'00'"),
-    "region": ("x'00'", "5"),
+    "region": ("x'00'",),
     "endpoint": (
         "'file:///etc/passwd'",
         "'https://user@dashscope.aliyuncs.com/api/v1/services/aigc/multimodal-generation/generation'",
@@ -550,7 +554,7 @@ INSERT INTO pictures SELECT i, 'row:' || i || ':1', 0, i, i, NULL, 'f' || i, 1, 
 """
 
 
-@pytest.mark.parametrize("state", ["pending", "failed", "unknown", "submitting", "submitted"])
+@pytest.mark.parametrize("state", ["pending", "failed", "unknown", "submitting"])
 @pytest.mark.parametrize("paid", [0, 1])
 def test_rows_of_a_stranger_are_not_bought(batch: Batch, mine: Mine, state: str, paid: int) -> None:
     does(ROWS_OF_A_STRANGER.format(state=state, paid=paid))(batch.out, mine)
@@ -748,10 +752,13 @@ def test_who_only_looks_does_not_wait_long_for_a_lock(batch: Batch, mine: Mine, 
 def test_a_query_breaks_off_where_nothing_is_left_to_check(batch: Batch) -> None:
     """Also after the check: in a folder that is only large."""
     stop = Stop()
-    with pytest.raises(Stopped), examine.database_failures(batch.out, stop):
-        with contextlib.closing(examine.open_database(batch.out, read_only=True, stop=stop)) as database:
-            threading.Timer(0.1, stop.request, ["SIGINT"]).start()
-            database.execute(ENDLESS.format("count(*)"))
+    with (
+        pytest.raises(Stopped),
+        database_failures(batch.out, stop),
+        contextlib.closing(open_database(batch.out, read_only=True, stop=stop)) as database,
+    ):
+        threading.Timer(0.1, stop.request, ["SIGINT"]).start()
+        database.execute(ENDLESS.format("count(*)"))
 
 
 # The check of facts ---------------------------------------------------------------------------------------------------

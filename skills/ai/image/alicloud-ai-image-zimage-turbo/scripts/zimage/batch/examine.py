@@ -17,17 +17,18 @@ from typing import TYPE_CHECKING, Any
 from zimage.batch.contract import DATABASE, DATABASE_SCHEMA, KEPT_FACTS, MAX_LINE_BYTES
 from zimage.batch.folder import check_version, database_failures, open_database
 from zimage.batch.names import Names
-from zimage.contract import EVIDENCE_SCHEMA, MAX_EVIDENCE_BYTES, MAX_SEED
+from zimage.contract import EVIDENCE_SCHEMA, MAX_EVIDENCE_BYTES, MAX_SEED, STATUSES
 from zimage.endpoint import IN_PROCESS
 from zimage.errors import Failure
 from zimage.plan import checked_settings
+from zimage.provider import Provider
 from zimage.registry import provider_class
 from zimage.request import parse_json
+from zimage.task import is_task_id
 from zimage.trust import parse_base_url
 from zimage.waiting import Late, Stopped
 
 if TYPE_CHECKING:
-    from zimage.provider import Provider
     from zimage.waiting import Stop
 
 
@@ -152,8 +153,9 @@ RULES: Mapping[str, Mapping[str, str]] = {
         "output_key": text(12_000),
         "price": real(10_000),
         "paid": whole(0, 10**6),
-        "state": text(20),  # its table has a CHECK
-        "facts": f"{{0}} = '{{{{}}}}' OR {text(MAX_EVIDENCE_BYTES)} AND is_facts({{0}}, service)",
+        "state": f"{{0}} IN {('pending', *STATUSES)}",
+        "facts": f"({{0}} = '{{{{}}}}' AND state <> 'submitted') OR "
+        f"({text(MAX_EVIDENCE_BYTES)} AND is_facts({{0}}, service, state))",
         "moved_from": perhaps(f"{text(4000)} AND is_output({{0}})"),
     },
     "runs": {
@@ -205,15 +207,17 @@ class FactsOfPictures:
         except Failure:
             return False
 
-    def are_right(self, value: str, service: int) -> bool:
+    def are_right(self, value: str, service: int, state: str) -> bool:
         try:
             facts = parse_json(value)
             if not fits(facts, FACTS_SCHEMA):
                 return False
-            checked_settings(self._providers[service], facts.get("settings", {}))
+            provider = self._providers[service]
+            checked_settings(provider, facts.get("settings", {}))
         except (ValueError, Failure):
             return False
-        return True
+        has_task = provider.poll is not Provider.poll and is_task_id(facts.get("task_id", ""))
+        return has_task or state != "submitted"
 
 
 KINDS: Mapping[str, type | tuple[type, ...]] = {

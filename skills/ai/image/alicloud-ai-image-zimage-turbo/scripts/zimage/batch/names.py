@@ -120,10 +120,11 @@ class Names:
         )
 
     def linked_folders(self, own: str) -> list[Path]:
-        """Symbolic links in one of the batch's own folders that are folders, or lead nowhere yet."""
+        """Symbolic links in one of the batch's own folders that are folders, or have the name of one."""
         try:
             with os.scandir(self.folder / own) as entries:
-                return [Path(entry.path) for entry in entries if entry.is_symlink() and not entry.is_file()]
+                links = [entry for entry in entries if entry.is_symlink()]
+                return [Path(entry.path) for entry in links if entry.is_dir() or entry.name.isdecimal()]
         except OSError:
             return []
 
