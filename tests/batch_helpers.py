@@ -14,8 +14,10 @@ import json
 import os
 import sqlite3
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 import pytest
@@ -207,6 +209,27 @@ class Batch:
         }
 
 
+LOCKER = """
+import sqlite3, sys
+database = sqlite3.connect(sys.argv[1], isolation_level=None)
+database.execute(sys.argv[2])
+print("locked", flush=True)
+sys.stdin.read()
+"""
+
+
+@contextlib.contextmanager
+def locked_by_another(path: Path, begin: str) -> Iterator[None]:
+    """Another program has locked a database. In this process a lock would go with whoever reads the file."""
+    command = [sys.executable, "-c", LOCKER, str(path), begin]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin and process.stdout and process.stdout.readline() == b"locked\n"
+        try:
+            yield
+        finally:
+            process.stdin.close()
+
+
 def assert_counts(result: Result, **counts: int) -> None:
     """The summary has these counts, 0 for those not named, and its total is their sum."""
     expected = dict.fromkeys(STATES, 0) | counts
@@ -226,6 +249,7 @@ __all__ = [
     "Gate",
     "assert_counts",
     "by_prompt",
+    "locked_by_another",
     "parameters_of",
     "posix",
     "prompt_of",

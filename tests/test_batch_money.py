@@ -11,7 +11,7 @@ import time
 
 import pytest
 
-from batch_helpers import SMALL_PNG, Batch, Gate, by_prompt
+from batch_helpers import SMALL_PNG, Batch, Gate, by_prompt, locked_by_another
 from benchmarks.batch_kills import measure
 from conftest import Shell
 from fault_server import GENERATE, PICTURE, FaultServer, error, file, good, html, oss_error
@@ -208,11 +208,8 @@ def test_temporary_files_of_a_dead_first_start_are_removed(batch: Batch) -> None
 def test_a_batch_under_another_programs_lock_ends_with_one_error(batch: Batch) -> None:
     batch.prompts(1)
     assert batch.run("--limit", "0").code == 1
-    with sqlite3.connect(batch.out / "batch.sqlite3", isolation_level=None) as locker:
-        locker.execute("BEGIN IMMEDIATE")
+    with locked_by_another(batch.out / "batch.sqlite3", "BEGIN IMMEDIATE"):
         result = batch.run()
-        locker.execute("ROLLBACK")
-    locker.close()
     assert result.code == 9
     assert "locked" in json.dumps(result.json)
     assert batch.sent == []

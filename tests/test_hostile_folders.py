@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import jsonschema
 import pytest
 
-from batch_helpers import PRICE, SMALL, Batch, by_prompt, prompt_of
+from batch_helpers import PRICE, SMALL, Batch, by_prompt, locked_by_another, prompt_of
 from conftest import GENERATE as SINGLE
 from conftest import TEST_KEY, Result, Shell
 from fault_server import GENERATE, PICTURE, Answer, FaultServer, error, file, good, png
@@ -741,8 +741,7 @@ def test_a_database_that_takes_too_long_is_left(batch: Batch, endless: None) -> 
 @pytest.mark.parametrize("name", ["status", "gallery", "dry run"])
 def test_who_only_looks_does_not_wait_long_for_a_lock(batch: Batch, mine: Mine, name: str) -> None:
     does()(batch.out, mine)
-    with contextlib.closing(sqlite3.connect(batch.out / "batch.sqlite3", isolation_level=None)) as other:
-        other.execute("BEGIN EXCLUSIVE")
+    with locked_by_another(batch.out / "batch.sqlite3", "BEGIN EXCLUSIVE"):
         (batch.out / "batch.sqlite3-wal").write_bytes(b"")  # else nobody asks for a lock
         began = time.monotonic()
         result = command(batch, name)
