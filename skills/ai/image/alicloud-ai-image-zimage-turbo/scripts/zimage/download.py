@@ -114,7 +114,7 @@ def download(link: str, *, stop: Stop, home: Home, provider: Provider, was_refus
         final = failure.code not in ("paid_not_downloaded", "image_unusable")
         spent = failure.code == "image_unusable" and attempt >= CORRUPT_DOWNLOAD_RETRIES
         wait = wait_before(attempt, failure.fault.retry_after_s)
-        if final or spent or attempt == DOWNLOAD_RETRIES or wait >= stop.left_s:
+        if final or spent or attempt == DOWNLOAD_RETRIES or wait >= stop.left_s or stop.is_signalled:
             break
         stop.wait(wait)
     raise failure

@@ -28,14 +28,13 @@ LONGEST_NAME = 255  # bytes
 LONGEST_PATH = {"linux": 4096, "darwin": 1024, "win32": 260}  # with the zero at its end: bytes, on Windows characters
 # What may lie beside a picture: it in the making, and it under its second name, `<stem>-<evidence id>`.
 TEMPORARY_ROOM, SECOND_NAME_ROOM = 80, 26
+_ESCAPED = {code: f"\\u{code:04x}" for code in range(0x20, 0x3000) if CONTROL.match(chr(code))}
 
 
 def to_json(value: Any) -> bytes:
     """Readable JSON in UTF-8; file names that are not text, and what a terminal would obey, become escapes."""
     text = json.dumps(value, ensure_ascii=False, indent=2)
-    lines = [CONTROL.sub(lambda signs: json.dumps(signs[0])[1:-1], line) for line in text.split("\n")]
-    text = "\n".join(lines)
-    return (text + "\n").encode("utf-8", "backslashreplace")
+    return (text.translate(_ESCAPED) + "\n").encode("utf-8", "backslashreplace")
 
 
 def _flush(path: Path, flags: int) -> None:
