@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import ipaddress
 import json
 import os
 import shutil
@@ -21,12 +22,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from urllib3.util import parse_url
 
 import generate_image
 import mock_server
 import zimage.outside
 from conftest import TEST_KEY, Result, Shell
 from mock_server import MockServer
+from zimage.download import checked_link
+from zimage.endpoint import is_public_address, origin_of
+from zimage.errors import Failure
+from zimage.registry import provider_named
+from zimage.trust import Own, check_trust, parse_base_url
 
 ROOT_PATH = "/api/v1"
 CALL_PATH = f"{ROOT_PATH}/services/aigc/multimodal-generation/generation"
@@ -780,3 +790,172 @@ def test_the_listener_of_these_tests_hears_a_proxied_request(listener: Listener)
     proxy = f"http://127.0.0.1:{listener.port}"
     subprocess.run(["curl", "-s", "-m", "3", "-x", proxy, "http://example.com/"], check=False, capture_output=True)
     assert listener.seen
+
+
+# -- What this tool reads in a URL is what the library will connect to -------------------------------------------------
+
+PIECES = [
+    "dashscope.aliyuncs.com",
+    "evil.example",
+    "127.0.0.1",
+    "localhost",
+    "[::1]",
+    "[::ffff:127.0.0.1]",
+    "127.1",
+    "0",
+]
+PIECES += [
+    "0x7f000001",
+    "2130706433",
+    "0177.0.0.1",
+    "0.0.0.0",
+    "10.0.0.1",
+    "[64:ff9b::7f00:1]",
+    "169.254.169.254",
+    "[::]",
+]
+PIECES += [
+    "DashScope.Aliyuncs.COM",
+    "dashscope.aliyuncs.com.",
+    "xn--dashscope-x.com",
+    "ⓓashscope.aliyuncs.com",
+    "user:pw",
+]
+PIECES += ["127。0。0。1", "%31", "..", "-", "_", "ß", "\u200b", "\u202e"]
+SIGNS = [
+    "/",
+    "//",
+    "\\",
+    "@",
+    ":",
+    "?",
+    "#",
+    ".",
+    "[",
+    "]",
+    "%",
+    "%2f",
+    "%40",
+    " ",
+    "\t",
+    "\n",
+    "\x00",
+    "443",
+    "80",
+    "99999",
+]
+SIGNS += ["/api/v1", "http://", "https://", "HTTPS://", "ftp:", ";", "&", "|"]
+FORMS = [
+    "{}{}",
+    "https://{}:{}",
+    "https://{}/{}",
+    "http://{}:{}",
+    "https://{}@{}",
+    "https://{}{}/api/v1",
+    "{}:{}/api/v1",
+]
+URLS = st.one_of(
+    st.lists(st.sampled_from(PIECES + SIGNS) | st.text(max_size=3), max_size=7).map("".join),
+    st.builds(str.format, st.sampled_from(FORMS), st.sampled_from(PIECES), st.sampled_from(PIECES + SIGNS)),
+    st.tuples(
+        st.sampled_from(["https://", "http://", "HTTPS://", ""]),
+        st.sampled_from(PIECES),
+        st.sampled_from(
+            ["", ":80", ":443", ":8443", ":0", ":99999", "@evil.example", "\\@evil.example", "#", "?", ".nip.io"]
+        ),
+        st.sampled_from(["", "/", "/api/v1", "/api/v1/", "//evil.example", "/..", "?x", "/v1/images/generations"]),
+    ).map("".join),
+)
+LIGHT = settings(max_examples=150, deadline=None, database=None)
+
+
+def connected_to(url: str) -> tuple[str, str, int]:
+    """Scheme, host and port that requests would connect to, as urllib3 reads the URL that requests has prepared."""
+    prepared = requests.Request("GET", url).prepare()
+    read = parse_url(str(prepared.url))
+    assert read.host is not None and read.scheme is not None and read.auth is None
+    return read.scheme, read.host.strip("[]"), read.port or {"http": 80, "https": 443}[read.scheme]
+
+
+@LIGHT
+@given(URLS)
+def test_an_accepted_base_url_leads_where_the_library_will_connect(text: str) -> None:
+    provider = provider_named("dashscope")
+    try:
+        endpoint = parse_base_url(text, "x", provider)
+    except Failure as failure:
+        assert failure.code == "invalid_base_url"
+        return
+    scheme, host, port = connected_to(endpoint.url)
+    assert endpoint.root.startswith(f"{scheme}://")
+    assert (endpoint.host, origin_of(endpoint.url)) == (host, f"{scheme}://{host}:{port}")
+    with contextlib.suppress(Failure):
+        check_trust(endpoint, "x", provider, frozenset())
+        assert is_here(host) or (scheme == "https" and is_the_vendors(host))
+
+
+@LIGHT
+@given(
+    URLS, st.booleans(), st.sampled_from(["", "https://evil.example:443", "http://127.0.0.1:80", "http://10.0.0.1:80"])
+)
+def test_an_accepted_link_leads_where_the_library_will_connect(text: str, loopback: bool, origin: str) -> None:
+    provider = provider_named("openai")
+    try:
+        link, reach = checked_link(text, loopback=loopback, provider=provider, origin=origin)
+    except Failure as failure:
+        assert failure.code == "hop_refused"
+        return
+    scheme, host, port = connected_to(link)
+    is_at_home = f"{scheme}://{host}:{port}" == origin
+    if reach == "loopback":
+        assert is_here(host) and (loopback or is_at_home)
+    elif reach == "service":
+        assert is_at_home
+    else:
+        assert scheme == "https" and not is_here(host)
+        with contextlib.suppress(ValueError):
+            assert is_public(ipaddress.ip_address(host))
+
+
+@LIGHT
+@given(URLS, URLS)
+def test_a_setting_names_no_other_place(setting: str, url: str) -> None:
+    own = Own(None, frozenset(), {"OPENAI_BASE_URL": setting})
+    if own.names(url, provider_named("openai")):
+        named = parse_base_url(setting, "x", provider_named("openai"))
+        assert connected_to(url) == connected_to(named.url)
+
+
+def is_here(host: str) -> bool:
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
+def is_the_vendors(host: str) -> bool:
+    return host.endswith(".aliyuncs.com") and ("dashscope" in host or ".maas." in host)
+
+
+def is_public(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """By the networks of RFC 6890, with whatever IPv4 address is in the last 32 bits of a wrapping one."""
+    if isinstance(address, ipaddress.IPv6Address):
+        if any(address in ipaddress.ip_network(net) for net in ("::/96", "::ffff:0:0/96", "64:ff9b::/96")):
+            return is_public(ipaddress.IPv4Address(int(address) & 0xFFFFFFFF))
+        return address in ipaddress.ip_network("2000::/3")
+    private = ("0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12")
+    return not any(address in ipaddress.ip_network(net) for net in (*private, "192.168.0.0/16", "224.0.0.0/3"))
+
+
+@LIGHT
+@given(st.ip_addresses() | st.integers(0, 2**32 - 1).map(lambda low: ipaddress.IPv6Address(0x64FF9B << 96 | low)))
+def test_no_address_that_is_not_public_is_taken_for_one(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> None:
+    assert not is_public_address(address) or is_public(address)
+
+
+@pytest.mark.parametrize("inner", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "192.168.1.1", "0.0.0.0", "100.64.0.1"])
+def test_a_private_address_in_another_one_is_private(inner: str) -> None:
+    low = int(ipaddress.IPv4Address(inner))
+    for base in (0xFFFF << 32, 0x64FF9B << 96, 0x2002 << 112, 0):
+        address = ipaddress.IPv6Address(base | (low << 80 if base >> 112 == 0x2002 else low))
+        assert not is_public_address(address), address
+    for text in ("fec0::1", "fe80::1", "fd00::1", "ff02::1", "::", "::1", "2001:db8::1"):
+        assert not is_public_address(ipaddress.ip_address(text)), text
+    assert is_public_address(ipaddress.ip_address("2606:4700::1111"))

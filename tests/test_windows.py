@@ -14,7 +14,7 @@ import pytest
 from batch_helpers import Batch
 from conftest import SCRIPTS, Shell
 from fault_server import FaultServer
-from zimage.batch.names import is_inside
+from zimage.batch.names import is_inside, name_in
 from zimage.files import is_windows_name, slug_of, windows_problem
 
 RESERVED = ["nul.png", "NUL", "con", "Con.tar.png", "aux .png", "prn.webp", "com1.txt", "COM9", "lpt0.png", "COM¹.png"]
@@ -99,6 +99,20 @@ def test_a_folder_behind_a_junction_is_outside(path: str, folder: str, inside: b
 
 def test_a_folder_behind_a_link_is_outside() -> None:
     assert is_inside("/out/images", "/out", posixpath) and not is_inside("/output", "/out", posixpath)
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        (r"C:\out\images\a.png", "images/a.png"),
+        (r"c:\OUT\a.png", "a.png"),
+        (r"C:\else\a.png", "../else/a.png"),
+        (r"D:\else\a.png", "D:/else/a.png"),
+        (r"\\server\share\a.png", "//server/share/a.png"),
+    ],
+)
+def test_a_picture_on_another_drive_keeps_its_whole_path(path: str, name: str) -> None:
+    assert name_in(r"C:\out", path, ntpath) == name
 
 
 POSIX_ONLY = ["fcntl", "grp", "pty", "pwd", "resource", "syslog", "termios", "tty"]

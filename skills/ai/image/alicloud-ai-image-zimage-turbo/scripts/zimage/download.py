@@ -10,7 +10,7 @@ from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from zimage.answers import retry_after
 from zimage.contract import CORRUPT_DOWNLOAD_RETRIES, DOWNLOAD_RETRIES, MAX_HOPS, MAX_IMAGE_BYTES, MIB
-from zimage.endpoint import _is_address, is_loopback_host, is_loopback_url, is_public_address, origin_of, split_netloc
+from zimage.endpoint import _is_address, is_loopback_host, is_public_address, origin_of, split_netloc
 from zimage.errors import Failure, os_reason
 from zimage.evidence import said_of
 from zimage.files import read_file
@@ -154,10 +154,7 @@ def fetch_source(evidence: Evidence, provider: Provider, stop: Stop, home: Home)
         return download(link, stop=stop, home=home, provider=provider, was_refused=was_refused)
     except Failure as failure:
         theirs = home_of(evidence.data["endpoint"], provider)
-        stays = (theirs.loopback and is_loopback_url(link)) or (
-            theirs.origin != "" and origin_of(link) == theirs.origin
-        )
-        if failure.code == "hop_refused" and stays and home != theirs:  # the user's, perhaps, and not named this time
+        if failure.code == "hop_refused" and home != theirs and theirs.holds(link):  # named, it could be fetched
             raise unnamed(link, provider) from None
         raise
 

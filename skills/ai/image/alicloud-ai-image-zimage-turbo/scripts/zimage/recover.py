@@ -72,7 +72,8 @@ def recover(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, A
     except Failure as failure:
         raise explained(evidence, failure.but(billed="unknown"), flags, place) from None
     # Only an answer that comes now, from a place that the user names, may lead where a file alone may not.
-    home = home_of(evidence.data["endpoint"], provider) if task else home_of_record(have.link, provider, own)
+    endpoint = evidence.data["endpoint"]
+    home = home_of(endpoint, provider) if task else home_of_record(have.link, endpoint, provider, own)
     import_libraries()
     record = EvidenceFile(evidence)
     warnings = evidence.data.get("warnings", ())

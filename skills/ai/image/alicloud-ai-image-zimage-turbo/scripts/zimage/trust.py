@@ -235,15 +235,19 @@ class Home(NamedTuple):
     loopback: bool = False  # anywhere on this machine
     origin: str = ""  # there, even where it is not public
 
+    def holds(self, link: str) -> bool:
+        return (self.loopback and is_loopback_url(link)) or (self.origin != "" and origin_of(link) == self.origin)
+
 
 def home_of(endpoint: str, provider: Provider) -> Home:
     """Of an answer from an endpoint that the user has chosen: it may lead to itself, on loopback to its neighbours."""
     return Home(is_loopback_url(endpoint), origin_of(endpoint) if provider.links_to_itself else "")
 
 
-def home_of_record(link: str, provider: Provider, own: Own) -> Home:
-    """Of a link that stands in a file: only a place that the user's own settings name."""
-    return Home(False, origin_of(link) if own.names(link, provider) else "")
+def home_of_record(link: str, endpoint: str, provider: Provider, own: Own) -> Home:
+    """Of a link that stands in a file, as its endpoint does: only a place that the user's own settings name."""
+    is_own = home_of(endpoint, provider).holds(link) and own.names(link, provider)
+    return Home(False, origin_of(link) if is_own else "")
 
 
 @contextlib.contextmanager

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import queue
 import sqlite3
 import threading
@@ -17,7 +16,7 @@ from urllib.parse import urlsplit
 
 from zimage.batch.contract import DATABASE, DOWNLOADS_AT_ONCE, NO_SEED, SPACING
 from zimage.batch.folder import Reserve, database_failures, facts_in, facts_of, open_database
-from zimage.batch.names import evidence_name, output_key
+from zimage.batch.names import evidence_name, name_in, output_key
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, Fault, Left, internal_error
 from zimage.evidence import Evidence, EvidenceFile, moment_of, timestamp, utc_now
@@ -215,7 +214,7 @@ class Journal:
         job.state = state
         if state == "saved":
             job.plan = job.plan._replace(output=Path(job.evidence.data["image"]["path"]))
-        output = os.path.relpath(job.plan.output, self._path.parent).replace(os.sep, "/")
+        output = name_in(str(self._path.parent), str(job.plan.output))
         key = output_key(output)
         # Where its name was taken it has another one, which a row that has no picture yet may want too.
         return self.write(

@@ -73,6 +73,15 @@ def is_inside(path: str, folder: str, flavour: types.ModuleType = os.path) -> bo
         return False
 
 
+def name_in(folder: str, path: str, flavour: types.ModuleType = os.path) -> str:
+    """The path of a file in a folder, with `/`; the whole path where it lies on another drive."""
+    try:
+        relative = str(flavour.relpath(path, folder))
+    except ValueError:
+        relative = path
+    return relative.replace(flavour.sep, "/")
+
+
 class Names:
     """Checks the outputs that rows name. Folders are examined once each."""
 

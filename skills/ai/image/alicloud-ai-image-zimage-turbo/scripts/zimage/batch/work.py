@@ -118,14 +118,14 @@ class Worker:
         stop, record = self._stop(), JournalRow(job, self._journal)
         here = job.plan.endpoint == self._endpoint  # another service must not get this one's key
         is_new = here and job.state_before != "generated"  # else the link comes from the database
-        link, provider = job.evidence.have.link, job.plan.provider
+        link, provider, url = job.evidence.have.link, job.plan.provider, job.plan.endpoint.url
         try:
             save(
                 record,
                 provider,
                 job.plan.output,
                 stop,
-                home_of(self._endpoint.url, provider) if is_new else home_of_record(link, provider, self._own),
+                home_of(url, provider) if is_new else home_of_record(link, url, provider, self._own),
                 task=(lambda: self.task(job, job.evidence.task_id)) if here else None,
                 again=job.state_before == "generated",  # else a file like it is another row's
                 also=lambda picture: self._add_thumb(picture, job, stop),
