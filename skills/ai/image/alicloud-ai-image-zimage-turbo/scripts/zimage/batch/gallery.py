@@ -62,7 +62,7 @@ def write_gallery(database: sqlite3.Connection, folder: Path, stop: Stop) -> Pat
     except OSError as error:
         raise Failure("disk", f"the gallery's page {TEMPLATE} cannot be read: {os_reason(error)}") from None
     make_missing_thumbs(database, folder, stop)
-    script = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)[0]
+    script = page.partition("<script>")[2].partition("</script>")[0]
     page = page.replace("__SCRIPT_HASH__", base64.b64encode(hashlib.sha256(script.encode()).digest()).decode())
     before, after = page.split("__BATCH_DATA__")
     path = folder / GALLERY
