@@ -15,7 +15,8 @@ from batch_helpers import Batch
 from conftest import SCRIPTS, Shell
 from fault_server import FaultServer
 from zimage.batch.names import is_inside, name_in
-from zimage.files import is_windows_name, slug_of, windows_problem
+from zimage.errors import Failure
+from zimage.files import checked_output, is_windows_name, slug_of, windows_problem
 
 RESERVED = ["nul.png", "NUL", "con", "Con.tar.png", "aux .png", "prn.webp", "com1.txt", "COM9", "lpt0.png", "COM¹.png"]
 RESERVED += ["LPT³", "conin$", "CONOUT$.png", "pic:1.png", "a<b.png", "a>b", 'a"b', "a|b", "a?b", "a*b", "a/b", "a\\b"]
@@ -64,14 +65,21 @@ def test_a_path_of_windows_is_judged_by_its_drive_and_its_names(path: str, good:
 
 @pytest.mark.skipif(os.name == "nt", reason="a name of Windows is one of POSIX")
 @pytest.mark.parametrize("name", ["nul.png", "pic:1.png", "a?.png"])
-def test_where_windows_is_not_a_picture_may_have_such_a_name_and_a_row_may_not(
+def test_where_windows_is_not_pictures_and_rows_may_have_such_names(
     shell: Shell, service: FaultServer, name: str
 ) -> None:
-    """A picture stays here; the folder of a batch is handed on, zipped and unpacked."""
+    """Folders of earlier versions hold them."""
     assert shell.call("--prompt", "x", "--output", name, "--dry-run").code == 0
     batch = Batch(shell, service)
     batch.rows({"prompt": "x", "output": name})
-    assert batch.run("--dry-run").error["code"] == "invalid_rows"
+    assert batch.run("--dry-run").code == 0
+
+
+@pytest.mark.parametrize("name", ["nul.png", "a?.png", "C:a.png"])
+def test_on_windows_they_are_refused_before_paying(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.setattr("zimage.files.sys.platform", "win32")
+    with pytest.raises(Failure, match=r"Windows|drive"):
+        checked_output(name, "--output")
 
 
 @pytest.mark.parametrize("prompt", ["NUL", "con", "Com1", "aux"])

@@ -13,7 +13,7 @@ from typing import NoReturn
 from zimage.batch.contract import EVIDENCE, FOLDER_SIZE, IMAGES, OWN_FILES, OWN_NAMES, REPLACED, THUMBS
 from zimage.contract import FORMATS
 from zimage.errors import Failure, Problem, raise_problems
-from zimage.files import checked_output, is_windows_name, slug_of
+from zimage.files import checked_output, slug_of
 from zimage.outside import outside_text, without_surrogates
 from zimage.plan import format_problems
 from zimage.request import ImageRequest
@@ -104,8 +104,6 @@ class Names:
             refuse("must be a file name without backslashes, and not begin or end with blanks")
         if output.startswith("/") or re.match("[A-Za-z]:", output) or ".." in output.split("/"):
             refuse("must be a path in the output folder, without .. and not absolute")
-        if not all(map(is_windows_name, filter(None, output.split("/")))):  # folders of a batch are handed on
-            refuse("has a name in it that Windows cannot hold, such as nul.png, a:b.png or one that ends in a dot")
         path = checked_output(str(self.folder / output), "output")
         raise_problems([Problem(p.code, p.text.replace("--output", "output")) for p in format_problems(request, path)])
         name = posixpath.normpath(output)
