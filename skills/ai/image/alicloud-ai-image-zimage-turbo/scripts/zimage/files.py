@@ -28,7 +28,7 @@ LONGEST_NAME = 255  # bytes
 LONGEST_PATH = {"linux": 4096, "darwin": 1024, "win32": 260}  # with the zero at its end: bytes, on Windows characters
 # What may lie beside a picture: it in the making, and it under its second name, `<stem>-<evidence id>`.
 TEMPORARY_ROOM, SECOND_NAME_ROOM = 80, 26
-_ESCAPED = {code: f"\\u{code:04x}" for code in range(0x20, 0x3000) if CONTROL.match(chr(code))}
+_ESCAPED = {code: f"\\u{code:04x}" for code in (*range(0x7F, 0xA0), *range(0x2028, 0x206A)) if CONTROL.match(chr(code))}
 
 
 def to_json(value: Any) -> bytes:
