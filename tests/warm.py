@@ -26,7 +26,7 @@ import threading
 import time
 import traceback
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
@@ -56,9 +56,17 @@ class Warm:
         self._process.communicate(timeout=30)
 
     def run(
-        self, argv: Sequence[str], folder: Path, env: Mapping[str, str], stdin: bytes, timeout: float
+        self,
+        argv: Sequence[str],
+        folder: Path,
+        env: Mapping[str, str],
+        stdin: bytes,
+        timeout: float,
+        begun: Callable[[int], None] = lambda pid: None,
     ) -> tuple[int, bytes, bytes]:
         """Run `argv`, the path of a script and its arguments, to its end: as `subprocess.run` does.
+
+        `begun` is told its process id before it does anything.
 
         Raises:
             subprocess.TimeoutExpired: It was killed.
@@ -81,15 +89,16 @@ class Warm:
             theirs.close()
             out.end()
             err.end()
+            pid = _number(link)
+            begun(pid)
             asked = {"argv": list(argv), "folder": str(folder), "env": dict(env), "umask": own_umask()}
             link.sendall(json.dumps(asked).encode())
             link.shutdown(socket.SHUT_WR)
             said = _read({link.fileno(), out.read_end, err.read_end}, time.monotonic() + timeout)
-            pid, _, code = said[link.fileno()].decode().partition(" ")
             if said.keys() & {"late"}:
-                os.kill(int(pid), signal.SIGKILL)
+                os.kill(pid, signal.SIGKILL)
                 raise subprocess.TimeoutExpired(list(argv), timeout, said[out.read_end], said[err.read_end])
-            return int(code), said[out.read_end], said[err.read_end]
+            return int(said[link.fileno()]), said[out.read_end], said[err.read_end]
 
 
 class _Pipe:
@@ -109,6 +118,14 @@ class _Pipe:
     def __exit__(self, *_: object) -> None:
         self.end()
         os.close(self.read_end)
+
+
+def _number(link: socket.socket) -> int:
+    """The first number that comes, up to the blank behind it."""
+    digits = b""
+    while not digits.endswith(b" "):
+        digits += link.recv(1) or b"the process that forks is gone "
+    return int(digits)
 
 
 def own_umask() -> int:

@@ -1,0 +1,195 @@
+"""The cells of the torture: each way to a picture, at each of its stages, broken at each place in each manner.
+
+What a cell must come to is said here from the outside, by what a client can know: a request that surely did not leave
+is sent again; one that left and was not answered is unknown; a free question or download is repeated while there is
+time. A cell accepts one exit code.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from torture.proxy import BODY_PLACES, CHUNK_PLACES, GARBLES, HEAD_PLACES, REQUEST_PLACES, Break, Stage
+
+Certificate: TypeAlias = Literal["", "good", "foreign", "expired"]
+ONCE, ALWAYS = 1, 1_000_000
+NO_SIGNAL = 0
+KILLED = {signal.SIGKILL: -9, signal.SIGTERM: 143, signal.SIGINT: 130}
+ENDINGS = ("close", "reset", "half", "stall")
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a picture comes: the provider, what it is asked, and the stages until the picture is here."""
+
+    id: str
+    provider: str
+    stages: tuple[Stage, ...]
+    suffix: str = "png"
+    faults: str = ""  # of the mock
+    options: tuple[str, ...] = ("--seed", "7", "--size", "512x512")
+    is_costly: bool = True
+
+
+WAYS = (
+    Way("dashscope", "dashscope", ("paid", "download")),
+    Way("zimageturbo", "zimageturbo", ("paid", "poll", "download"), "jpg", options=()),
+    Way("openai", "openai", ("paid",), is_costly=False),
+    Way("openai-link", "openai", ("paid", "download"), faults="url*inf", is_costly=False),
+)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One command and its break. `tls`: the certificate of the server; `signum`: what hits the program there."""
+
+    way: Way
+    fault: Break
+    tls: Certificate = ""
+    signum: int = NO_SIGNAL
+
+    def __str__(self) -> str:
+        fault = self.fault
+        manner = signal.Signals(self.signum).name if self.signum else fault.act
+        words = [self.way.id, fault.stage, fault.place, manner, fault.framing if fault.framing != "length" else ""]
+        words += ["once" if fault.times == ONCE else "", f"tls-{self.tls}" if self.tls else ""]
+        return "/".join(filter(None, words))
+
+    @property
+    def is_before_the_request(self) -> bool:
+        """Whether the program can know that its request has not left."""
+        return self.fault.place in ("refuse", "hello", "handshake") or bool(self.tls and self.fault.place == "connect")
+
+    @property
+    def stalls(self) -> bool:
+        return self.fault.act == "stall" or self.fault.place == "dribble"
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether what makes up the answer arrives, whatever befalls the rest."""
+        fault = self.fault
+        ends_late = self.stalls and fault.framing != "length"
+        return fault.place in ("end", "flip-header", "twice", "continue", "hints") and not ends_late
+
+    @property
+    def exit_code(self) -> int:
+        """The one that is right, of the command that meets the break."""
+        if self.signum:
+            return KILLED[signal.Signals(self.signum)]
+        if self.is_whole:
+            return 0
+        return {"paid": self._of_paid_call, "poll": self._of_question, "download": self._of_download}[self.fault.stage]()
+
+    def _of_paid_call(self) -> int:
+        if self.is_before_the_request:
+            return 0 if self.fault.times == ONCE and not self.stalls else 6
+        if self.fault.place == "flip-body":  # of what it is worth: the picture's bytes, its link, its task's name
+            return {"openai": 8, "dashscope": 8, "openai-link": 8, "zimageturbo": 7}[self.way.id]
+        return 7
+
+    def _of_question(self) -> int:
+        if self.fault.place == "flip-body":
+            return 8
+        return 0 if self.fault.times == ONCE else 7
+
+    def _of_download(self) -> int:
+        if self.fault.place == "flip-status":
+            return 8
+        if self.fault.times == ONCE and not self.stalls:
+            return 0
+        return 8 if self.fault.place in ("flip-body", "short-length") else 7
+
+    @property
+    def timeout(self) -> float:
+        """Seconds of the command: short where it will use them up."""
+        if self.signum:
+            return 30
+        if self.fault.place == "flip-body" and self.fault.stage == "paid":
+            return 20
+        return 20 if self.exit_code == 0 else 4
+
+
+def breaks_of(stage: Stage) -> Iterator[Break]:
+    """All that can befall a stage, whatever the connection is made of."""
+    places = [place for place in REQUEST_PLACES if place != "request-body" or stage == "paid"]
+    body = [place for place in BODY_PLACES if not place.startswith("link") or stage != "download"]
+    for act in ENDINGS:
+        yield from (Break(stage, place, act) for place in ("connect", *places, *HEAD_PLACES, *body, "end"))
+        if act != "half":  # as close, but for the request that it goes on reading
+            yield from (Break(stage, place, act, "chunked") for place in (*CHUNK_PLACES, "end"))
+            yield from (Break(stage, place, act, "close") for place in ("body", "body-last"))
+    for place in GARBLES:
+        yield Break(stage, place, "spoil", "chunked" if place == "flip-size" else "length")
+
+
+def plain() -> Iterator[Cell]:
+    for way in WAYS:
+        for stage in way.stages:
+            yield Cell(way, Break(stage, "refuse", "close"))
+            for fault in breaks_of(stage):
+                yield Cell(way, fault)
+                if stage != "paid" and fault.act in ("close", "spoil"):
+                    yield Cell(way, fault._replace(times=ONCE))
+
+
+def tls() -> Iterator[Cell]:
+    for way in WAYS:
+        for stage in way.stages:
+            for place in ("connect", "hello", "handshake"):
+                for act in ("close", "reset", "stall"):
+                    yield Cell(way, Break(stage, place, act), "good")
+                yield Cell(way, Break(stage, place, "reset", times=ONCE), "good")
+            for place in ("request-headers", "made", "headers", "body", "body-last", "end"):
+                for act in ("close", "notify"):
+                    yield Cell(way, Break(stage, place, act), "good")
+            for place in ("chunk", "trailer"):
+                yield Cell(way, Break(stage, place, "close", "chunked"), "good")
+            yield Cell(way, Break(stage, "body", "close", "close"), "good")
+            yield Cell(way, Break(stage, "record", "close"), "good")
+            yield Cell(way, Break(stage, "record", "flip-body"), "good")
+            if stage == "download":
+                yield Cell(way, Break(stage, "record", "flip-body", times=ONCE), "good")
+        for certificate in ("foreign", "expired"):
+            yield Cell(way, Break("paid", "handshake", "none"), certificate)  # type: ignore[arg-type]
+
+
+def killed() -> Iterator[Cell]:
+    """The program is hit where the stream stands still."""
+    for way in WAYS:
+        for stage in way.stages:
+            for place in ("connect", "request-line", "request", "made", "headers", "headers-end", "body", "end"):
+                for signum in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT):
+                    if place != "end" or signum == signal.SIGKILL:
+                        yield Cell(way, Break(stage, place, "stall"), signum=signum)
+            yield Cell(way, Break(stage, "chunk", "stall", "chunked"), signum=signal.SIGKILL)
+            yield Cell(way, Break(stage, "handshake", "stall"), "good", signal.SIGKILL)
+            yield Cell(way, Break(stage, "handshake", "stall"), "good", signal.SIGTERM)
+            yield Cell(way, Break(stage, "body", "stall"), "good", signal.SIGKILL)
+
+
+CELLS = [*plain(), *tls(), *killed()]
+SLICE = (
+    "dashscope/paid/made/close",
+    "dashscope/paid/body/reset",
+    "dashscope/paid/chunk-gap/close/chunked",
+    "dashscope/paid/headers/SIGKILL",
+    "dashscope/download/chunk/reset/chunked/once",
+    "dashscope/download/body/close/once",
+    "dashscope/download/body/SIGTERM",
+    "dashscope/download/flip-body/spoil/once",
+    "dashscope/paid/hello/reset/once/tls-good",
+    "dashscope/paid/handshake/none/tls-expired",
+    "dashscope/paid/body/close/tls-good",
+    "zimageturbo/paid/body/close",
+    "zimageturbo/poll/made/SIGKILL",
+    "zimageturbo/download/made/SIGKILL",
+    "openai/paid/body/SIGKILL",
+    "openai/paid/trailer/close/chunked",
+    "openai/paid/flip-body/spoil",
+    "openai-link/paid/refuse/close",
+    "openai-link/download/made/SIGINT",
+    "openai-link/paid/end/reset",
+)

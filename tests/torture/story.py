@@ -1,0 +1,240 @@
+"""One cell played: the command meets its break, then what its advice says is done without any; and all is judged."""
+
+from __future__ import annotations
+
+import base64
+import datetime as dt
+import functools
+import hashlib
+import json
+import os
+import shlex
+import ssl
+import time
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+from urllib.parse import quote
+
+import trustme
+
+from closed import assert_closed
+from conftest import GENERATE, Result, Shell, warm_process
+from mock_server import MockServer
+from torture.cells import Cell, Certificate, Way
+from torture.proxy import Proxy
+from zimage.contract import EXIT_SIGNAL
+from zimage.errors import KINDS
+from zimage_mock import rules
+from zimage_mock.drawing import Picture, draw_file
+
+KEY = "tk-7f3e9a1c5b2d8064/+"  # nothing that is masked by its looks; two signs of it change when they are quoted
+PROMPT = "a fox in the snow"
+SEED = 7
+LONG_AGO = dt.datetime(2020, 1, 1, tzinfo=dt.timezone.utc)
+LATE_S = 2.0  # after the time-out, or after a signal
+# What can be counted of many cells; each promise that is broken has a name here.
+BROKEN = ("lost", "paid_twice", "leak", "hang", "traceback", "untrue", "image", "exit_code", "advice", "files")
+
+
+@functools.cache
+def authority() -> trustme.CA:
+    return trustme.CA()
+
+
+@functools.cache
+def server_context(certificate: Certificate) -> ssl.SSLContext | None:
+    """A TLS server's side with a certificate for loopback."""
+    if not certificate:
+        return None
+    names = ("somewhere.example",) if certificate == "foreign" else ("127.0.0.1", "localhost")
+    last = {"not_after": LONG_AGO} if certificate == "expired" else {}
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    authority().issue_cert(*names, **last).configure_cert(context)
+    return context
+
+
+def forms_of(key: str) -> set[bytes]:
+    """The key in every dress in which it could slip out."""
+    plain = key.encode()
+    whole = {plain, plain.hex().encode(), plain[::-1], quote(key, safe="").encode(), json.dumps(key).strip('"').encode()}
+    whole |= {repr(plain)[2:-1].encode(), key.replace("/", "\\/").encode()}
+    for shift in range(3):  # base64 of it wherever it stands in what is encoded
+        coded = base64.b64encode(b"x" * shift + plain)
+        whole.add(coded[4 * bool(shift) : -4])
+    return whole
+
+
+FORMS = forms_of(KEY)
+
+
+def drawn(way: Way, prompt: str = PROMPT) -> bytes:
+    """What the mock draws for a way's request."""
+    side, kind = (1024, "jpeg") if way.provider == "zimageturbo" else (512, "png")
+    return draw_file(Picture(prompt, SEED, side, side, kind))
+
+
+def mock_for(way: Way) -> MockServer:
+    return MockServer(rpm=0, api_key=KEY, faults=way.faults)
+
+
+def environment(proxy: Proxy, home: Path) -> dict[str, str]:
+    """All services through the proxy, whose certificate is believed."""
+    authority().cert_pem.write_to_path(str(home / "ca.pem"))
+    env = {"REQUESTS_CA_BUNDLE": str(home / "ca.pem")}
+    for name, root in (("DASHSCOPE", "/api/v1"), ("ZIMAGETURBO", "/api"), ("OPENAI", "/v1")):
+        env |= {f"{name}_API_KEY": KEY, f"{name}_BASE_URL": proxy.root + root}
+    return env
+
+
+@dataclass
+class Story:
+    """What is done of a cell in an empty folder, and what is wrong with it."""
+
+    cell: Cell
+    shell: Shell
+    broken: list[tuple[str, str]] = field(default_factory=list)
+    said: list[bytes] = field(default_factory=list)
+    paid: int = 0
+    knowable: bool = False  # what was paid for had reached the client
+    saved: bool = False
+    pid: int = 0
+
+    def note(self, holds: object, name: str, what: object) -> None:
+        assert name in BROKEN
+        if not holds:
+            self.broken.append((name, str(what)))
+
+    def play(self) -> None:
+        with patch.object(rules, "random_seed", lambda: SEED), mock_for(self.cell.way) as mock:
+            with Proxy(mock, self.cell.fault, server_context(self.cell.tls), self.strike) as proxy:
+                self.shell.env |= environment(proxy, self.shell.home)
+                self.first(mock, proxy)
+                proxy.heal()
+                self.then(mock, proxy)
+                self.note("download" not in proxy.keys_seen, "leak", "the key went with a download")
+        self.search_for_keys()
+
+    def strike(self) -> None:
+        """The position is reached."""
+        if self.cell.signum:
+            os.kill(self.pid, self.cell.signum)
+
+    # The command that meets the break ---------------------------------------------------------------------------------
+
+    @property
+    def output(self) -> Path:
+        return self.shell.folder / f"out.{self.cell.way.suffix}"
+
+    def first(self, mock: MockServer, proxy: Proxy) -> None:
+        cell = self.cell
+        way = ("--provider", cell.way.provider, "--prompt", PROMPT, *cell.way.options, "--output", self.output.name)
+        began = time.monotonic()
+        result = self.run(*way, "--timeout", f"{cell.timeout:g}", "--print-response")
+        ended = time.monotonic()
+        self.note(proxy.reached.is_set() or cell.tls in ("foreign", "expired"), "exit_code", "the break was not met")
+        due = proxy.reached_at if cell.signum else began + cell.timeout
+        self.note(ended <= due + LATE_S, "hang", f"ended {ended - due:.1f} s after its moment")
+        self.note(result.code == cell.exit_code, "exit_code", (result.code, cell.exit_code, result.stdout))
+        self.paid = mock.stats()["billed"]
+        self.knowable = bool(proxy.arrived)
+        self.judge(result)
+
+    def run(self, *arguments: str) -> Result:
+        argv = [str(GENERATE), *arguments]
+        env = self.shell.environment()
+        code, out, err = warm_process().run(argv, self.shell.folder, env, b"", 90, self.begun)
+        self.said += [out, err]
+        return Result(code, out.decode("utf-8"), err.decode("utf-8"))
+
+    def begun(self, pid: int) -> None:
+        self.pid = pid
+
+    def evidence(self) -> dict[str, Any]:
+        paths = self.shell.evidence_files()
+        return self.shell.evidence() if paths else {"status": "none"}
+
+    def judge(self, result: Result) -> None:
+        """What holds at the end of every command, whatever it met."""
+        self.note("Traceback" not in result.stderr, "traceback", result.stderr)
+        evidence = self.evidence()
+        status = evidence["status"]
+        self.note(self.paid <= 1, "paid_twice", self.paid)
+        unbilled, billed = ("none", "failed"), ("generated", "saved")
+        self.note(status not in unbilled or self.paid == 0, "untrue", f"{status}, and {self.paid} billed")
+        self.note(status not in billed or self.paid == 1, "untrue", f"{status}, and {self.paid} billed")
+        self.judge_picture(evidence)
+        if result.code < 0:
+            return
+        if result.code == 0:
+            self.note(status == "saved", "untrue", f"exit 0, and {status}")
+            return
+        try:
+            error = result.error
+            assert_closed("error", error)
+        except (AssertionError, ValueError) as problem:
+            self.note(False, "advice", problem)
+            return
+        kind = KINDS[error["code"]]
+        ends = (kind.exit_code,) if error["code"] != "interrupted" else (EXIT_SIGNAL + 2, EXIT_SIGNAL + 15)
+        self.note(result.code in ends, "exit_code", error)
+        told = error["billed"]
+        self.note(told == "unknown" or (told == "yes") == bool(self.paid), "untrue", f"{error}, {self.paid} billed")
+
+    def judge_picture(self, evidence: dict[str, Any]) -> None:
+        """An image is there only whole, and is what was drawn; nothing else is there."""
+        status, output = evidence["status"], self.output
+        if output.exists():
+            content = output.read_bytes()
+            self.note(content == drawn(self.cell.way), "image", "it is not what the service drew")
+            if status == "saved":
+                known = evidence["image"]["sha256"]
+                self.note(hashlib.sha256(content).hexdigest() == known, "untrue", "the evidence has another hash")
+        else:
+            self.note(status != "saved", "untrue", "saved, and no file")
+
+    # What its advice says ---------------------------------------------------------------------------------------------
+
+    def then(self, mock: MockServer, proxy: Proxy) -> None:
+        """Without faults: the picture comes wherever it can, nothing is paid again, and nothing else is left over."""
+        paths = self.shell.evidence_files()
+        if paths and not (self.evidence()["status"] == "saved" and not self.cell.signum):
+            result = self.run(*self.way_back(paths[0]))
+            self.paid = mock.stats()["billed"]
+            self.judge(result)
+            spoilt = self.cell.fault.place == "flip-body" and self.cell.fault.stage == "paid"
+            self.note(result.code == 0 or not self.knowable or spoilt, "lost", (result.stdout, result.stderr))
+            self.note(result.code in (0, 2, 7) or spoilt, "exit_code", result.stdout)
+        self.saved = self.output.exists() and self.evidence()["status"] == "saved"
+        self.note(self.saved or not self.knowable, "lost", self.evidence())
+        kept = {path.name for path in self.shell.folder.rglob("*") if path.is_file()}
+        known = {self.output.name, ".gitignore", *(path.name for path in paths)}
+        known |= {path.with_suffix(".picture").name for path in paths if not self.saved}
+        self.note(kept <= known, "files", kept - known)
+
+    def way_back(self, evidence: Path) -> list[str]:
+        """The command that the first one named; else what a reader of the evidence types."""
+        with_advice = [json.loads(out)["error"] for out in self.said[:1] if out.startswith(b'{"error"')]
+        for error in with_advice:
+            if command := error.get("next_command"):
+                words = shlex.split(command)
+                self.note(words[1] == str(GENERATE), "advice", command)
+                return words[2:]
+        return ["--recover", str(evidence), "--print-response"]
+
+    def search_for_keys(self) -> None:
+        """The key is in no stream and no file."""
+        places = {"a stream": b"\0".join(self.said)}
+        for path in self.shell.folder.rglob("*"):
+            if path.is_file():
+                places[path.name] = path.name.encode() + b"\0" + path.read_bytes()
+        for name, content in places.items():
+            self.note(not any(form in content for form in FORMS), "leak", name)
+
+    def record(self) -> dict[str, Any]:
+        """The cell in numbers."""
+        counts = Counter(name for name, _ in self.broken)
+        facts = {"cell": str(self.cell), "paid": self.paid, "saved": self.saved, "killed": bool(self.cell.signum)}
+        return facts | {"told_unknown": self.paid > 0 and not self.saved, **counts}
