@@ -1,6 +1,7 @@
 # make demo   one mock picture, no key, no network beyond installing
 # make smoke  lint, and the first rows of the main tests: half a minute, while you work
 # make check  validation, skill format, lint, types, all tests that need light packages only (300 MB)
+# make torture  each break of the byte stream, with the program killed there too; leaves its counts below output/
 # make check-all  the other tests: the model in process, the agents, the gallery in a browser (installs 2 GB)
 # make install-skill DEST=~/.claude/skills  the skill's folder, directly under DEST
 # make package  the skill as a zip in dist/, the same bytes each time
@@ -33,8 +34,8 @@ export PYTHONUTF8 := 1
 # More than two cores: most of a test is waiting for a service that is slow, or for a process.
 PYTEST := $(BIN)/python -m pytest --numprocesses 4
 
-.PHONY: help demo smoke check check-all validate skill lint types test browser local clients audit bench package \
-	standalone install-skill clean
+.PHONY: help demo smoke check check-all torture validate skill lint types test browser local clients audit bench \
+	package standalone install-skill clean
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -85,7 +86,12 @@ types: $(VENV)/.checks
 	$(BIN)/mypy --platform linux $(SKILL)/scripts tests
 
 test: $(VENV)/.checks
-	$(PYTEST) -m "not heavy"
+	$(PYTEST) -m "not heavy and not torture"
+
+# Most of a cell is waiting for a time-out: many at once. What others do in the same cells: tests/torture/peers.py
+torture: $(VENV)/.checks
+	$(BIN)/python -m pytest --quiet --numprocesses 12 -m torture tests/test_torture.py
+	$(BIN)/python tests/torture/peers.py
 
 # The gallery is tested in a real browser. Where it can be installed without asking it is; else those tests are skipped.
 browser: $(VENV)/.browser

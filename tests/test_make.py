@@ -103,7 +103,7 @@ def test_ci_runs_both_checks_and_may_skip_nothing() -> None:
 
 @pytest.mark.parametrize(
     ("target", "selected", "heavy"),
-    [("check", '"not heavy"', False), ("check-all", "heavy", True), ("smoke", "smoke", False)],
+    [("check", '"not heavy and not torture"', False), ("check-all", "heavy", True), ("smoke", "smoke", False)],
 )
 def test_only_check_all_installs_what_is_heavy(clone: Path, target: str, selected: str, heavy: bool) -> None:
     for path in ROOT.glob("requirements*.txt"):

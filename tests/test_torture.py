@@ -13,6 +13,7 @@ import pytest
 
 from conftest import IS_WARM, Shell
 from torture.cells import CELLS, SLICE, Cell
+from torture.many import BATCHES, ManyStory
 from torture.story import Story
 
 pytestmark = pytest.mark.skipif(not IS_WARM, reason="a process each, forked; what a socket still holds is Linux's")
@@ -20,8 +21,8 @@ pytestmark = pytest.mark.skipif(not IS_WARM, reason="a process each, forked; wha
 BY_NAME = {str(cell): cell for cell in CELLS}
 
 
-def play(cell: Cell, shell: Shell, record: Callable[[str, Any], None]) -> None:
-    story = Story(cell, shell)
+def play(cell: Cell, shell: Shell, record: Callable[[str, Any], None], how: type[Story] = Story) -> None:
+    story = how(cell, shell)
     story.play()
     record("torture", story.record())
     assert not story.broken, story.broken
@@ -41,6 +42,12 @@ def test_no_break_costs_anything_that_was_paid_for(
     shell: Shell, cell: Cell, record_property: Callable[[str, Any], None]
 ) -> None:
     play(cell, shell, record_property)
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("cell", BATCHES, ids=str)
+def test_no_break_costs_a_batch_anything(shell: Shell, cell: Cell, record_property: Callable[[str, Any], None]) -> None:
+    play(cell, shell, record_property, ManyStory)
 
 
 def test_every_cell_is_another(shell: Shell) -> None:

@@ -81,7 +81,9 @@ class Cell:
             return KILLED[signal.Signals(self.signum)]
         if self.is_whole:
             return 0
-        return {"paid": self._of_paid_call, "poll": self._of_question, "download": self._of_download}[self.fault.stage]()
+        return {"paid": self._of_paid_call, "poll": self._of_question, "download": self._of_download}[
+            self.fault.stage
+        ]()
 
     def _of_paid_call(self) -> int:
         if self.is_before_the_request:
@@ -176,7 +178,7 @@ SLICE = (
     "dashscope/paid/body/reset",
     "dashscope/paid/chunk-gap/close/chunked",
     "dashscope/paid/headers/SIGKILL",
-    "dashscope/download/chunk/reset/chunked/once",
+    "dashscope/download/chunk/close/chunked/once",
     "dashscope/download/body/close/once",
     "dashscope/download/body/SIGTERM",
     "dashscope/download/flip-body/spoil/once",

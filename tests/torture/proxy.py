@@ -6,7 +6,7 @@
 
 It ends TLS itself where it is given a certificate, so that the places within a request and an answer are the same with
 it and without. An answer is taken from the mock whole, its links are made to lead through here, and it is framed anew
-as the break says. What reached the client whole of what was paid for is in `arrived`.
+as the break says. What was sent to the client of what was paid for is in `sent`.
 """
 
 from __future__ import annotations
@@ -116,7 +116,7 @@ class Line:
     def sealed(self, data: bytes) -> bytes:
         """What goes over the wire for these bytes."""
         if self._tls is None or not data:
-            return data
+            return
         self._tls.write(data)
         return self._out.read()
 
@@ -161,7 +161,9 @@ class Answer:
 
     def _chunked(self, body: bytes, start: int) -> bytes:
         size = len(body) // 3 + 1
-        chunks = [b"%x\r\n%s\r\n" % (len(part), part) for part in (body[i : i + size] for i in range(0, len(body), size))]
+        chunks = [
+            b"%x\r\n%s\r\n" % (len(part), part) for part in (body[i : i + size] for i in range(0, len(body), size))
+        ]
         gap = start + len(chunks[0])
         end = start + sum(map(len, chunks))
         self.places |= {"chunk-gap": gap, "chunk-size": gap + 1, "chunk": gap + len(chunks[1]) // 2}
@@ -197,7 +199,6 @@ class Answer:
 # What a paid answer is worth: the link, the name of the task, the picture itself.
 WORTH = re.compile(rb'"(?:image|url|task_id|b64_json)": "[^"]+|"response": \["[^"]+')
 WORTH_WHOLE = re.compile(rb'"(image|url|task_id|b64_json|response)": \[?"[^"]+"')
-KINDS = {b"image": "link", b"url": "link", b"response": "link", b"task_id": "task", b"b64_json": "bytes"}
 
 
 class Proxy:
@@ -215,7 +216,7 @@ class Proxy:
         self.left = fault.times if fault else 0
         self.reached = threading.Event()
         self.reached_at = 0.0
-        self.arrived: set[str] = set()  # of link, task, bytes: what the client was sent whole, and unspoilt
+        self.sent: list[tuple[bytes, bytes]] = []  # requests of paid calls and questions, and what was sent for them
         self.keys_seen: dict[str, int] = {}  # by stage, requests with an Authorization
         self._stage: Stage = "paid"  # of the next connection
         self._closing, self._healed = threading.Event(), threading.Event()
@@ -252,6 +253,11 @@ class Proxy:
         self._healed.set()
         if self._listener is None:
             self._listen()
+
+    @property
+    def arrived(self) -> bool:
+        """Whether the client was sent, whole and unspoilt, what its money was worth: link, task or picture."""
+        return any(WORTH_WHOLE.search(sent) for _, sent in self.sent)
 
     # Connections ------------------------------------------------------------------------------------------------------
 
@@ -375,7 +381,7 @@ class Proxy:
         self._at(line, fault, "request")
         answer = self._ask(request, fault.framing if fault else "length")
         self._at(line, fault, "made")
-        self._answer(line, answer, fault, stage)
+        self._answer(line, answer, fault, stage, request)
 
     def _growing(self, line: Line) -> Iterator[bytearray]:
         """The request so far, byte by byte, until it is whole."""
@@ -408,8 +414,10 @@ class Proxy:
         headers = [(name, value) for name, value in reply.getheaders() if name.lower() not in left_out]
         return Answer(reply.status, headers, content.replace(known, self.root.encode()), framing)
 
-    def _answer(self, line: Line, answer: Answer, fault: Break | None, stage: Stage) -> None:
-        next_stage: Stage = "download" if b"/files/" in answer.bytes else "poll" if b"task_id" in answer.bytes else "paid"
+    def _answer(self, line: Line, answer: Answer, fault: Break | None, stage: Stage, request: bytes) -> None:
+        next_stage: Stage = (
+            "download" if b"/files/" in answer.bytes else "poll" if b"task_id" in answer.bytes else "paid"
+        )
         if stage != "download" and answer.bytes.startswith(b"HTTP/1.1 200"):
             self._stage = next_stage
             if self._refuses(next_stage) and next_stage != stage:
@@ -419,6 +427,8 @@ class Proxy:
             sent = answer.bytes
         elif fault.place in GARBLES and self._hit():
             self._spoil(line, answer, fault)
+            if fault.place in ("flip-header", "twice", "continue", "hints") and stage != "download":
+                self.sent.append((request, answer.bytes))
             return
         elif fault.place == "record":
             sealed = bytearray(line.sealed(answer.bytes))
@@ -434,17 +444,15 @@ class Proxy:
             return
         else:
             sent = answer.bytes[: answer.places[fault.place]] if self.left > 0 else answer.bytes
-        if stage != "download":
-            self.arrived |= {KINDS[name] for name in WORTH_WHOLE.findall(sent)}
         line.write(sent)
+        if stage != "download":
+            self.sent.append((request, sent))
         if fault is not None:
             self._at(line, fault, fault.place)
 
     def _spoil(self, line: Line, answer: Answer, fault: Break) -> None:
         data = answer.spoilt(fault.place)
         if fault.place != "dribble":
-            if fault.place in ("flip-header", "twice", "continue", "hints"):
-                self.arrived |= {KINDS[name] for name in WORTH_WHOLE.findall(data)}
             line.write(data)
             return
         for number in range(len(data)):

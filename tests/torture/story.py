@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import patch
 from urllib.parse import quote
 
@@ -25,6 +25,7 @@ from conftest import GENERATE, Result, Shell, warm_process
 from mock_server import MockServer
 from torture.cells import Cell, Certificate, Way
 from torture.proxy import Proxy
+from torture.report import BROKEN
 from zimage.contract import EXIT_SIGNAL
 from zimage.errors import KINDS
 from zimage_mock import rules
@@ -35,8 +36,6 @@ PROMPT = "a fox in the snow"
 SEED = 7
 LONG_AGO = dt.datetime(2020, 1, 1, tzinfo=dt.timezone.utc)
 LATE_S = 2.0  # after the time-out, or after a signal
-# What can be counted of many cells; each promise that is broken has a name here.
-BROKEN = ("lost", "paid_twice", "leak", "hang", "traceback", "untrue", "image", "exit_code", "advice", "files")
 
 
 @functools.cache
@@ -59,7 +58,13 @@ def server_context(certificate: Certificate) -> ssl.SSLContext | None:
 def forms_of(key: str) -> set[bytes]:
     """The key in every dress in which it could slip out."""
     plain = key.encode()
-    whole = {plain, plain.hex().encode(), plain[::-1], quote(key, safe="").encode(), json.dumps(key).strip('"').encode()}
+    whole = {
+        plain,
+        plain.hex().encode(),
+        plain[::-1],
+        quote(key, safe="").encode(),
+        json.dumps(key).strip('"').encode(),
+    }
     whole |= {repr(plain)[2:-1].encode(), key.replace("/", "\\/").encode()}
     for shift in range(3):  # base64 of it wherever it stands in what is encoded
         coded = base64.b64encode(b"x" * shift + plain)
@@ -100,7 +105,12 @@ class Story:
     paid: int = 0
     knowable: bool = False  # what was paid for had reached the client
     saved: bool = False
+    commands: int = 0
     pid: int = 0
+    script: ClassVar[Path] = GENERATE
+
+    def __str__(self) -> str:
+        return str(self.cell)
 
     def note(self, holds: object, name: str, what: object) -> None:
         assert name in BROKEN
@@ -143,10 +153,11 @@ class Story:
         self.judge(result)
 
     def run(self, *arguments: str) -> Result:
-        argv = [str(GENERATE), *arguments]
+        argv = [str(self.script), *arguments]
         env = self.shell.environment()
         code, out, err = warm_process().run(argv, self.shell.folder, env, b"", 90, self.begun)
         self.said += [out, err]
+        self.commands += 1
         return Result(code, out.decode("utf-8"), err.decode("utf-8"))
 
     def begun(self, pid: int) -> None:
@@ -236,5 +247,11 @@ class Story:
     def record(self) -> dict[str, Any]:
         """The cell in numbers."""
         counts = Counter(name for name, _ in self.broken)
-        facts = {"cell": str(self.cell), "paid": self.paid, "saved": self.saved, "killed": bool(self.cell.signum)}
+        facts = {
+            "cell": str(self),
+            "commands": self.commands,
+            "paid": self.paid,
+            "saved": self.saved,
+            "killed": bool(self.cell.signum),
+        }
         return facts | {"told_unknown": self.paid > 0 and not self.saved, **counts}

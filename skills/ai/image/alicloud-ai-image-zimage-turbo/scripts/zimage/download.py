@@ -148,14 +148,9 @@ def fetch_source(evidence: Evidence, provider: Provider, stop: Stop, home: Home)
     """
     link = evidence.have.link
     if evidence.content or not link:
-<<<<<<< HEAD
         return handed_over(evidence, stop)
-    was_refused = evidence.data.get("error", {}).get("code") == "link_refused"
-=======
-        return handed_over(evidence)
     # Where there is a task the service may yet name another link.
     was_refused = evidence.data.get("error", {}).get("code") == "link_refused" and not evidence.task_id
->>>>>>> d4f9887 (Keep a refused link alive as long as its task may name another)
     try:
         return download(link, stop=stop, home=home, provider=provider, was_refused=was_refused)
     except Failure as failure:

@@ -1,0 +1,151 @@
+"""What others do in the same cells: the official client, and the loop around it that people write.
+
+Run `python tests/torture/peers.py` after `make torture` (about three minutes). Two programs meet every cell of DashScope in which
+nothing is killed, each in a process of its own, through the same proxy and against the same mock service:
+
+- `client`: `dashscope.MultiModalConversation.call`, then the picture by `requests.get`, written to a file. Both get
+  the cell's time-out. Nothing of it is tried again by the program; what the client itself does is its own.
+- `pool`: the same in a thread pool, tried up to three times where it raises or does not answer 200, half a second apart.
+
+Of each: pictures that were paid for, how many are on disk as they were drawn, how many files are not, how often a
+picture was paid for twice though nobody asked, and how many are lost: paid for, the link had arrived, and neither a
+picture nor a word on disk that leads to it. Ours is counted from the file that `make torture` has left; there a cell
+ends with what its advice says (free of charge). A process that goes on for 30 s after its time-out is ended and counted as late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import multiprocessing
+import os
+import sys
+import tempfile
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+TRIES, PAUSE_S = 3, 0.5
+LATE_S = 30.0
+AT_ONCE = 8
+COLUMNS = ("cells", "paid", "saved", "wrong", "paid_twice", "lost", "late")
+
+
+def one_picture(settings: dict[str, Any]) -> None:
+    """A call, a download, a file. Raises whatever goes wrong."""
+    import dashscope
+    import requests
+
+    dashscope.base_http_api_url = settings["base_url"]
+    answer = dashscope.MultiModalConversation.call(
+        model="z-image-turbo",
+        messages=[{"role": "user", "content": [{"text": settings["prompt"]}]}],
+        api_key=settings["key"],
+        size="512*512",
+        seed=settings["seed"],
+        prompt_extend=False,
+        request_timeout=settings["timeout"],
+    )
+    if answer.status_code != 200:
+        raise RuntimeError(answer.message)
+    link = answer.output.choices[0].message.content[0]["image"]
+    image = requests.get(link, timeout=settings["timeout"])
+    image.raise_for_status()
+    Path(settings["output"]).write_bytes(image.content)
+
+
+def with_tries(settings: dict[str, Any]) -> None:
+    import time
+
+    for left in reversed(range(TRIES)):
+        try:
+            return one_picture(settings)
+        except Exception:
+            if not left:
+                raise
+            time.sleep(PAUSE_S)
+    return None
+
+
+def peer(how: str, settings: dict[str, Any]) -> None:
+    """The program, in its own process: quiet."""
+    quiet = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(quiet, 1)
+    os.dup2(quiet, 2)
+    os.environ["REQUESTS_CA_BUNDLE"] = settings["ca"]
+    if how == "client":
+        one_picture(settings)
+    else:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(with_tries, [settings]))
+
+
+def play(how: str, cell: Any) -> Counter[str]:
+    from torture import story
+    from torture.proxy import Proxy
+
+    with tempfile.TemporaryDirectory() as folder, story.mock_for(cell.way) as mock:
+        with Proxy(mock, cell.fault, story.server_context(cell.tls)) as proxy:
+            output, ca = Path(folder, "out.png"), Path(folder, "ca.pem")
+            story.authority().cert_pem.write_to_path(str(ca))
+            settings = {"base_url": f"{proxy.root}/api/v1", "key": story.KEY, "prompt": story.PROMPT}
+            settings |= {"seed": story.SEED, "timeout": cell.timeout, "output": str(output), "ca": str(ca)}
+            process = CONTEXT.Process(target=peer, args=(how, settings), daemon=how == "client")
+            process.start()
+            process.join(cell.timeout + LATE_S)
+            late = process.is_alive()
+            if late:
+                process.kill()
+                process.join()
+        paid = mock.stats()["billed"]
+        made = output.read_bytes() if output.exists() else b""
+    saved = made == story.drawn(cell.way)
+    return Counter(
+        cells=1,
+        paid=paid,
+        saved=saved,
+        wrong=bool(made) and not saved,
+        paid_twice=max(0, paid - 1),
+        lost=bool(proxy.arrived) and not saved,
+        late=late,
+    )
+
+
+def ours(path: Path, cells: list[str]) -> Counter[str]:
+    """The same cells, as `make torture` has counted them."""
+    counts: Counter[str] = Counter()
+    for record in json.loads(path.read_text(encoding="utf-8"))["each"]:
+        if record["cell"] in cells:
+            counts += Counter(cells=1, paid=record["paid"], saved=record["saved"], wrong=record.get("image", 0))
+            counts += Counter(paid_twice=record.get("paid_twice", 0), lost=record.get("lost", 0))
+            counts += Counter(late=record.get("hang", 0))
+    return counts
+
+
+def main() -> None:
+    from conftest import ROOT
+    from torture.cells import CELLS
+
+    folder = ROOT / "output" / "alicloud-ai-image-zimage-turbo"
+    cells = [cell for cell in CELLS if cell.way.id == "dashscope" and not cell.signum]
+    table: dict[str, Counter[str]] = {}
+    with ThreadPoolExecutor(AT_ONCE) as pool:
+        for how in ("client", "pool"):
+            table[how] = sum(pool.map(lambda cell, how=how: play(how, cell), cells), Counter())  # type: ignore[misc]
+    with contextlib.suppress(OSError):
+        table["ours"] = ours(folder / "torture.json", [str(cell) for cell in cells])
+    text = json.dumps({name: {column: counts[column] for column in COLUMNS} for name, counts in table.items()})
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "torture-peers.json").write_text(text + "\n", encoding="utf-8")
+    print(text)
+
+
+CONTEXT = multiprocessing.get_context("forkserver")
+
+if __name__ == "__main__":
+    CONTEXT.set_forkserver_preload(["dashscope", "requests", "dashscope.aigc.multimodal_conversation"])
+    main()
