@@ -46,6 +46,13 @@ class ManyStory(Story):
     def __str__(self) -> str:
         return f"batch/{self.cell}"
 
+    def strike(self) -> None:
+        """The first signal lets what is out come to its end, the second one does not."""
+        super().strike()
+        if self.cell.signum == signal.SIGTERM:
+            time.sleep(0.1)
+            super().strike()
+
     def first(self, mock: MockServer, proxy: Proxy) -> None:
         fields = {"seed": SEED, "size": "512*512"} if self.cell.way.options else {}
         rows = [json.dumps({"prompt": prompt} | fields) + "\n" for prompt in PROMPTS]
@@ -77,10 +84,11 @@ class ManyStory(Story):
         self.note(len(doubtful) <= most, "untrue", f"{doubtful} unknown, and {most} were broken off")
         self.saved = not doubtful
 
-    @staticmethod
-    def reached_of(proxy: Proxy, prompt: str) -> bool:
-        """Whether what was paid for a row had come whole."""
-        return any(prompt.encode() in request and WORTH_WHOLE.search(sent) for request, sent in proxy.sent)
+    def reached_of(self, proxy: Proxy, prompt: str) -> bool:
+        """Whether what was paid for a row had come whole; one that is killed may not have read it yet."""
+        return self.cell.signum != signal.SIGKILL and any(
+            prompt.encode() in request and WORTH_WHOLE.search(sent) for request, sent in proxy.sent
+        )
 
     def judge_rows(self, mock: MockServer, proxy: Proxy, result: Result) -> dict[str, dict[str, Any]]:
         """What holds at the end of every run; the rows' results by their prompts."""

@@ -1,16 +1,16 @@
 """What others do in the same cells: the official client, and the loop around it that people write.
 
-Run `python tests/torture/peers.py` after `make torture` (about three minutes). Two programs meet every cell of DashScope in which
-nothing is killed, each in a process of its own, through the same proxy and against the same mock service:
+Run `python tests/torture/peers.py` after the cells of `make torture`. Two programs meet every cell of DashScope in
+which nothing is killed, each in a process of its own, through the same proxy and against the same mock service:
 
 - `client`: `dashscope.MultiModalConversation.call`, then the picture by `requests.get`, written to a file. Both get
-  the cell's time-out. Nothing of it is tried again by the program; what the client itself does is its own.
-- `pool`: the same in a thread pool, tried up to three times where it raises or does not answer 200, half a second apart.
+  the cell's time-out. The program tries nothing again; what the client does on its own is the client's.
+- `pool`: the same in a thread pool, up to three times where it raises or does not answer 200, half a second apart.
 
-Of each: pictures that were paid for, how many are on disk as they were drawn, how many files are not, how often a
-picture was paid for twice though nobody asked, and how many are lost: paid for, the link had arrived, and neither a
-picture nor a word on disk that leads to it. Ours is counted from the file that `make torture` has left; there a cell
-ends with what its advice says (free of charge). A process that goes on for 30 s after its time-out is ended and counted as late.
+Counted are the pictures that were paid for, those on disk as they were drawn, files that are something else, how often
+a picture was paid for again though nobody asked, and what is lost: paid for, its link had arrived, and neither the
+picture nor a word that leads to it is on disk. Late is what goes on for 30 s after the cell's time-out: it is ended.
+Ours is read from the file that the cells have left; of it a cell ends with what its advice says, free of charge.
 """
 
 from __future__ import annotations
@@ -25,7 +25,6 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -41,7 +40,7 @@ def one_picture(settings: dict[str, Any]) -> None:
     import requests
 
     dashscope.base_http_api_url = settings["base_url"]
-    answer = dashscope.MultiModalConversation.call(
+    answer: Any = dashscope.MultiModalConversation.call(
         model="z-image-turbo",
         messages=[{"role": "user", "content": [{"text": settings["prompt"]}]}],
         api_key=settings["key"],
@@ -92,7 +91,7 @@ def play(how: str, cell: Any) -> Counter[str]:
         with Proxy(mock, cell.fault, story.server_context(cell.tls)) as proxy:
             output, ca = Path(folder, "out.png"), Path(folder, "ca.pem")
             story.authority().cert_pem.write_to_path(str(ca))
-            settings = {"base_url": f"{proxy.root}/api/v1", "key": story.KEY, "prompt": story.PROMPT}
+            settings: dict[str, Any] = {"base_url": f"{proxy.root}/api/v1", "key": story.KEY, "prompt": story.PROMPT}
             settings |= {"seed": story.SEED, "timeout": cell.timeout, "output": str(output), "ca": str(ca)}
             process = CONTEXT.Process(target=peer, args=(how, settings), daemon=how == "client")
             process.start()
@@ -135,7 +134,7 @@ def main() -> None:
     table: dict[str, Counter[str]] = {}
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for how in ("client", "pool"):
-            table[how] = sum(pool.map(lambda cell, how=how: play(how, cell), cells), Counter())  # type: ignore[misc]
+            table[how] = sum(pool.map(lambda cell, how=how: play(how, cell), cells), Counter())
     with contextlib.suppress(OSError):
         table["ours"] = ours(folder / "torture.json", [str(cell) for cell in cells])
     text = json.dumps({name: {column: counts[column] for column in COLUMNS} for name, counts in table.items()})

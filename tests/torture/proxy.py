@@ -116,7 +116,7 @@ class Line:
     def sealed(self, data: bytes) -> bytes:
         """What goes over the wire for these bytes."""
         if self._tls is None or not data:
-            return
+            return data
         self._tls.write(data)
         return self._out.read()
 
@@ -181,7 +181,7 @@ class Answer:
             data[self.places["chunk-size"]] ^= 0x40
         elif how == "flip-body":
             start = len(self.head)
-            found = WORTH.search(self.bytes, start)
+            *_, found = [None, *WORTH.finditer(self.bytes, start)]  # the last: a task is named beside its link
             # A bit in the pixels of a JPEG makes another picture, which nobody can tell: there it is one of its header.
             body_is_jpeg = self.bytes[start : start + 2] == b"\xff\xd8"
             data[start + 2 if body_is_jpeg else found.end() - 3 if found else (start + len(data)) // 2] ^= 1
@@ -371,9 +371,8 @@ class Proxy:
                 self._at(line, fault, "request-line")
             elif head < 0 and data.find(b"\r\n") == len(data) - 12:
                 self._at(line, fault, "request-headers")
-            elif head >= 0 and (length := length_of(bytes(data[:head]))):
-                if len(data) - head - 4 == length // 2:
-                    self._at(line, fault, "request-body")
+            elif head >= 0 and len(data) - head - 4 == max(1, length_of(bytes(data[:head])) // 2):
+                self._at(line, fault, "request-body")
         request = bytes(data)
         stage = stage_of(request)
         if b"\nauthorization:" in request.lower():

@@ -7,7 +7,7 @@ import re
 from typing import TYPE_CHECKING, Any, ClassVar
 from urllib.parse import urlsplit
 
-from zimage.answers import bearer, json_post, link_expiry, read_json, request_id, service_failure
+from zimage.answers import bearer, json_post, link_expiry, read_begun_json, read_json, request_id, service_failure
 from zimage.endpoint import _LABEL
 from zimage.keys import KeyPlaces
 from zimage.outside import at, kept_text, outside_json
@@ -113,13 +113,13 @@ class DashScope(Provider):
         return bearer(key) | ({"X-DashScope-WorkSpace": workspace} if workspace else {})
 
     def read(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated:
-        body = read_json(answer)
+        body = read_begun_json(answer)
         choice = at(body, "output", "choices", 0) or {}
         items = at(choice, "message", "content")
         items = [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
         links = [item["image"] for item in items if isinstance(item.get("image"), str) and item["image"].strip()]
         if body is None or not links:  # a picture that is there was made, whatever status stands beside it
-            raise self._failure(answer, body)
+            raise self._failure(answer, read_json(answer))
         text = next((item["text"] for item in items if isinstance(item.get("text"), str)), "")
         reasoning = at(choice, "message", "reasoning_content") or next(
             (item["reasoning_content"] for item in items if item.get("reasoning_content")), ""

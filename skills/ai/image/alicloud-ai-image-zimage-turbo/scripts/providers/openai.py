@@ -12,7 +12,7 @@ import re
 from typing import Any, ClassVar
 from urllib.parse import unquote_to_bytes
 
-from zimage.answers import bearer, json_post, link_expiry, read_json, request_id, service_failure
+from zimage.answers import bearer, json_post, link_expiry, read_begun_json, read_json, request_id, service_failure
 from zimage.contract import MAX_IMAGE_BYTES, MIB
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure
@@ -86,12 +86,12 @@ class OpenAI(OpenModel):
         return json_post(endpoint.url, payload, bearer(key))
 
     def read(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated:
-        body = read_json(answer)
+        body = read_begun_json(answer)
         pictures = at(body, "data")
         pictures = [p for p in pictures if isinstance(p, dict)] if isinstance(pictures, list) else []
         pictures = [p for p in pictures if is_text(p.get("b64_json")) or is_text(p.get("url"))]
         if body is None or not pictures:  # a picture that is there was made, whatever status stands beside it
-            raise failure_of(answer, body)
+            raise failure_of(answer, read_json(answer))
         picture, *more = pictures
         content = bytes_in(picture)
         link = "" if content else str(picture["url"]).strip()

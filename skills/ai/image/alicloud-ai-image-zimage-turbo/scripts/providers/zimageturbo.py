@@ -13,7 +13,7 @@ import re
 from typing import Any, ClassVar
 from urllib.parse import quote
 
-from zimage.answers import bearer, json_post, link_expiry, read_json, request_id, service_failure
+from zimage.answers import bearer, json_post, link_expiry, read_begun_json, read_json, request_id, service_failure
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure
 from zimage.keys import KeyPlaces
@@ -71,11 +71,12 @@ class ZImageTurbo(Provider):
         return json_post(endpoint.url, payload, bearer(key))
 
     def read(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated | Submitted:
-        body = read_json(answer) or {}
-        said = at(body, "data", "task_id")
-        status = status_of(answer, body)
+        begun = read_begun_json(answer) or {}
+        said = at(begun, "data", "task_id")
+        status = status_of(answer, begun)
         # A task that has a name exists, and may be charged, whatever fault is told beside it.
         exists = said not in (None, "") and (status < 300 or status == 429 or status >= 500)
+        body = begun if exists else read_json(answer) or {}
         if not exists and body and is_good(answer, body):
             message = outside_text(body.get("message"))
             raise Failure("answer_unusable", f"the service took the request and named no task: {message}")

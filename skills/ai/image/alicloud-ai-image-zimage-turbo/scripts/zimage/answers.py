@@ -106,12 +106,48 @@ def read_json(answer: HttpAnswer) -> dict[str, Any] | None:
 
     Small faults of form are forgiven: behind them may be the link to a picture that has been paid for.
     """
+    return _object_in(answer.body.decode("utf-8-sig", "replace"))
+
+
+def read_begun_json(answer: HttpAnswer) -> dict[str, Any] | None:
+    """As `read_json`; of a good answer that broke off within its JSON, what had come whole by then.
+
+    Only to find a picture in: what is missing tells nothing.
+    """
+    body = read_json(answer)
+    return body if body is not None or not 200 <= answer.status < 300 else _object_in(_completed(answer))
+
+
+def _object_in(text: str) -> dict[str, Any] | None:
     try:
-        text = answer.body.decode("utf-8-sig", "replace")
         body = json_of(text, _LENIENT)
     except ValueError:
         return None
     return body if isinstance(body, dict) else None
+
+
+_JSON_SIGN = re.compile(r'[{}\[\],:]|"[^"\\]*(?:\\.[^"\\]*)*(?:"|\\?\Z)', re.DOTALL)
+
+
+def _completed(answer: HttpAnswer) -> str:
+    """JSON that broke off, up to the last value that had come whole, and all that is open closed."""
+    text = answer.body.decode("utf-8-sig", "replace")
+    opened: list[str] = []  # what will close it
+    end = depth = 0  # of the part to keep
+    before = ""
+    for found in _JSON_SIGN.finditer(text):
+        sign = found[0]
+        if sign in "{[":
+            opened.append("}" if sign == "{" else "]")
+        elif sign in "}]":
+            if opened[-1:] != [sign]:
+                return ""
+            opened.pop()
+        is_value = len(sign) > 1 and sign[-1] == '"' and (before == ":" or opened[-1:] == ["]"])
+        if is_value or sign in "}],":
+            end, depth = found.start() if sign == "," else found.end(), len(opened)
+        before = sign
+    return text[:end] + "".join(reversed(opened[:depth]))
 
 
 def looks_cut(body: bytes) -> bool:

@@ -164,11 +164,21 @@ def wired_adapter() -> Any:
 
     An adapter without a session: no cookies, no environment, no .netrc, no redirects whose bodies are read.
     """
+    import http.client
+
     from requests.adapters import HTTPAdapter
     from urllib3.connection import HTTPConnection, HTTPSConnection
     from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
+    class FinalAnswer(http.client.HTTPResponse):
+        def _read_status(self) -> tuple[str, int, str]:
+            # http.client passes over 100 only, and would take 103 Early Hints for the answer to a paid call.
+            version, status, reason = super()._read_status()  # type: ignore[misc]
+            return version, http.client.CONTINUE if 101 < status < 200 else status, reason
+
     class Wired:
+        response_class: Any = FinalAnswer
+
         def __init__(self, *args: Any, wire: Wire, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._wire = wire
