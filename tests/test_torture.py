@@ -29,6 +29,12 @@ BY_NAME = {str(cell): cell for cell in CELLS}
 def play(cell: Cell, shell: Shell, record: Callable[[str, Any], None], how: type[Story] = Story) -> None:
     story = how(cell, shell)
     story.play()
+    if {name for name, _ in story.broken} == {"hang"}:  # a busy machine is late too: what hangs does so again
+        folder, home = shell.folder.with_name("again"), shell.home.with_name("home again")
+        folder.mkdir()
+        home.mkdir()
+        story = how(cell, Shell(folder, home))
+        story.play()
     record("torture", story.record())
     assert not story.broken, story.broken
 

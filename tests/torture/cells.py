@@ -70,7 +70,11 @@ class Cell:
     def is_whole(self) -> bool:
         """Whether what makes up the answer arrives, whatever befalls the rest."""
         place, stage = self.fault.place, self.fault.stage
-        if place in ("link-end", "body-last"):  # the link, the task or the picture has come; a question is asked again
+        if place in (
+            "link-end",
+            "chunk-link",
+            "body-last",
+        ):  # the link, the task or the picture has come; a question is asked again
             return stage == "paid"
         if place in ("last-chunk", "trailer"):  # how a JPEG ends, nobody looks at
             return self.fault.act == "close" or stage != "download" or self.way.suffix == "png"
@@ -125,7 +129,8 @@ def breaks_of(stage: Stage) -> Iterator[Break]:
     for act in ENDINGS:
         yield from (Break(stage, place, act) for place in ("connect", *places, *HEAD_PLACES, *body, "end"))
         if act != "half":  # as close, but for the request that it goes on reading
-            yield from (Break(stage, place, act, "chunked") for place in (*CHUNK_PLACES, "end"))
+            chunked = [place for place in CHUNK_PLACES if place != "chunk-link" or stage != "download"]
+            yield from (Break(stage, place, act, "chunked") for place in (*chunked, "end"))
             yield from (Break(stage, place, act, "close") for place in ("body", "body-last"))
     for place in GARBLES:
         yield Break(stage, place, "spoil", "chunked" if place == "flip-size" else "length")
@@ -182,7 +187,7 @@ SLICE = (
     "dashscope/paid/made/close",
     "dashscope/paid/link-end/close",
     "dashscope/paid/hints/spoil",
-    "dashscope/paid/chunk-gap/close/chunked",
+    "dashscope/paid/chunk-link/reset/chunked",
     "dashscope/paid/headers/SIGKILL",
     "dashscope/download/chunk/close/chunked/once",
     "dashscope/download/body/close/once",

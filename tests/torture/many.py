@@ -55,7 +55,10 @@ class ManyStory(Story):
 
     def first(self, mock: MockServer, proxy: Proxy) -> None:
         fields = {"seed": SEED, "size": "512*512"} if self.cell.way.options else {}
-        rows = [json.dumps({"prompt": prompt} | fields) + "\n" for prompt in PROMPTS]
+        rows = [
+            json.dumps({"prompt": prompt, "output": f"{number}.{self.cell.way.suffix}"} | fields) + "\n"
+            for number, prompt in enumerate(PROMPTS)
+        ]
         (self.shell.folder / "rows.jsonl").write_text("".join(rows), encoding="utf-8")
         result = self.run_batch()
         self.note(proxy.reached.is_set(), "exit_code", "the break was not met")
@@ -85,8 +88,8 @@ class ManyStory(Story):
         self.saved = not doubtful
 
     def reached_of(self, proxy: Proxy, prompt: str) -> bool:
-        """Whether what was paid for a row had come whole; one that is killed may not have read it yet."""
-        return self.cell.signum != signal.SIGKILL and any(
+        """Whether what was paid for a row had come whole; a run that is ended at once may not have read it yet."""
+        return not self.cell.signum and any(
             prompt.encode() in request and WORTH_WHOLE.search(sent) for request, sent in proxy.sent
         )
 
@@ -105,7 +108,11 @@ class ManyStory(Story):
         listed = self.shell.folder / "out" / "results.jsonl"
         lines = listed.read_text(encoding="utf-8").splitlines() if listed.exists() else []
         states = {row["prompt"]: row for row in map(json.loads, lines)}
-        self.note(result.code < 0 or len(states) == len(PROMPTS), "untrue", f"{len(states)} rows are listed")
+        self.note(
+            result.code not in (DONE, INCOMPLETE) or len(states) == len(PROMPTS),
+            "untrue",
+            f"{len(states)} rows are listed",
+        )
         for prompt, row in states.items():
             self.judge_row(prompt, row, paid.count(prompt))
         for path in (self.shell.folder / "out" / "images").glob("*"):

@@ -31,7 +31,7 @@ Stage: TypeAlias = Literal["paid", "poll", "download"]
 REQUEST_PLACES = ("request-line", "request-headers", "request-body", "request", "made")
 HEAD_PLACES = ("status", "status-end", "headers", "headers-end")
 BODY_PLACES = ("link", "link-end", "body", "body-last")
-CHUNK_PLACES = ("chunk-size", "chunk", "chunk-gap", "last-chunk", "trailer")
+CHUNK_PLACES = ("chunk-size", "chunk", "chunk-link", "chunk-gap", "last-chunk", "trailer")
 # What is not broken off but spoilt, and goes on.
 GARBLES = (
     "flip-status",
@@ -160,14 +160,17 @@ class Answer:
         self.places["end"] = len(self.bytes)
 
     def _chunked(self, body: bytes, start: int) -> bytes:
-        size = len(body) // 3 + 1
-        chunks = [
-            b"%x\r\n%s\r\n" % (len(part), part) for part in (body[i : i + size] for i in range(0, len(body), size))
-        ]
+        found = WORTH.search(body)
+        # What it is worth comes within one chunk, with a little behind it.
+        cuts = (20, min(found.end() + 10, len(body) - 1)) if found else (len(body) // 3, 2 * len(body) // 3)
+        parts = body[: cuts[0]], body[cuts[0] : cuts[1]], body[cuts[1] :]
+        chunks = [b"%x\r\n%s\r\n" % (len(part), part) for part in parts]
         gap = start + len(chunks[0])
         end = start + sum(map(len, chunks))
         self.places |= {"chunk-gap": gap, "chunk-size": gap + 1, "chunk": gap + len(chunks[1]) // 2}
         self.places |= {"last-chunk": end + 1, "trailer": end + 8}
+        if found:
+            self.places["chunk-link"] = end - len(chunks[2]) - 2 - (cuts[1] - found.end() - 1)
         return b"".join(chunks) + b"0\r\nX-Sum: none\r\n\r\n"
 
     def spoilt(self, how: str) -> bytes:

@@ -79,6 +79,7 @@ class Wire:
         self.connecting = False
         self.connected = False
         self.expired = False
+        self.broken = False  # by a fault, not by an end
         self.failure: BaseException | None = None
         self._socket: socket.socket | None = None
         self._lock = threading.Lock()
@@ -165,23 +166,48 @@ def wired_adapter() -> Any:
     An adapter without a session: no cookies, no environment, no .netrc, no redirects whose bodies are read.
     """
     import http.client
+    import io
 
     from requests.adapters import HTTPAdapter
     from urllib3.connection import HTTPConnection, HTTPSConnection
     from urllib3.connectionpool import HTTPConnectionPool, HTTPSConnectionPool
 
+    class Arriving(io.RawIOBase):
+        """What a socket receives. Its fault is an end: raised within a read, it would take with it what had come."""
+
+        def __init__(self, received: io.RawIOBase, wire: Wire) -> None:
+            self._received, self._wire = received, wire
+
+        def readable(self) -> bool:
+            return True
+
+        def readinto(self, buffer: Any) -> int | None:
+            try:
+                return self._received.readinto(buffer)
+            except OSError as error:
+                self._wire.broken = True
+                self._wire.expired = self._wire.expired or isinstance(error, TimeoutError)
+                return 0
+
+        def close(self) -> None:
+            self._received.close()
+            super().close()
+
     class FinalAnswer(http.client.HTTPResponse):
+        def __init__(self, connection: socket.socket, *args: Any, wire: Wire, **kwargs: Any) -> None:
+            super().__init__(connection, *args, **kwargs)
+            self.fp = io.BufferedReader(Arriving(self.fp.detach(), wire))
+
         def _read_status(self) -> tuple[str, int, str]:
             # http.client passes over 100 only, and would take 103 Early Hints for the answer to a paid call.
             version, status, reason = super()._read_status()  # type: ignore[misc]
             return version, http.client.CONTINUE if 101 < status < 200 else status, reason
 
     class Wired:
-        response_class: Any = FinalAnswer
-
         def __init__(self, *args: Any, wire: Wire, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self._wire = wire
+            self.response_class: Any = functools.partial(FinalAnswer, wire=wire)
 
         def _new_conn(self) -> socket.socket:
             host: Any = self
@@ -268,7 +294,7 @@ def exchange(call: HttpCall, stop: Stop, *, limit: int, reach: str) -> HttpAnswe
         wire.close()
     if stop.reason and wire.expired:
         raise Stopped(stop.reason, request_left=True)
-    return answer._replace(whole=answer.whole and not wire.expired)  # cut by us looks like an end
+    return answer._replace(whole=answer.whole and not (wire.expired or wire.broken))  # which look like an end
 
 
 def ca_bundle() -> str | bool:
@@ -305,7 +331,8 @@ def _read_answer(response: Any, limit: int) -> HttpAnswer:
             if body.tell() > limit:
                 break
         whole = not response.raw.length_remaining
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError):
+    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+        chunks.append(_begun_chunk(error))
         whole = False
     if not body.tell() and not {"content-length", "transfer-encoding"} & headers.keys():
         whole = False  # nothing announced and nothing sent: the headers broke off
@@ -333,6 +360,17 @@ def _unpacked(answer: HttpAnswer, coding: str, limit: int) -> HttpAnswer:
     if len(body) > limit and answer.status < 300:
         raise AnswerTooLarge
     return answer._replace(body=body[:limit], whole=answer.whole and unpacker.eof)
+
+
+def _begun_chunk(error: BaseException | None) -> bytes:
+    """What had come of the chunk in which an answer broke off: the libraries keep it in the cause of their error."""
+    import http.client
+
+    while error is not None:
+        if isinstance(error, http.client.IncompleteRead) and isinstance(error.partial, bytes):  # of urllib3's, a number
+            return error.partial
+        error = error.__cause__ or error.__context__
+    return b""
 
 
 def _transport_failure(wire: Wire, error: Exception) -> Exception:
