@@ -15,7 +15,6 @@ Ours is read from the file that the cells have left; of it a cell ends with what
 
 from __future__ import annotations
 
-import contextlib
 import json
 import multiprocessing
 import os
@@ -23,10 +22,13 @@ import sys
 import tempfile
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import figures
 
 TRIES, PAUSE_S = 3, 0.5
 LATE_S = 30.0
@@ -114,10 +116,10 @@ def play(how: str, cell: Any) -> Counter[str]:
     )
 
 
-def ours(path: Path, cells: list[str]) -> Counter[str]:
-    """The same cells, as `make torture` has counted them."""
+def ours(cells: list[str]) -> Counter[str]:
+    """The same cells, as `make torture` has counted them. Raises FileNotFoundError where it has not run."""
     counts: Counter[str] = Counter()
-    for record in json.loads(path.read_text(encoding="utf-8"))["each"]:
+    for record in figures.kept("torture")["each"]:
         if record["cell"] in cells:
             counts += Counter(cells=1, paid=record["paid"], saved=record["saved"], wrong=record.get("image", 0))
             counts += Counter(paid_twice=record.get("paid_twice", 0), lost=record.get("lost", 0))
@@ -126,21 +128,19 @@ def ours(path: Path, cells: list[str]) -> Counter[str]:
 
 
 def main() -> None:
-    from conftest import ROOT
+    import conftest  # it knows where the skill's scripts are
     from torture.cells import CELLS
 
-    folder = ROOT / "output" / "alicloud-ai-image-zimage-turbo"
+    assert conftest.SCRIPTS.is_dir()
     cells = [cell for cell in CELLS if cell.way.id == "dashscope" and not cell.signum]
     table: dict[str, Counter[str]] = {}
     with ThreadPoolExecutor(AT_ONCE) as pool:
         for how in ("client", "pool"):
-            table[how] = sum(pool.map(lambda cell, how=how: play(how, cell), cells), Counter())
-    with contextlib.suppress(OSError):
-        table["ours"] = ours(folder / "torture.json", [str(cell) for cell in cells])
-    text = json.dumps({name: {column: counts[column] for column in COLUMNS} for name, counts in table.items()})
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "torture-peers.json").write_text(text + "\n", encoding="utf-8")
-    print(text)
+            table[how] = sum(pool.map(play, repeat(how), cells), Counter())
+    table["ours"] = ours([str(cell) for cell in cells])
+    counts = {name: {column: found[column] for column in COLUMNS} for name, found in table.items()}
+    figures.keep("torture_peers", counts)
+    print(json.dumps(counts))
 
 
 CONTEXT = multiprocessing.get_context("forkserver")

@@ -45,7 +45,8 @@ GARBLES = (
     "short-length",
     "dribble",
 )
-DRIBBLE_S = 0.02  # a byte
+STILL_GOOD = ("flip-header", "twice", "continue", "hints")
+DRIBBLE_S = 0.1  # a byte: not even the head comes in time
 HOLD_S = 60.0  # longer than any command of these tests
 
 
@@ -417,44 +418,48 @@ class Proxy:
         return Answer(reply.status, headers, content.replace(known, self.root.encode()), framing)
 
     def _answer(self, line: Line, answer: Answer, fault: Break | None, stage: Stage, request: bytes) -> None:
-        next_stage: Stage = (
-            "download" if b"/files/" in answer.bytes else "poll" if b"task_id" in answer.bytes else "paid"
-        )
         if stage != "download" and answer.bytes.startswith(b"HTTP/1.1 200"):
-            self._stage = next_stage
-            if self._refuses(next_stage) and next_stage != stage:
-                self._deaf()
-                self._hit()
-        if fault is None or fault.place not in (*answer.places, *GARBLES, "record"):
-            sent = answer.bytes
-        elif fault.place in GARBLES and self._hit():
-            self._spoil(line, answer, fault)
-            if fault.place in ("flip-header", "twice", "continue", "hints") and stage != "download":
-                self.sent.append((request, answer.bytes))
-            return
-        elif fault.place == "record":
-            sealed = bytearray(line.sealed(answer.bytes))
-            if fault.act == "flip-body":
-                sealed[len(sealed) // 2] ^= 1
-                if self._hit():
-                    line.socket.sendall(sealed)
-                    self._hold(line)
-                return
-            line.socket.sendall(sealed[: len(sealed) // 2])
-            self._at(line, fault, "record")
-            line.socket.sendall(sealed[len(sealed) // 2 :])
-            return
+            self._goes_on_with("download" if b"/files/" in answer.bytes else "poll", after=stage)
+        place = fault.place if fault else ""
+        if fault and place == "record":
+            self._break_record(line, answer, fault)
+        elif place in GARBLES and self._hit():
+            self._spoil(line, answer, place)
+            if place in STILL_GOOD:
+                self._note(stage, request, answer.bytes)
         else:
-            sent = answer.bytes[: answer.places[fault.place]] if self.left > 0 else answer.bytes
-        line.write(sent)
+            end = answer.places.get(place, len(answer.bytes))
+            line.write(answer.bytes[:end])
+            self._note(stage, request, answer.bytes[:end])
+            if place in answer.places:
+                self._at(line, fault, place)
+            line.write(answer.bytes[end:])  # it was the turn of another connection
+            self._note(stage, request, answer.bytes)
+
+    def _note(self, stage: Stage, request: bytes, sent: bytes) -> None:
         if stage != "download":
             self.sent.append((request, sent))
-        if fault is not None:
-            self._at(line, fault, fault.place)
 
-    def _spoil(self, line: Line, answer: Answer, fault: Break) -> None:
-        data = answer.spoilt(fault.place)
-        if fault.place != "dribble":
+    def _goes_on_with(self, stage: Stage, after: Stage) -> None:
+        self._stage = stage
+        if self._refuses(stage) and stage != after:
+            self._deaf()
+            self._hit()
+
+    def _break_record(self, line: Line, answer: Answer, fault: Break) -> None:
+        """Break within what TLS has sealed."""
+        sealed = bytearray(line.sealed(answer.bytes))
+        middle = len(sealed) // 2
+        if fault.act == "flip-body" and self._hit():
+            sealed[middle] ^= 1
+        line.socket.sendall(sealed[:middle])
+        if fault.act != "flip-body":
+            self._at(line, fault, "record")
+        line.socket.sendall(sealed[middle:])
+
+    def _spoil(self, line: Line, answer: Answer, how: str) -> None:
+        data = answer.spoilt(how)
+        if how != "dribble":
             line.write(data)
             return
         for number in range(len(data)):

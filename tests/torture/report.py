@@ -1,27 +1,34 @@
-"""The counts of a run of `make torture`: one JSON line, and a file that also has each cell."""
+"""The counts of a run of `make torture`, kept with each of its cells."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
-COUNTED = ("paid", "saved", "killed", "told_unknown")
-# Each promise that can be broken has a name here; a run counts how often it was.
-BROKEN = ("lost", "paid_twice", "leak", "hang", "traceback", "untrue", "image", "exit_code", "advice", "files")
+import figures
+
+COUNTED = ("commands", "paid", "saved", "killed", "told_unknown")
+# Each promise that can be broken has a name here; a run counts how often it was. Missed: the break was not come to.
+BROKEN = (
+    "missed",
+    "lost",
+    "paid_twice",
+    "leak",
+    "hang",
+    "traceback",
+    "untrue",
+    "image",
+    "exit_code",
+    "advice",
+    "files",
+)
 
 
-def summed(records: list[dict[str, Any]], failed: int) -> dict[str, int]:
-    """Of all cells: how many, what was paid and saved in them, and how often each promise was broken."""
-    counts = {"cells": len(records), "commands": sum(record["commands"] for record in records), "failed": failed}
-    return counts | {name: sum(int(record.get(name, 0)) for record in records) for name in (*COUNTED, *BROKEN)}
-
-
-def write(path: Path, properties: Iterable[tuple[str, Any]], failed: int) -> str:
-    """Write the file; returns the line."""
-    records = [value for name, value in properties if name == "torture"]
-    sums = summed(records, failed)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(sums | {"each": records}, indent=1) + "\n", encoding="utf-8")
-    return json.dumps(sums)
+def torture_figures(terminalreporter: Any) -> str:
+    """Keep the counts that the cells have left as properties of their tests; returns them as a line of JSON."""
+    reports = [report for ended in ("passed", "failed") for report in terminalreporter.getreports(ended)]
+    cells = [value for report in reports for name, value in report.user_properties if name == "torture"]
+    counts = {"cells": len(cells), "failed": len(terminalreporter.getreports("failed"))}
+    counts |= {name: sum(int(cell.get(name, 0)) for cell in cells) for name in (*COUNTED, *BROKEN)}
+    figures.keep("torture", counts | {"each": cells})
+    return json.dumps(counts)

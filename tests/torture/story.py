@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import base64
+import contextlib
 import datetime as dt
 import functools
 import hashlib
@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 from unittest.mock import patch
-from urllib.parse import quote
 
 import trustme
 
 from closed import assert_closed
 from conftest import GENERATE, Result, Shell, warm_process
+from leaks import forms
 from mock_server import MockServer
 from torture.cells import Cell, Certificate, Way
 from torture.proxy import Proxy
@@ -56,24 +56,7 @@ def server_context(certificate: Certificate) -> ssl.SSLContext | None:
     return context
 
 
-def forms_of(key: str) -> set[bytes]:
-    """The key in every dress in which it could slip out."""
-    plain = key.encode()
-    whole = {
-        plain,
-        plain.hex().encode(),
-        plain[::-1],
-        quote(key, safe="").encode(),
-        json.dumps(key).strip('"').encode(),
-    }
-    whole |= {repr(plain)[2:-1].encode(), key.replace("/", "\\/").encode()}
-    for shift in range(3):  # base64 of it wherever it stands in what is encoded
-        coded = base64.b64encode(b"x" * shift + plain)
-        whole.add(coded[4 * bool(shift) : -4])
-    return whole
-
-
-FORMS = forms_of(KEY)
+FORMS = forms(KEY) | {KEY.replace("/", "\\/").encode()}
 
 
 def drawn(way: Way, prompt: str = PROMPT) -> bytes:
@@ -135,7 +118,8 @@ class Story:
     def strike(self) -> None:
         """The position is reached."""
         if self.cell.signum:
-            os.kill(self.pid, self.cell.signum)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, self.cell.signum)
 
     # The command that meets the break ---------------------------------------------------------------------------------
 
@@ -149,7 +133,7 @@ class Story:
         began = time.monotonic()
         result = self.run(*way, "--timeout", f"{cell.timeout:g}", "--print-response")
         ended = time.monotonic()
-        self.note(proxy.reached.is_set() or cell.tls in ("foreign", "expired"), "exit_code", "the break was not met")
+        self.note(proxy.reached.is_set() or cell.tls in ("foreign", "expired"), "missed", "the break was not met")
         due = proxy.reached_at if cell.signum else began + cell.timeout
         self.note(ended <= due + LATE_S, "hang", f"ended {ended - due:.1f} s after its moment")
         self.note(result.code == cell.exit_code, "exit_code", (result.code, cell.exit_code, result.stdout))
