@@ -59,9 +59,17 @@ of every error says what to do next. Key: {key}.
 class Parser(argparse.ArgumentParser):
     """argparse whose errors are failures like all others."""
 
-    def __init__(self, prog: str, description: str, epilog: str = "") -> None:
+    def __init__(self, prog: str = "", description: str = "", epilog: str = "", *, add_help: bool = True) -> None:
         kind = argparse.RawDescriptionHelpFormatter
-        super().__init__(prog, None, description, epilog, formatter_class=kind, allow_abbrev=False)
+        super().__init__(prog, None, description, epilog, formatter_class=kind, add_help=add_help, allow_abbrev=False)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """As argparse does. Where that drops the value of `--option=--` (Python before 3.13), it is put back."""
+        found, unknown = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if isinstance(value, list):
+                setattr(found, name, [item or "--" for item in value] or "--")
+        return found, unknown
 
     def error(self, message: str) -> NoReturn:
         hint = None
@@ -138,10 +146,10 @@ def provider_in(argv: Sequence[str]) -> type[Provider] | None:
 
     What is wrong with name or file is told later.
     """
-    named = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    named = Parser(add_help=False)
     for option in ("--provider", "--replay"):
         named.add_argument(option)
-    with contextlib.suppress(argparse.ArgumentError, Failure, SystemExit, OSError, ValueError):
+    with contextlib.suppress(Failure, OSError, ValueError):
         said = named.parse_known_args(argv)[0]
         if said.provider is None and said.replay is not None:
             said.provider = at(json_of(read_file(said.replay, MAX_EVIDENCE_BYTES).decode()), "provider")
