@@ -3,6 +3,7 @@
 # make check  validation, skill format, lint, types, all tests that need light packages only (300 MB)
 # make torture  each break of the byte stream, with the program killed there too; leaves its counts below output/
 # make check-all  the other tests: the model in process, the agents, the gallery in a browser (installs 2 GB)
+# make fuzz   the properties of tests/fuzz on more than 100,000 cases, others each time; counts them (15 minutes)
 # make install-skill DEST=~/.claude/skills  the skill's folder, directly under DEST
 # make package  the skill as a zip in dist/, the same bytes each time
 # make standalone  the command for one picture as one file, dist/generate_image.pyz, the same bytes each time
@@ -35,7 +36,7 @@ export PYTHONUTF8 := 1
 PYTEST := $(BIN)/python -m pytest --numprocesses 4
 
 .PHONY: help demo smoke check check-all torture validate skill lint types test browser local clients audit bench \
-	package standalone install-skill clean
+	package standalone install-skill clean fuzz
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -63,6 +64,11 @@ check: validate skill lint types test
 # Beside `make check`, not instead of it: the tests that conftest.py marks as heavy.
 check-all: $(VENV)/.checks browser local clients
 	$(PYTEST) -m heavy
+
+# Two processes, as all of it is work. CASES=10 tries ten times as many. What fails prints how to play it again.
+CASES ?= 1
+fuzz: $(VENV)/.checks
+	ZIMAGE_FUZZ=$(CASES) $(BIN)/python -m pytest --numprocesses 2 --dist worksteal tests/fuzz
 
 # Needs nothing but python3: everything compiles.
 validate:
