@@ -554,6 +554,8 @@ def test_the_folders_own_links_may_not_leave_it(batch: Batch, tmp_path: Path) ->
 
 USELESS = [
     "a.gif",
+    "..png",
+    "a/...webp",
     "a",
     ".",
     "a/",

@@ -509,7 +509,19 @@ def test_the_services_bytes_are_kept_or_converted_with_both_hashes(
 @pytest.mark.parametrize(
     "name",
     [
-        *("cat.gif", "cat.jpeg", "cat.bmp", "cat", "cat.", "cat.png.txt", ".png", "folder", "folder.png", "new/"),
+        *(
+            "cat.gif",
+            "cat.jpeg",
+            "cat.bmp",
+            "cat",
+            "cat.",
+            "cat.png.txt",
+            ".png",
+            "..png",
+            "folder",
+            "folder.png",
+            "new/",
+        ),
         *(".", "..", "", "cat.png/", "cat\n.png", "x" * 300 + ".png"),
         pytest.param("new/" + "é" * 150 + "/cat.png", id="long folder"),
         pytest.param(("x" * 240 + "/") * 17 + "cat.png", id="long path"),

@@ -13,7 +13,8 @@ from batch_helpers import SMALL_PNG, Batch
 from conftest import SCRIPTS, Shell
 from fault_server import FaultServer
 from zimage import files
-from zimage.files import aside, leftovers_of, place, remove_leftovers, write_gitignore, write_new
+from zimage.errors import Failure
+from zimage.files import aside, checked_output, leftovers_of, place, remove_leftovers, write_gitignore, write_new
 
 DEAD = 999_999_999
 
@@ -130,3 +131,12 @@ def test_a_name_of_255_bytes_can_be_written(tmp_path: Path) -> None:
     with aside(target) as temporary:
         temporary.write_bytes(b"new")
     assert target.read_bytes() == b"new"
+
+
+def test_a_name_of_dots_and_an_ending_is_taken_only_where_it_was_paid_for(tmp_path: Path) -> None:
+    """Its second variant would have no ending. Version 0.4.0 took it, and what that has paid for is recovered."""
+    name = str(tmp_path / "..png")
+    with pytest.raises(Failure, match="must end in"):
+        checked_output(name, "output")
+    if tmp_path.joinpath("..png").suffix:  # where this Python's pathlib calls it an ending, as 0.4.0 did
+        assert checked_output(name, "output", recorded=True) == Path(name)

@@ -289,7 +289,8 @@ def checked_output(name: str, source: str, hint: str | None = None, *, recorded:
     if sys.platform == "win32" and (problem := windows_problem(name)):  # before Python makes another path of it
         refuse(problem, hint)
     path = Path(os.path.abspath(name))
-    if path.suffix.lower() not in FORMATS:
+    has_ending = recorded or os.path.splitext(path.name)[1]  # `..png` has none, whatever this Python's pathlib says
+    if not has_ending or path.suffix.lower() not in FORMATS:
         refuse(f"must end in one of {', '.join(FORMATS)}, got {shown(path.name)}")
     if not is_file_name(path.name):
         refuse("not a file name here, or longer than 255 bytes")
