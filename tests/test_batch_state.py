@@ -50,6 +50,7 @@ from fault_server import (
     oss_error,
     png,
 )
+from zimage.batch.contract import DATABASE_SCHEMA, DATABASE_VERSION
 from zimage.batch.folder import FolderLock
 from zimage.errors import Failure
 
@@ -1147,3 +1148,19 @@ def test_a_signal_in_the_middle_of_the_start_leaves_a_folder_that_works(batch: B
     assert result.json["saved"] + result.json["unknown"] == 3
     assert max(Counter(batch.sent).values(), default=0) <= 1  # none may have got as far as the service
     assert TEST_KEY not in result.stdout
+
+
+@pytest.mark.parametrize(
+    "broken", [b"CREATE \xffABLE runs", b"CREATE TABLE \xff\xfe\xfds", b"C\x80\x80\x80\x80E TABLE runs"]
+)
+def test_a_schema_that_is_no_text_is_no_fault_of_the_tool(batch: Batch, broken: bytes) -> None:
+    """SQLite repeats what it cannot read of it, and Python cannot read that."""
+    batch.out.mkdir()
+    path = batch.out / "batch.sqlite3"
+    with contextlib.closing(sqlite3.connect(path)) as database:
+        database.executescript(f"{DATABASE_SCHEMA}; PRAGMA user_version = {DATABASE_VERSION}")
+    path.write_bytes(path.read_bytes().replace(b"CREATE TABLE runs", broken))
+    batch.rows("a fox")
+    for result in (batch.call("--status", str(batch.out)), batch.run("--dry-run"), batch.run()):
+        assert (result.code, result.error["code"]) == (2, "batch_unreadable")
+    assert not batch.service.connections

@@ -160,6 +160,8 @@ def database_failures(path: Path, stop: Stop | None = None) -> Iterator[None]:
         # "file is not a database", "disk image is malformed"; rows that contradict each other; a value too big
         damaged = not isinstance(error, sqlite3.OperationalError) or any(word in text for word in DAMAGE)
         raise Failure("batch_unreadable" if damaged else "disk", f"{path}: {outside_text(text)}") from None
+    except UnicodeDecodeError:  # Python could not read what SQLite says: it repeats a damaged schema
+        raise Failure("batch_unreadable", f"{path}: names in it are no text") from None
 
 
 def heed(database: sqlite3.Connection, stop: Stop) -> None:
