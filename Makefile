@@ -3,7 +3,7 @@
 # make check  validation, skill format, lint, types, all tests that need light packages only (300 MB)
 # make torture  each break of the byte stream, with the program killed there too; leaves its counts below output/
 # make check-all  the other tests: the model in process, the agents, the gallery in a browser (installs 2 GB)
-# make fuzz   the properties of tests/fuzz on more than 100,000 cases, others each time; counts them (15 minutes)
+# make fuzz   the properties of tests/fuzz on more than 100,000 cases, others each time; counts them (3 to 10 minutes)
 # make install-skill DEST=~/.claude/skills  the skill's folder, directly under DEST
 # make package  the skill as a zip in dist/, the same bytes each time
 # make standalone  the command for one picture as one file, dist/generate_image.pyz, the same bytes each time
