@@ -8,6 +8,7 @@
 # make package  the skill as a zip in dist/, the same bytes each time
 # make standalone  the command for one picture as one file, dist/generate_image.pyz, the same bytes each time
 # make audit  the packages against the advisories of PyPI: needs the real index
+# make mutants  whether the tests notice small faults in the rooms that hold money and trust (hours; goes on where it was)
 # make bench  start-up, one picture and batches: beside the official client, rate, kills, scale (25 minutes; not a test)
 
 VENV := .venv
@@ -36,7 +37,7 @@ export PYTHONUTF8 := 1
 PYTEST := $(BIN)/python -m pytest --numprocesses 4
 
 .PHONY: help demo smoke check check-all torture validate skill lint types test browser local clients audit bench \
-	package standalone install-skill clean fuzz
+	package standalone install-skill clean fuzz mutants
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -132,6 +133,15 @@ audit: $(VENV)/audit/bin/pip-audit
 $(VENV)/audit/bin/pip-audit: | $(BIN)/python$(EXE)
 	$(BIN)/python -m venv $(VENV)/audit
 	$(VENV)/audit/bin/python -m pip install --quiet --disable-pip-version-check "pip-audit>=2.7,<3"
+
+# What makes the faults has many packages of its own; the tests run beside it, in the environment that they always have.
+mutants: $(VENV)/mutants/.stamp $(VENV)/.checks
+	$(VENV)/mutants/bin/python tests/mutation/mutants.py --python $(BIN)/python $(MUTANTS)
+
+$(VENV)/mutants/.stamp: requirements-mutants.txt | $(BIN)/python$(EXE)
+	$(BIN)/python -m venv $(VENV)/mutants
+	$(VENV)/mutants/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-mutants.txt
+	@touch $@
 
 bench: $(VENV)/.checks
 	$(BIN)/python tests/benchmarks/start_up.py

@@ -1,0 +1,41 @@
+"""Rooms: which tests hold each of them, the quickest first; and the mutants that no test needs to notice, and why."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+# Words of pytest. A mutant that one stage has noticed is not shown to the next.
+ONE_PICTURE = ("tests/test_cli.py", "tests/test_recovery.py", "tests/test_interruption.py")
+FAULTS = ("tests/test_faults.py", "-k", "not bomb and not nested and not megabyte and not without_an_end")
+PROVIDERS = ("tests/test_providers.py", "-k", "not diffusers")
+BATCH_QUICK = ("tests/test_batch_state.py", "tests/test_batch_results.py")
+BATCH_SLOW = (
+    *("tests/test_batch_money.py", "tests/test_batch_run.py"),
+    *("-k", "not time_limit and not every_few_seconds and not another_programs_lock"),
+)
+SEAM_ONE = ("tests/test_seam.py", "-k", "attempt_leaves or copy_that or impossible_output")
+SEAM_MANY = ("tests/test_seam.py", "-k", "earlier_run or of_a_row or collides or saved_row or links_that")
+
+ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "make": (ONE_PICTURE, FAULTS, SEAM_ONE, PROVIDERS),
+    "settle": (("tests/test_settle.py",), ONE_PICTURE, FAULTS, BATCH_QUICK),
+    "plan": (("tests/test_request.py", "tests/test_trust.py"), ONE_PICTURE, PROVIDERS),
+    "trust": (("tests/test_trust.py", "tests/test_credentials.py"), FAULTS, PROVIDERS),
+    "keys": (("tests/test_credentials.py", "tests/test_trust.py"), PROVIDERS),
+    "transport": (("tests/test_trust.py", "tests/test_recovery.py"), FAULTS, ONE_PICTURE, PROVIDERS),
+    "batch/work": (BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
+    "batch/plan": (BATCH_QUICK, ("tests/test_batch_input.py",), BATCH_SLOW, SEAM_MANY),
+    "batch/journal": (BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
+}
+
+
+class Explained(NamedTuple):
+    """A mutant that is no fault, or none that anybody could notice."""
+
+    room: str
+    was: str  # the changed lines, each without its indentation, as the report shows them
+    became: str
+    why: str
+
+
+EXPLAINED: tuple[Explained, ...] = ()
