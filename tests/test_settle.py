@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import itertools
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import SKILL
-from zimage.errors import BILLED, KINDS, Failure, Fault, Left
+from zimage.errors import ASK_BEFORE_PAYING, BILLED, KINDS, RECOVER_FREE, Failure, Fault, Left
 from zimage.evidence import Evidence, EvidenceFile
 from zimage.settle import (
     DEAD_LINK,
@@ -20,12 +21,17 @@ from zimage.settle import (
     TASK_IS_DONE,
     Have,
     Way,
+    before_anything,
+    ended_early,
+    explained,
     left_by,
     most_billed,
+    retry_wait,
     settle,
     table,
     way_back,
 )
+from zimage.waiting import Stop, Stopped
 
 ERRORS_MD = (SKILL / "references" / "errors.md").read_text(encoding="utf-8")
 STATUSES = ("submitting", "submitted", "generated", "saved", "failed", "unknown")
@@ -110,6 +116,174 @@ def test_nothing_that_may_be_billed_is_told_as_not_billed(tmp_path: Path, code: 
         assert paid.data["status"] == STATES[left][0]
         assert paid.data["error"] == told.fault.as_json()
         assert paid.path.exists() and record.behind is None
+
+
+# What is told --------------------------------------------------------------------------------------------------------
+
+OUT = NOTHING._replace(billed="unknown")
+PAID = NOTHING._replace(billed="yes", status="generated", link=LINK)
+TASK = OUT._replace(status="submitted", task=True)
+BY_NAME = "tell the user the name of the task: no evidence could be written; do not pay again"
+BY_LINK = "fetch image_url within 24 hours by other means: the evidence file could not be written"
+ASKED_AGAIN = "run next_command once, free: it asks after the task again; else "
+ONLY_TIME = "the picture may have been made; --replay PATH makes it once more, which costs only time"
+MAY_COST = ASK_BEFORE_PAYING.replace("EVIDENCE", "PATH")
+LOST = f"the picture is lost: no disk took it; free space, then {MAY_COST}"
+NEW_LINK = "run next_command once, free: the service may name a new link for its task"
+
+TOLD = [  # code, what is known before, whether that is on disk, the advice, whether a command leads back
+    ("rate_limited", NOTHING, True, KINDS["rate_limited"].hint, False),
+    ("rate_limited", NOTHING, False, KINDS["rate_limited"].hint, False),
+    ("unreachable", TASK, False, BY_NAME, False),
+    ("unreachable", TASK, True, KINDS["unreachable"].hint, True),
+    ("task_failed", TASK, False, KINDS["task_failed"].hint, False),
+    ("paid_not_downloaded", PAID, False, BY_LINK, False),
+    ("paid_not_downloaded", PAID, True, RECOVER_FREE, True),
+    ("paid_not_downloaded", PAID._replace(link="", held=True), False, RECOVER_FREE, True),
+    ("outcome_unknown", TASK, True, ASKED_AGAIN + MAY_COST, True),
+    ("outcome_unknown", TASK._replace(billable=False), True, ASKED_AGAIN + ONLY_TIME, True),
+    ("outcome_unknown", OUT, True, MAY_COST, False),
+    ("outcome_unknown", OUT._replace(billable=False), True, ONLY_TIME, False),
+    ("outcome_unknown", OUT, False, MAY_COST, False),
+    ("link_expired", PAID._replace(task=True), True, NEW_LINK, True),
+    ("link_expired", PAID, True, KINDS["link_expired"].hint.replace("EVIDENCE", "PATH"), False),
+    ("disk_after_paying", PAID, True, KINDS["disk_after_paying"].hint, True),
+    ("disk_after_paying", PAID._replace(link=""), True, LOST, False),
+    ("internal_error", PAID, True, f"{KINDS['internal_error'].hint}; {RECOVER_FREE}", True),
+    ("internal_error", OUT, True, KINDS["internal_error"].hint, False),
+    ("disk", PAID, True, f"{KINDS['disk'].hint}; then {RECOVER_FREE}", True),
+    ("disk", NOTHING, True, KINDS["disk"].hint, False),
+    ("hop_refused", PAID, True, KINDS["hop_refused"].hint, False),
+]
+
+
+@pytest.mark.parametrize(("code", "have", "written", "advice", "leads_back"), TOLD, ids=[row[0] for row in TOLD])
+def test_every_end_is_told_with_its_advice(
+    tmp_path: Path, code: str, have: Have, written: bool, advice: str, leads_back: bool
+) -> None:
+    paid = evidence(tmp_path, have.status)
+    place = ("--region", "beijing")
+    told = explained(paid, Failure(code, "x"), ("--overwrite",), place, have=have, written=written).fault
+    path = shlex.quote(str(paid.path))
+    assert told.hint == advice.replace("PATH", f"{path} --region beijing")
+    if leads_back:
+        assert told.next_command is not None
+        assert told.next_command.endswith(f" --recover {path} --region beijing --overwrite --print-response")
+    else:
+        assert told.next_command is None
+    assert (told.evidence_path, told.image_url) == (str(paid.path), have.link or None)
+    assert told.billed == most_billed(KINDS[code].billed, have.billed)
+
+
+def test_a_batch_has_advice_of_its_own(tmp_path: Path) -> None:
+    told = explained(evidence(tmp_path, "unknown"), Failure("outcome_unknown", "x"), hints={"outcome_unknown": "so"})
+    assert told.fault.hint == "so"
+    told = explained(evidence(tmp_path, "unknown"), Failure("no_image", "x"), hints={"outcome_unknown": "so"})
+    assert told.fault.hint == KINDS["no_image"].hint
+
+
+def test_what_the_service_has_said_is_told(tmp_path: Path) -> None:
+    silent = explained(evidence(tmp_path, "unknown"), Failure("no_image", "x")).fault
+    assert silent.request_id is None and not silent.image_url
+    known = evidence(tmp_path, "generated", response={"request_id": "of the picture", "image_url": LINK})
+    told = explained(known, Failure("disk", "x")).fault
+    assert (told.request_id, told.image_url) == ("of the picture", LINK)
+    later = explained(known, Failure("disk", "x", request_id="of the failure", image_url="https://other")).fault
+    assert (later.request_id, later.image_url) == ("of the failure", LINK)
+    only = explained(evidence(tmp_path, "unknown"), Failure("answer_unusable", "x", image_url="https://other")).fault
+    assert only.image_url == "https://other"
+
+
+class Behind(EvidenceFile):
+    """A record whose disk takes nothing."""
+
+    def keep(self) -> None:
+        self.behind = Failure("disk", "full")
+
+
+@pytest.mark.parametrize(
+    ("status", "facts", "advice"),
+    [
+        ("submitted", {"task_id": "t"}, BY_NAME),
+        ("generated", {"response": {"image_url": LINK}}, BY_LINK),
+        ("unknown", {"task_id": "t"}, KINDS["unreachable"].hint),
+    ],
+)
+def test_advice_is_for_what_is_on_disk(tmp_path: Path, status: str, facts: dict[str, Any], advice: str) -> None:
+    """The evidence says in memory already how it has ended."""
+    record = Behind(evidence(tmp_path, status, **facts))
+    assert settle(record, Failure("unreachable", "x"))[1].fault.hint == advice
+
+
+def test_an_unpaid_try_leaves_nothing_to_look_at_in_a_batch(tmp_path: Path) -> None:
+    failure = Failure("rate_limited", "x")
+    record = EvidenceFile(evidence(tmp_path, "submitting", attempts=[]))
+    assert settle(record, failure)[1].fault.evidence_path
+    record.forgets_tries = True
+    record.evidence.data["status"] = "submitting"
+    assert settle(record, failure) == (Left.AGAIN, failure)
+    assert record.evidence.status == "failed"  # and it is kept
+    assert settle(record, Failure("blocked", "x"))[1].fault.evidence_path
+
+
+@pytest.mark.parametrize(
+    ("status", "facts", "message", "hint", "billed"),
+    [
+        ("submitting", {"attempts": []}, "nothing was billed", KINDS["interrupted"].hint, "no"),
+        ("submitting", {}, "the request was out; whether it was billed is not known", ASK_BEFORE_PAYING, "unknown"),
+        ("generated", {}, "the picture is paid for and not saved yet", RECOVER_FREE, "yes"),
+        ("submitted", {"task_id": "t"}, "the service works on the picture", "run next_command: it goes on", "unknown"),
+    ],
+)
+@pytest.mark.parametrize(("name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_signal_is_told_with_what_is_known_of_the_money(
+    tmp_path: Path, status: str, facts: dict[str, Any], message: str, hint: str, billed: str, name: str, code: int
+) -> None:
+    fault = ended_early(Stopped(name), evidence(tmp_path, status, **facts)).fault
+    assert (fault.code, fault.exit_code, fault.billed) == ("interrupted", code, billed)
+    assert fault.message == f"interrupted by {name}; {message}"
+    assert fault.hint.startswith(hint)
+    early = before_anything(Stopped(name)).fault
+    assert (early.code, early.exit_code, early.billed) == ("interrupted", code, "no")
+    assert early.message == f"interrupted by {name} before anything was sent"
+
+
+@pytest.mark.parametrize(("status", "billed"), [("generated", "yes"), ("submitting", "unknown")])
+def test_a_fault_of_this_tool_loses_nothing_that_was_paid_for(tmp_path: Path, status: str, billed: str) -> None:
+    fault = ended_early(ValueError(), evidence(tmp_path, status)).fault
+    assert (fault.code, fault.exit_code, fault.billed) == ("internal_error", 7, billed)
+
+
+# When a call is sent again -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "facts", "attempt", "retries", "seconds", "waits"),
+    [
+        ("rate_limited", {}, 0, 1, 60, True),
+        ("rate_limited", {}, 1, 1, 60, False),
+        ("rate_limited", {}, 9, 10, 6000, True),
+        ("rate_limited", {}, 0, 0, 60, False),
+        ("rate_limited", {"retryable": False}, 0, 1, 60, False),
+        ("rate_limited", {"retry_after_s": 50}, 0, 1, 60, True),
+        ("rate_limited", {"retry_after_s": 59}, 0, 1, 60, False),  # the answer would come too late
+        ("rate_limited", {}, 0, 1, 0, False),
+        ("unreachable", {}, 1, 10, 60, True),
+        ("unreachable", {}, 2, 10, 60, False),
+        ("unreachable", {}, 1, 1, 60, False),
+        ("task_failed", {}, 0, 1, 60, False),  # the task is known
+        ("outcome_unknown", {"retryable": True}, 0, 1, 60, False),
+        ("blocked", {}, 0, 1, 60, False),
+    ],
+)
+def test_a_call_is_sent_again_only_where_that_is_free_and_may_help(
+    code: str, facts: dict[str, Any], attempt: int, retries: int, seconds: float, waits: bool
+) -> None:
+    stop = Stop(seconds)
+    stop.shortest_attempt_s = min(seconds, 5)
+    wait = retry_wait(Failure(code, "x", **facts), attempt, retries, stop)
+    assert (wait is not None) == waits
+    assert wait is None or wait >= facts.get("retry_after_s", 0.1)
 
 
 def test_a_failure_is_never_changed() -> None:

@@ -108,10 +108,11 @@ def drop_keyword(node: Any) -> Iterator[str]:
         return bool(child.type == "argument" and child.children[1].get_code().strip() == "=")
 
     if node.type == "arglist":
-        parts = node.children[::2]
-        for number, child in enumerate(parts):
+        for number, child in enumerate(node.children):
             if is_named(child):
-                yield ", ".join(part.get_code().strip() for part in [*parts[:number], *parts[number + 1 :]])
+                first = number if number + 1 < len(node.children) else number - 1  # and one comma
+                left = [*node.children[:first], *node.children[first + 2 :]]
+                yield "".join(part.get_code() for part in left).strip()
     elif node.type == "trailer" and len(node.children) == 3 and is_named(node.children[1]):
         yield "()"
 

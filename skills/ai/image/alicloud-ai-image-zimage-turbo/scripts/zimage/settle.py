@@ -144,7 +144,7 @@ ADVICE = (  # the first that fits
 )  # fmt: skip
 
 
-WITH_EVIDENCE = {text for text in (ASK_BEFORE_PAYING, *(kind.hint for kind in KINDS.values())) if "EVIDENCE" in text}
+OWN_HINTS = {kind.hint for kind in KINDS.values()}
 BY_HAND = "give --recover the file that evidence_path names, quoted for your shell: it does not pay again"
 
 
@@ -191,7 +191,7 @@ def explained(
     hint = next((row.hint for row in ADVICE if row.fits(fault, way, have, left, written)), "{hint}")
     # Only words of this file are filled in, in one step: what stands in a path or an answer is never taken for one.
     hint = hint.replace("EVIDENCE", "{named}").format(
-        named=named, hint=own.replace("EVIDENCE", named) if own in WITH_EVIDENCE else own
+        named=named, hint=own.replace("EVIDENCE", named) if own in OWN_HINTS else own
     )
     reachable = way is not Way.NONE and (written or not (have.link or left is Left.OPEN))
     command = own_command("--recover", path, *place, *flags, "--print-response") if reachable else None
