@@ -17,7 +17,7 @@ SEAM_ONE = ("tests/test_seam.py", "-k", "attempt_leaves or copy_that or impossib
 SEAM_MANY = ("tests/test_seam.py", "-k", "earlier_run or of_a_row or collides or saved_row or links_that")
 
 ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "make": (ONE_PICTURE, FAULTS, SEAM_ONE, PROVIDERS),
+    "make": (("tests/test_paid.py",), ONE_PICTURE, FAULTS, SEAM_ONE, PROVIDERS),
     "settle": (("tests/test_settle.py",), ONE_PICTURE, FAULTS, BATCH_QUICK),
     "plan": (("tests/test_request.py", "tests/test_trust.py"), ONE_PICTURE, PROVIDERS),
     "trust": (("tests/test_trust.py", "tests/test_credentials.py"), FAULTS, PROVIDERS),
