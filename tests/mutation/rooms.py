@@ -20,7 +20,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "make": (("tests/test_paid.py",), ONE_PICTURE, FAULTS, SEAM_ONE, PROVIDERS),
     "settle": (("tests/test_settle.py",), ONE_PICTURE, FAULTS, BATCH_QUICK),
     "plan": (("tests/test_request.py", "tests/test_trust.py"), ONE_PICTURE, PROVIDERS),
-    "trust": (("tests/test_trust.py", "tests/test_credentials.py"), FAULTS, PROVIDERS),
+    "trust": (("tests/test_trust.py", "tests/test_credentials.py"), ("tests/test_strangers.py",), FAULTS, PROVIDERS),
     "keys": (("tests/test_credentials.py", "tests/test_trust.py"), PROVIDERS),
     "transport": (("tests/test_trust.py", "tests/test_recovery.py"), FAULTS, ONE_PICTURE, PROVIDERS),
     "batch/work": (BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
