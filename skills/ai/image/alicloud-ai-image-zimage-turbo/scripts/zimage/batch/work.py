@@ -26,7 +26,7 @@ class Outcome(NamedTuple):
     job: Job
     failure: Failure | None
     began: float
-    seconds: float
+    seconds: float = 0.0  # that a picture took to be made, or to be saved
     left: Left | None = None  # what the failure has left of the picture
     record: JournalRow | None = None  # where the step was noted, or could not be
 
@@ -78,7 +78,7 @@ class Worker:
         except Failure as failure:
             failed = failure
         if job.task.is_strange or (failed and failed.code not in TASK_ENDS):
-            return Outcome("find", job, None, stop.start, 0.0)
+            return Outcome("find", job, None, stop.start)
         job.evidence.update(**job.facts_before)
         job.evidence.update(status="submitted", error=None)
         if failed is not None:
@@ -86,7 +86,7 @@ class Worker:
             return self._settled("find", job, record, failed, stop.start)
         if made is None:
             record.keep()
-            return Outcome("find", job, record.behind, stop.start, time.monotonic() - stop.start)
+            return Outcome("find", job, record.behind, stop.start)
         return self._came("find", job, record, made, stop)
 
     def task(self, job: Job, task_id: str) -> Task:
@@ -110,7 +110,7 @@ class Worker:
         except Exception as error:
             return self._settled("ask", job, record, own_fault(error, "unknown"), stop.start)
         if made is None:
-            return Outcome("ask", job, None, stop.start, time.monotonic() - stop.start)
+            return Outcome("ask", job, None, stop.start)
         return self._came("ask", job, record, made, stop)
 
     def save(self, job: Job) -> Outcome:
