@@ -402,7 +402,7 @@ def test_a_taken_name_is_found_before_anything_is_paid(env: dict[str, str], plan
     assert response["image_path"] == str(plan.output) and plan.output.read_bytes() == PNG
 
 
-@pytest.mark.parametrize("check", ["check_space", "check_writable", "import_libraries", "get_ready", "key_for"])
+@pytest.mark.parametrize("check", ["check_space", "check_writable", "wired_adapter", "get_ready", "key_for"])
 def test_every_check_comes_before_the_call(
     env: dict[str, str], plan: Plan, sent: list[Key], monkeypatch: pytest.MonkeyPatch, check: str
 ) -> None:

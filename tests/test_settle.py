@@ -83,6 +83,10 @@ ROWS = [  # code, what is known before, what is left, how it can be had
     ("key_rejected", NOTHING._replace(billed="unknown", status="submitted", task=True), Left.OPEN, Way.ASK),
     ("outcome_unknown", NOTHING._replace(billed="unknown", status="submitted", task=True), Left.UNKNOWN, Way.ASK),
     ("task_failed", NOTHING._replace(billed="no", status="submitted", task=True), Left.REFUSED, Way.NONE),
+    ("blocked", NOTHING._replace(status="submitted", task=True), Left.REFUSED, Way.NONE),
+    ("no_image", NOTHING._replace(status="submitted", task=True), Left.UNKNOWN, Way.NONE),
+    ("unreachable", NOTHING._replace(billed="unknown", status="submitted"), Left.UNKNOWN, Way.NONE),
+    ("image_too_large", NOTHING._replace(billed="yes", status="generated", link=LINK), Left.SPENT, Way.NONE),
     ("interrupted", NOTHING._replace(billed="unknown"), Left.UNKNOWN, Way.NONE),
     ("internal_error", NOTHING._replace(billed="unknown"), Left.UNKNOWN, Way.NONE),
 ]

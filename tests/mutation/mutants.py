@@ -180,8 +180,10 @@ def chosen(mutants: list[Mutant], sample: int | None, seed: int) -> list[Mutant]
 
 def why_none(room: str, mutant: Mutant) -> str | None:
     """Why it is no fault, where that has been found out."""
-    facts = (room, mutant.was, mutant.became)
-    return next((row.why for row in EXPLAINED if (row.room, row.was, row.became) == facts), None)
+    for row in EXPLAINED:
+        if (row.room, row.was) == (room, mutant.was) and row.became in (None, mutant.became):
+            return row.why
+    return None
 
 
 # A run ----------------------------------------------------------------------------------------------------------------

@@ -34,8 +34,21 @@ class Explained(NamedTuple):
 
     room: str
     was: str  # the changed lines, each without its indentation, as the report shows them
-    became: str
+    became: str | None  # None: whatever it is
     why: str
 
 
-EXPLAINED: tuple[Explained, ...] = ()
+EXPLAINED: tuple[Explained, ...] = (
+    Explained(
+        "settle",
+        'FETCH = "fetch"  # by its link, or from the bytes that are here',
+        None,
+        "a way has a name, which is told nowhere",
+    ),
+    Explained(
+        "settle",
+        'nothing = Have("no", "submitting", False, "", False, True)',
+        None,
+        "the table of the reference is of what a failure leaves, and that does not look at these",
+    ),
+)
