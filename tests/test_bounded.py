@@ -324,7 +324,7 @@ def start_slow(shell: Shell, *arguments: str) -> subprocess.Popen[bytes]:
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
-    shell.started.append(process)
+    shell.keep(process)
     return process
 
 

@@ -31,7 +31,7 @@ import pytest
 
 from batch_helpers import BATCH, PRICE, SMALL
 from conftest import GENERATE, IS_WARM, Result, Shell
-from fault_server import Answer, FaultServer, Received, file, good_body, json_answer, png
+from fault_server import Answer, Behaviour, FaultServer, Received, file, good_body, json_answer, png
 from provider_cases import DASHSCOPE, KEYS, OPENAI, ZIMAGETURBO, Case, TaskBook
 from warm import Warm
 
@@ -60,7 +60,8 @@ class Till:
     def __init__(self, server: FaultServer) -> None:
         self.server = server
         self.book = TaskBook(course=self._task)
-        self._notes: list[Callable[[], None]] = []
+        self._notes: list[Callable[[], object]] = []
+        self.fetches: dict[str, Behaviour] = {}  # by prompt, what its picture's download gets first
         for case in (DASHSCOPE, OPENAI, ZIMAGETURBO):
             server.play(case.paid_path, self._paid(case))
         server.play(ZIMAGETURBO.free_path, self.book.status)
@@ -77,7 +78,7 @@ class Till:
     def link(prompt: str) -> str:
         return f"/img/{quote(prompt.replace(' ', '-'))}.png"
 
-    def at_first_payment(self, note: Callable[[], None]) -> None:
+    def at_first_payment(self, note: Callable[[], object]) -> None:
         """Have something done when the next paid call arrives."""
         self._notes.append(note)
 
@@ -95,7 +96,7 @@ class Till:
             prompt = self._prompt(request)
             while self._notes:
                 self._notes.pop()()
-            self.server.play(self.link(prompt), file(self.picture(prompt)))
+            self.server.play(self.link(prompt), self.fetches.pop(prompt, file(self.picture(prompt))))
             if case is ZIMAGETURBO:
                 return self.book.submit(request)
             if case is DASHSCOPE:

@@ -26,8 +26,13 @@ saved, and in it batch/, a module a concern:
 from __future__ import annotations
 
 import os
-import signal
 import sys
+
+if __name__ == "__main__":  # no module on PYTHONPATH stands in for one of the standard library
+    _standard = os.path.dirname(os.__file__)
+    sys.path.sort(key=lambda folder: folder not in (_standard, os.path.join(_standard, "lib-dynload")))
+
+import signal
 import types
 
 
@@ -71,6 +76,7 @@ from zimage.batch.contract import BATCH_REQUIREMENTS
 from zimage.batch.options import read_options
 from zimage.console import Console, carry_out, leave
 from zimage.contract import SCRIPTS
+from zimage.errors import Failure
 from zimage.waiting import WATCHER, Stop
 
 
@@ -79,10 +85,14 @@ def main(argv: Sequence[str] | None = None, stop: Stop | None = None) -> int:
     stop = stop or Stop()
     began = time.monotonic()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    WATCHER.listen(stop, leave_at_once)
     console = Console(json_mode=True, quiet="--quiet" in arguments)
+
+    def work() -> Failure | None:
+        WATCHER.listen(stop, leave_at_once)
+        return run_command(read_options(arguments, os.environ), stop, console, os.environ, began)
+
     return carry_out(
-        lambda: run_command(read_options(arguments, os.environ), stop, console, os.environ, began),
+        work,
         console,
         os.environ,
         requirements=BATCH_REQUIREMENTS,

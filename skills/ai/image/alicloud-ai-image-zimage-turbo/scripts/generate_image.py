@@ -20,10 +20,15 @@ way to the model, loaded when it is named.
 # ///
 from __future__ import annotations
 
-import gc
 import os
-import signal
 import sys
+
+if __name__ == "__main__":  # no module on PYTHONPATH stands in for one of the standard library
+    _standard = os.path.dirname(os.__file__)
+    sys.path.sort(key=lambda folder: folder not in (_standard, os.path.join(_standard, "lib-dynload")))
+
+import gc
+import signal
 import types
 
 JSON_FLAGS = ("--print-response", "--check", "--dry-run", "--schema")
@@ -82,6 +87,7 @@ from zimage.waiting import WATCHER, Stop
 
 def run(arguments: Sequence[str], stop: Stop, console: Console, env: Mapping[str, str]) -> None:
     """Do what the arguments say and print its answer."""
+    WATCHER.listen(stop)
     options = read_options(arguments, env)
     if options.mode == "schema":
         console.answer(SCHEMAS[options.source])
@@ -111,7 +117,6 @@ def main(argv: Sequence[str] | None = None, stop: Stop | None = None) -> int:
     stop = stop or Stop()
     arguments = list(sys.argv[1:] if argv is None else argv)
     as_json = any(text.partition("=")[0] in JSON_FLAGS for text in arguments)
-    WATCHER.listen(stop)
     console = Console(json_mode=as_json, quiet="--quiet" in arguments)
     return carry_out(lambda: run(arguments, stop, console, os.environ), console, os.environ)
 

@@ -123,17 +123,24 @@ def carry_out(
     except Stopped as stopped:
         failure = before_anything(stopped)
     except ImportError as error:
-        failure = missing_package(outside_text(error.name or error, 100), requirements, script)
+        failure = missing_package(_looked_for(error), requirements, script)
     except Exception as error:
         failure = internal_error(error)
     console.failure(failure)
     return failure.fault.exit_code
 
 
+def _looked_for(error: ImportError) -> str:
+    """The module that is missing; and the package that should have it, which may be another of that name."""
+    name = outside_text(error.name or error, 100)
+    package = getattr(sys.modules.get(name.partition(".")[0]), "__file__", None)
+    return f"{name} (not in {outside_text(package)})" if package else name
+
+
 def leave(exit_code: int, stop: Stop) -> NoReturn:
     """End the process; at once where a thread still works at what nobody waits for any more."""
     for signum in (signal.SIGINT, signal.SIGTERM):
         signal.signal(signum, signal.SIG_IGN)  # a late signal must not make a success look like an interruption
-    if stop.has_abandoned:
+    if stop.has_abandoned or sys.flags.inspect:
         os._exit(exit_code)  # both streams are flushed; the interpreter's end would wait for, or break, that work
     sys.exit(exit_code)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import importlib.util
 from collections.abc import Iterator, Mapping, Sequence
 from enum import Enum
@@ -68,6 +69,10 @@ RECOVER_FREE = "run next_command: it fetches the picture without paying again"
 GO_ON_FREE = "run next_command: it goes on waiting for the picture without paying again"
 
 
+# Of memory, processes and open files.
+NO_MORE = (errno.ENOMEM, errno.EAGAIN, errno.EMFILE, errno.ENFILE, errno.ENOBUFS)
+
+
 def _invalid(hint: str) -> Kind:
     return Kind(EXIT_INVALID, False, "no", hint)
 
@@ -105,6 +110,9 @@ KINDS: dict[str, Kind] = {
     "missing_weights": _invalid("fetch the model first, or name the folder that holds it"),
     "too_little_memory": _invalid("free memory, take a smaller size, or use another provider"),
     "internal_error": _stops(EXIT_INVALID, "this is a fault of the tool: report it with this message"),
+    "machine_limit": _stops(
+        EXIT_INVALID, "end other programs, or raise the limits of memory, processes and open files; then run it again"
+    ),
     "key_missing": _stops(EXIT_KEY, "tell the user; a key never belongs in the chat or on a command line"),
     "key_malformed": _stops(EXIT_KEY, "tell the user to store the key again, alone and without spaces"),
     "disk": _stops(EXIT_DISK, "make the folder writable and free some space, then run it again"),
@@ -290,7 +298,12 @@ def missing_package(what: str, requirements: Mapping[str, str], script: Path) ->
 
 
 def internal_error(error: Exception, **facts: Any) -> Failure:
-    """A fault of this tool: named with its place, without a traceback (its values could hold the key)."""
+    """A fault of this tool: named with its place, without a traceback (its values could hold the key).
+
+    Where the machine gives no more, which may show anywhere, that is no fault.
+    """
+    if isinstance(error, MemoryError) or getattr(error, "errno", None) in NO_MORE:
+        return Failure("machine_limit", f"this machine gives no more: {os_reason(error)}", **facts)
     frame = error.__traceback__
     while frame and frame.tb_next:
         frame = frame.tb_next

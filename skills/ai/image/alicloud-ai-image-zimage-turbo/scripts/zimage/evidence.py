@@ -233,6 +233,10 @@ class Record(Protocol):
     behind: Failure | None
     forgets_tries: bool  # one that was not billed leaves nothing to look at
 
+    @property
+    def leads_back(self) -> bool:
+        """Whether the disk knows as well as the memory where the picture, or its task, is to be had."""
+
     def begin(self) -> None:
         """One more attempt is on disk. Raises Failure: disk; then nothing may be sent."""
 
@@ -254,6 +258,16 @@ class EvidenceFile:
     def __init__(self, evidence: Evidence) -> None:
         self.evidence = evidence
         self.behind: Failure | None = None
+        self._known = self._places  # to the disk
+
+    @property
+    def leads_back(self) -> bool:
+        return self.behind is None or self._known == self._places
+
+    @property
+    def _places(self) -> tuple[str, str, bool]:
+        have = self.evidence.have
+        return have.link, self.evidence.task_id, have.held
 
     def begin(self) -> None:
         evidence = self.evidence
@@ -278,7 +292,7 @@ class EvidenceFile:
             try:
                 self.evidence.path.parent.mkdir(parents=True, exist_ok=True)
                 replace_private(self.evidence.path, to_json(self.evidence.data))
-                self.behind = None
+                self.behind, self._known = None, self._places
                 return
             except OSError as error:
                 self.behind = self._unwritten(error)

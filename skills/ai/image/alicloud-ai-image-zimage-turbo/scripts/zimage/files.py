@@ -54,7 +54,8 @@ class Disk:
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), mode)
         try:
             if mode == OWNER_ONLY and hasattr(os, "fchmod"):
-                os.fchmod(descriptor, mode)  # whatever the umask
+                with contextlib.suppress(OSError):  # some file systems know no modes
+                    os.fchmod(descriptor, mode)  # whatever the umask
         finally:
             os.close(descriptor)
 
@@ -349,10 +350,12 @@ def check_space(folder: Path, needed: int = MIN_FREE_BYTES) -> None:
     if not os.access(existing, os.W_OK | os.X_OK):
         raise Failure("disk", f"the folder {existing} is not writable")
     try:
-        free = shutil.disk_usage(existing).free
+        total, _, free = shutil.disk_usage(existing)
     except OSError as error:
+        if error.errno in (errno.ENOSYS, errno.ENOTSUP):
+            return
         raise Failure("disk", f"the folder {existing} cannot be examined: {os_reason(error)}") from None
-    if free < needed:
+    if total and free < needed:  # a file system that does not know its size has none
         raise Failure("disk", f"only {free // 1024} KiB are free in {existing}; {needed // MIB} MiB are needed")
 
 

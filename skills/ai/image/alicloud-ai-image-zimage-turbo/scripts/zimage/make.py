@@ -56,6 +56,8 @@ def generate(plan: Plan, options: Options, stop: Stop, console: Console, env: Ma
     if key.warning:
         plan = plan._replace(warnings=(*plan.warnings, key.warning))
     console.warn(plan.warnings)
+    if not stop.generating.room_for_attempt_after(0):  # the machine slept, or a model took long to load
+        raise Failure("too_slow", "too little time was left for the paid call")
     record = EvidenceFile(Evidence(plan.evidence_path, plan.evidence(utc_now())))
     place = naming_flags(plan.endpoint, plan.provider, Own(options.base_url, options.trusted, env))
     with settling(record, flags=["--overwrite"] * plan.overwrite, place=place):

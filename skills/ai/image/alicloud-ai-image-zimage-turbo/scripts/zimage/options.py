@@ -20,7 +20,7 @@ from zimage.contract import (
 )
 from zimage.errors import Failure, Problem, noting, raise_problems
 from zimage.files import read_file
-from zimage.outside import at, json_of, outside_text, shown
+from zimage.outside import argument_text, at, json_of, outside_text, shown
 from zimage.plan import Options
 from zimage.provider import number
 from zimage.registry import DEFAULT_PROVIDER, provider_class, provider_names
@@ -83,9 +83,9 @@ def build_parser(provider: type[Provider] | None = None) -> Parser:
     key = (provider or provider_class(DEFAULT_PROVIDER)).key_hint()
     parser = Parser("generate_image.py", DESCRIPTION, EPILOG.format(key=key))
     mode = parser.add_argument_group("what to do (exactly one)")
-    mode.add_argument("--request", metavar="JSON", help="the request as a JSON object")
+    mode.add_argument("--request", metavar="JSON", type=argument_text, help="the request as a JSON object")
     mode.add_argument("--file", metavar="PATH", help="the request in a JSON file, - for standard input")
-    mode.add_argument("--prompt", metavar="TEXT", help="the request's prompt alone")
+    mode.add_argument("--prompt", metavar="TEXT", type=argument_text, help="the request's prompt alone")
     mode.add_argument("--replay", metavar="EVIDENCE", help="make the picture of an evidence file again (paid again)")
     mode.add_argument("--recover", metavar="EVIDENCE", help="finish a paid picture without paying")
     mode.add_argument("--check", action="store_true", help="one free query: does host, key and permission work?")

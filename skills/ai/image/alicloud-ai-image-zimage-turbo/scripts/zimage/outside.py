@@ -6,6 +6,7 @@ import base64
 import html
 import json
 import math
+import os
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -103,6 +104,11 @@ def outside_text(value: object, limit: int = OUTSIDE_TEXT) -> str:
 
 def without_surrogates(text: str) -> str:
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")
+
+
+def argument_text(text: str) -> str:
+    """A text of the command line, which may be in UTF-8 though Python was told to read it in a lesser encoding."""
+    return text if text == without_surrogates(text) else os.fsencode(text).decode("utf-8", "surrogateescape")
 
 
 def outside_json(value: Any, depth: int = 4) -> Any:

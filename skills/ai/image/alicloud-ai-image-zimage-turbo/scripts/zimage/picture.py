@@ -110,6 +110,8 @@ def _decoded(content: bytes, stop: Stop) -> Picture:
         return Picture(content, kind, width, height, image, share)
     except (Failure, Late):
         raise
+    except MemoryError:  # says nothing of the bytes
+        raise Failure("paid_not_downloaded", "there is too little memory here to decode the picture") from None
     except Exception as error:  # Pillow's decoders raise many kinds for bytes they cannot read
         reason = f"{what_came} is not a whole image ({type(error).__name__})"
         raise Failure("image_unusable", reason) from None

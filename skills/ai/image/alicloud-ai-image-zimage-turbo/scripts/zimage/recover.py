@@ -62,11 +62,14 @@ def recover(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, A
     if not here and not task_is_open:
         failure = unrecoverable(evidence, provider)
         raise explained(evidence, failure, have=have._replace(billed=failure.fault.billed))
-    check_writable(output.parent, evidence.id)
     flags = ["--output", str(output)] if options.output else []
     own = Own(options.base_url, options.trusted, env)
     place = [word for host in sorted(options.trusted) for word in ("--trust-host", host)] if task_is_open else []
     place += ["--base-url", options.base_url] if options.base_url else []
+    try:
+        check_writable(output.parent, evidence.id)
+    except Failure as failure:
+        raise explained(evidence, failure, flags, place) from None
     try:
         task = task_of(evidence, provider, own) if task_is_open else None
     except Failure as failure:

@@ -19,7 +19,7 @@ from zimage.contract import DEFAULT_SIZE, MAX_PIXELS, MAX_SEED, MIB, MIN_PIXELS,
 from zimage.errors import Failure, Problem, os_reason
 from zimage.files import open_regular
 from zimage.outside import json_kind, json_of, outside_text, shown, without_surrogates
-from zimage.waiting import TICK, Late, Stop
+from zimage.waiting import TICK, Late, Stop, needing_threads
 
 if TYPE_CHECKING:
     from zimage.facts import Request
@@ -283,7 +283,8 @@ def _piped(source: str | int, read: Callable[[BinaryIO], Iterator[bytes]]) -> Pi
         except Exception as error:
             pieces.put(error)
 
-    threading.Thread(target=work, daemon=True).start()
+    with needing_threads():
+        threading.Thread(target=work, daemon=True).start()
     return pieces
 
 

@@ -141,6 +141,7 @@ ADVICE = (  # the first that fits
            code="disk_after_paying", way=Way.NONE),
     Advice(f"{{hint}}; {RECOVER_FREE}", code="internal_error", way=Way.FETCH),
     Advice(f"{{hint}}; then {RECOVER_FREE}", code="disk", way=Way.FETCH),
+    Advice(f"{RECOVER_FREE}, once there is more to be had: {{hint}}", code="machine_limit", way=Way.FETCH),
 )  # fmt: skip
 
 
@@ -167,7 +168,7 @@ def settle(
         return left, failure
     told = explained(record.evidence, failure, flags, place, hints)
     record.settled(left, told.fault)
-    if record.behind is not None:
+    if not record.leads_back:
         told = explained(record.evidence, failure, flags, place, hints, have=have, written=False)
     return left, told
 
@@ -182,7 +183,7 @@ def explained(
     have: Have | None = None,
     written: bool = True,
 ) -> Failure:
-    """The failure with what leads back to its picture. `written`: the evidence is on disk as it is in memory."""
+    """The failure with what leads back to its picture. `written`: what leads there is on disk too."""
     have = have or evidence.have
     fault, path = failure.fault, str(evidence.path)
     way, left = way_back(fault, have), left_by(fault, have)

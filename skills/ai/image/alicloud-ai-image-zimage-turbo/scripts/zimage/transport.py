@@ -215,7 +215,8 @@ def wired_adapter() -> Any:
 
         def connect(self) -> None:
             super().connect()  # type: ignore[misc]
-            if self._wire.expired:
+            if self._wire.expired or self._wire.stop.left_s <= 0:  # the machine may have slept
+                self._wire.expired = True
                 raise OSError("the deadline passed while connecting")
             self._wire.connected = True  # from here on the service may have seen the request
 
@@ -332,7 +333,7 @@ def _read_answer(response: Any, limit: int) -> HttpAnswer:
                 break
         whole = not response.raw.length_remaining
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
-        chunks.append(_begun_chunk(error))
+        body.write(_begun_chunk(error))
         whole = False
     if not body.tell() and not {"content-length", "transfer-encoding"} & headers.keys():
         whole = False  # nothing announced and nothing sent: the headers broke off

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from zimage.contract import BACKOFF_BASE, BACKOFF_CAP, GENERATE_SHARE, SHORTEST_ATTEMPT_SHARE
-from zimage.errors import Failure
+from zimage.errors import Failure, os_reason
 
 Result = TypeVar("Result")
 
@@ -121,7 +121,10 @@ class Stop:
                 errors.append(error)
 
         thread = threading.Thread(target=run, daemon=True)
-        thread.start()
+        try:
+            thread.start()
+        except RuntimeError:  # this machine starts no more: better late than lost
+            run()
         until = max(self.until, time.monotonic() + 0.001)
         while thread.is_alive() and (left := until - time.monotonic()) > 0:
             if self.reason:
@@ -148,6 +151,45 @@ class Stop:
         return self._abandoned
 
 
+@contextlib.contextmanager
+def needing_threads() -> Iterator[None]:
+    """Around the start of threads without which no work should begin.
+
+    Raises:
+        Failure: machine_limit, where the machine starts none.
+    """
+    try:
+        yield
+    except (RuntimeError, OSError) as error:
+        raise Failure("machine_limit", f"this machine starts no thread for it: {os_reason(error)}") from None
+
+
+class Crew:
+    """Threads that share work: as many as the machine starts. Where it starts none, whoever hands work on does it."""
+
+    def __init__(self, most: int, name: str) -> None:
+        from concurrent.futures import ThreadPoolExecutor  # it loads logging, which one picture does without
+
+        self._pool: ThreadPoolExecutor | None = ThreadPoolExecutor(most, name)
+        try:
+            self._pool.submit(int).result()
+        except RuntimeError:
+            self._pool = None
+
+    def do(self, work: Callable[..., object], *values: object) -> None:
+        """Have work done, which reports by itself."""
+        if self._pool is None:
+            work(*values)
+            return
+        with contextlib.suppress(RuntimeError):  # no further thread starts: it is in line for those that have
+            self._pool.submit(work, *values)
+
+    def end(self, *, drop: bool = False) -> None:
+        """Wait until all is done; `drop`: but for what nobody has begun."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=drop)
+
+
 class Watcher:
     """Cuts what blocks, when its stop ends or its time is over: one thread for all, started with the first."""
 
@@ -159,7 +201,11 @@ class Watcher:
         self._next = math.inf  # when the thread looks again
 
     def listen(self, stop: Stop, again: Callable[[int], None] | None = None) -> None:
-        """Have SIGINT and SIGTERM end a stop, from the main thread; `again` is called at further ones."""
+        """Have SIGINT and SIGTERM end a stop, from the main thread; `again` is called at further ones.
+
+        Raises:
+            Failure: as `needing_threads`.
+        """
 
         count = 0
 
@@ -195,10 +241,12 @@ class Watcher:
     def _start(self) -> int:
         """The descriptor that the thread listens to."""
         if self._ears is None:
-            self._ears = socket.socketpair()
-            for ear in self._ears:
-                ear.setblocking(False)
-            threading.Thread(target=self._watch, args=(self._ears[0],), name="watcher", daemon=True).start()
+            with needing_threads():
+                ears = socket.socketpair()
+                for ear in ears:
+                    ear.setblocking(False)
+                threading.Thread(target=self._watch, args=(ears[0],), name="watcher", daemon=True).start()
+            self._ears = ears
         return self._ears[1].fileno()
 
     def _wake(self, _ear: int) -> None:

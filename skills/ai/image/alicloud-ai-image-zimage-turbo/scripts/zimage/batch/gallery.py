@@ -11,7 +11,6 @@ import os
 import re
 import sqlite3
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,7 @@ from zimage.evidence import timestamp, utc_now
 from zimage.files import aside, read_file
 from zimage.picture import Picture, flattened, in_its_time, verified
 from zimage.settle import own_command
-from zimage.waiting import Stop, Stopped
+from zimage.waiting import Crew, Stop, Stopped
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -116,8 +115,10 @@ def make_missing_thumbs(database: sqlite3.Connection, folder: Path, stop: Stop) 
                 with contextlib.closing(picture):
                     write_thumb(picture, folder, number, stop)
 
-    with ThreadPoolExecutor(os.cpu_count() or 2) as pool:
-        list(pool.map(lambda entry: make(*entry), missing))
+    crew = Crew(os.cpu_count() or 2, "thumbs")
+    for number, output in missing:
+        crew.do(make, number, output)
+    crew.end()
 
 
 def write_thumb(picture: Picture, folder: Path, number: int, stop: Stop) -> None:

@@ -29,6 +29,7 @@ from zimage.request import ImageRequest
 from zimage.settle import DEAD_LINK, STATES
 from zimage.task import Task
 from zimage.trust import Own
+from zimage.waiting import needing_threads
 
 if TYPE_CHECKING:
     from zimage.facts import Facts, State
@@ -198,7 +199,8 @@ class Journal:
         self._reserve = Reserve(folder)
         self._inbox: queue.SimpleQueue[tuple[str, Sequence[Any], Future[None]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="journal", daemon=True)
-        self._thread.start()
+        with needing_threads():
+            self._thread.start()
 
     def write(self, statement: str, values: Sequence[Any]) -> Future[None]:
         """Have a statement executed and committed; the future ends when it is on disk.
@@ -327,6 +329,10 @@ class JournalRow:
         self._job = job
         self._journal = journal
         self._file = EvidenceFile(job.evidence)
+
+    @property
+    def leads_back(self) -> bool:
+        return self.behind is None
 
     def begin(self) -> None:
         job, evidence = self._job, self.evidence

@@ -13,7 +13,7 @@ from typing import NoReturn
 from zimage.batch.contract import EVIDENCE, FOLDER_SIZE, IMAGES, OWN_FILES, OWN_NAMES, REPLACED, THUMBS
 from zimage.contract import FORMATS
 from zimage.errors import Failure, Problem, raise_problems
-from zimage.files import checked_output, slug_of
+from zimage.files import checked_output, is_file_name, slug_of
 from zimage.outside import outside_text, without_surrogates
 from zimage.plan import format_problems
 from zimage.request import ImageRequest
@@ -43,7 +43,8 @@ def among_many(folder: str, number: int, file: str) -> str:
     return f"{folder}/{file}" if number < FOLDER_SIZE else f"{folder}/{spread(number)}/{file}"
 
 
-LONGEST_DEFAULT_NAME = replaced_name(999_999, "雪" * 40 + ".webp")
+# A sign of three bytes, where file names can hold it.
+LONGEST_DEFAULT_NAME = replaced_name(999_999, ("雪" if is_file_name("雪") else "x") * 40 + ".webp")
 
 
 def evidence_name(number: int) -> str:

@@ -22,7 +22,7 @@ from zimage.options import (
     region_option,
     unknown_sentences,
 )
-from zimage.outside import outside_text, without_surrogates
+from zimage.outside import argument_text, outside_text, without_surrogates
 from zimage.provider import Provider, number
 from zimage.registry import DEFAULT_PROVIDER, provider_class
 from zimage.trust import trusted_hosts
@@ -83,7 +83,7 @@ def build_parser(provider: type[Provider] | None = None) -> Parser:
     parser = Parser("generate_batch.py", DESCRIPTION, EPILOG)
     mode = parser.add_argument_group("what to do (exactly one)")
     mode.add_argument("--input", metavar="FILE", help="the rows: .jsonl, .csv or .txt; - for JSON lines on stdin")
-    mode.add_argument("--prompt", metavar="TEXT", help="one row: this prompt (see --variants)")
+    mode.add_argument("--prompt", metavar="TEXT", type=argument_text, help="one row: this prompt (see --variants)")
     mode.add_argument("--status", metavar="DIR", help="how far the batch in this folder is; also while it runs")
     mode.add_argument("--gallery-only", metavar="DIR", help="write the gallery of this folder again")
 

@@ -11,7 +11,6 @@ import sqlite3
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 from zimage.batch.contract import CONCURRENCY_RANGE, DATABASE, DOWNLOADS_AT_ONCE, RESULTS, TICK
 from zimage.batch.ending import Storms, incomplete, interrupted_run, storm
@@ -28,7 +27,7 @@ from zimage.console import Console
 from zimage.contract import EXIT_DISK, EXIT_UNAVAILABLE, MIB, MIN_FREE_BYTES
 from zimage.errors import Failure, Left
 from zimage.files import check_space
-from zimage.waiting import Stop, wait_before
+from zimage.waiting import Crew, Stop, wait_before
 
 POLLS_AT_ONCE = 8
 MOST_OPEN_TASKS = 200  # tasks that a service works on; with more, nothing new is sent
@@ -64,9 +63,9 @@ class Run:
         thumbs = self.folder if options.gallery else None
         self._worker = Worker(self._journal, place, options.timeout, self.calls, thumbs)
         self._events: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self._generators = ThreadPoolExecutor(options.concurrency or CONCURRENCY_RANGE[1], "generate")
-        self._askers = ThreadPoolExecutor(POLLS_AT_ONCE, "ask")
-        self._savers = ThreadPoolExecutor(DOWNLOADS_AT_ONCE, "save")
+        self._generators = Crew(options.concurrency or CONCURRENCY_RANGE[1], "generate")
+        self._askers = Crew(POLLS_AT_ONCE, "ask")
+        self._savers = Crew(DOWNLOADS_AT_ONCE, "save")
         self._tasks = OpenTasks(options.timeout)
         self._pacer = Pacer(options.rpm, start=self._row.first_start(options.rpm))
         self._forecast = Forecast(self._row.latency_before, self.deadline)
@@ -97,7 +96,7 @@ class Run:
             self._tasks.add(job)
         for job in self._jobs.lost(with_dead_link=self.options.retry_failed):  # asked after once, free
             self._looking_for.add(job.number)
-            self._askers.submit(self._work, self._worker.find, "find", job)
+            self._askers.do(self._work, self._worker.find, "find", job)
         try:
             while True:
                 now = time.monotonic()
@@ -109,9 +108,8 @@ class Run:
                 self._take_events(min([TICK, *waits]))
                 self.progress.tick()
         finally:
-            self._generators.shutdown(wait=True, cancel_futures=True)
-            self._askers.shutdown(wait=True, cancel_futures=True)
-            self._savers.shutdown(wait=True, cancel_futures=True)
+            for crew in (self._generators, self._askers, self._savers):
+                crew.end(drop=True)
             self._catch_up()
             self.progress.close()
         return self._ending()
@@ -207,7 +205,7 @@ class Run:
         self.tally.sent.add(job.number)
         self.tally.spent += job.plan.price.estimate
         self.tally.move(job, job.state, "submitting")
-        self._generators.submit(self._work, self._worker.generate, "generate", job)
+        self._generators.do(self._work, self._worker.generate, "generate", job)
 
     def _work(self, step: Callable[[Job], Outcome], name: str, job: Job) -> None:
         """In a worker thread: report how the step went, whatever happens."""
@@ -347,7 +345,7 @@ class Run:
         if self._stop is not None:
             self._tasks.leave()
         while job := self._tasks.due(now):
-            self._askers.submit(self._work, self._worker.ask, "ask", job)
+            self._askers.do(self._work, self._worker.ask, "ask", job)
         return TICK if self._looking_for else self._tasks.next_look(now)
 
     # Saving
@@ -355,7 +353,7 @@ class Run:
     def _queue_save(self, job: Job) -> None:
         self._saving.add(job.number)
         self._queued.add(job.number)
-        self._savers.submit(self._work, self._worker.save, "save", job)
+        self._savers.do(self._work, self._worker.save, "save", job)
 
     def _feed_savers(self) -> None:
         """Hand on what earlier runs have paid for and not downloaded."""
