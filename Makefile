@@ -9,6 +9,7 @@
 # make standalone  the command for one picture as one file, dist/generate_image.pyz, the same bytes each time
 # make audit  the packages against the advisories of PyPI: needs the real index
 # make mutants  whether the tests notice small faults in the rooms that hold money and trust (hours; goes on where it was)
+# make versions  the main tests with the lowest and the highest versions of Python and packages (half an hour)
 # make bench  start-up, one picture and batches: beside the official client, rate, kills, scale (25 minutes; not a test)
 
 VENV := .venv
@@ -37,7 +38,7 @@ export PYTHONUTF8 := 1
 PYTEST := $(BIN)/python -m pytest --numprocesses 4
 
 .PHONY: help demo smoke check check-all torture validate skill lint types test browser local clients audit bench \
-	package standalone install-skill clean fuzz mutants
+	package standalone install-skill clean fuzz mutants versions
 
 help:
 	@sed -n 's/^# make/make/p' Makefile
@@ -142,6 +143,8 @@ $(VENV)/mutants/.stamp: requirements-mutants.txt | $(BIN)/python$(EXE)
 	$(BIN)/python -m venv $(VENV)/mutants
 	$(VENV)/mutants/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-mutants.txt
 	@touch $@
+versions: | $(BIN)/python$(EXE)
+	$(PYTHON) tests/versions.py $(VENV)/versions
 
 bench: $(VENV)/.checks
 	$(BIN)/python tests/benchmarks/start_up.py

@@ -3,6 +3,7 @@
 # requires-python = ">=3.10"
 # dependencies = [
 #   "requests>=2.32.3,<3",
+#   "urllib3>=2.6.3,<3",
 #   "jsonschema>=4.18,<5",
 #   "Pillow>=10.3,<14",
 #   "tqdm>=4.66,<5",

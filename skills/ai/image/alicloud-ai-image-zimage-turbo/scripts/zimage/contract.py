@@ -10,7 +10,12 @@ GENERATE_IMAGE = SCRIPTS if SCRIPTS.is_file() else SCRIPTS / "generate_image.py"
 
 VERSION = "0.4.0"
 SKILL = "alicloud-ai-image-zimage-turbo"
-REQUIREMENTS = {"requests": "requests>=2.32.3,<3", "jsonschema": "jsonschema>=4.18,<5", "PIL": "Pillow>=10.3,<14"}
+REQUIREMENTS = {
+    "requests": "requests>=2.32.3,<3",
+    "urllib3": "urllib3>=2.6.3,<3",
+    "jsonschema": "jsonschema>=4.18,<5",
+    "PIL": "Pillow>=10.3,<14",
+}
 
 MIN_PIXELS = 512 * 512
 MAX_PIXELS = 2048 * 2048
