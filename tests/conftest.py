@@ -47,7 +47,7 @@ from closed import assert_answer_closed, assert_closed
 from fault_server import FaultServer
 from leaks import SEARCHED, Search, keys_in
 from mock_server import MockServer
-from torture.report import write
+from torture.report import torture_figures
 from warm import Warm
 from zimage import outside, waiting
 
@@ -69,6 +69,8 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         counts = ", ".join(f"{count:,} {name}" for name, count in SEARCHED.items())
         terminalreporter.write_line(f"searched for keys: {counts}; none found where a test has not put it")
         figures.keep("searched", SEARCHED)
+    if terminalreporter.config.option.markexpr == "torture":
+        terminalreporter.write_line(torture_figures(terminalreporter))
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest selects by markers
@@ -87,16 +89,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if left_out:
         config.hook.pytest_deselected(items=left_out)
         items[:] = [item for item in items if item not in left_out]
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Of `make torture` the counts are left for whoever writes of them."""
-    if config.option.markexpr != "torture":
-        return
-    reports = [report for ended in ("passed", "failed") for report in terminalreporter.getreports(ended)]
-    properties = [pair for report in reports if report.when == "call" for pair in report.user_properties]
-    path = ROOT / "output" / SKILL.name / "torture.json"
-    terminalreporter.write_line(write(path, properties, len(terminalreporter.getreports("failed"))))
 
 
 def cannot(reason: str) -> NoReturn:

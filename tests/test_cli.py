@@ -28,7 +28,7 @@ import zimage.batch.contract
 from conftest import GENERATE, ROOT, SCRIPTS, SKILL, TEST_KEY, Result, Shell
 from mock_server import MockServer
 from zimage.contract import REQUIREMENTS, SCHEMAS, VERSION
-from zimage.files import excess_of
+from zimage.paths import excess_of
 
 SMALL = ("--prompt", "a cat", "--size", "512x512")
 IMAGES = "output/ai-image-zimage-turbo/images"

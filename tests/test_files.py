@@ -14,7 +14,8 @@ from conftest import SCRIPTS, Shell
 from fault_server import FaultServer
 from zimage import files
 from zimage.errors import Failure
-from zimage.files import aside, checked_output, leftovers_of, place, remove_leftovers, write_gitignore, write_new
+from zimage.files import aside, leftovers_of, place, remove_leftovers, write_gitignore, write_new
+from zimage.paths import checked_output
 
 DEAD = 999_999_999
 

@@ -32,8 +32,9 @@ from fault_server import (
 )
 from zimage.contract import SKILL
 from zimage.provider import HttpCall
-from zimage.transport import exchange, request_target
+from zimage.transport import exchange
 from zimage.waiting import Stop, Stopped
+from zimage.wire import request_target
 
 RUN = ("--prompt", "x", "--output", "out.png", "--print-response")
 

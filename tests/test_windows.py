@@ -16,7 +16,7 @@ from conftest import SCRIPTS, Shell
 from fault_server import FaultServer
 from zimage.batch.names import is_inside, name_in
 from zimage.errors import Failure
-from zimage.files import checked_output, is_windows_name, slug_of, windows_problem
+from zimage.paths import checked_output, is_windows_name, slug_of, windows_problem
 
 RESERVED = ["nul.png", "NUL", "con", "Con.tar.png", "aux .png", "prn.webp", "com1.txt", "COM9", "lpt0.png", "COM¹.png"]
 RESERVED += ["LPT³", "conin$", "CONOUT$.png", "pic:1.png", "a<b.png", "a>b", 'a"b', "a|b", "a?b", "a*b", "a/b", "a\\b"]

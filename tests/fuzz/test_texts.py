@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from fuzz.conftest import cases
 from fuzz.promises import assert_keyless, assert_one_line, plain_json
 from fuzz.strategies import json_values, scalars, texts
-from zimage.files import LONGEST_NAME, LONGEST_REPEATED, is_file_name, leftovers_of, slug_of, to_json
+from zimage.files import LONGEST_REPEATED, leftovers_of, to_json
 from zimage.outside import kept_text, outside_json, outside_text, shown
+from zimage.paths import LONGEST_NAME, is_file_name, slug_of
 from zimage.settle import own_command
 
 

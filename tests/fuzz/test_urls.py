@@ -22,9 +22,9 @@ from zimage.endpoint import Endpoint
 from zimage.errors import Failure
 from zimage.provider import HttpAnswer, HttpCall
 from zimage.registry import provider_named, provider_names
-from zimage.transport import REACH, Wire, request_target
 from zimage.trust import check_trust, choose_endpoint, may_have_optional_key, parse_base_url, trusted_hosts
 from zimage.waiting import Stop
+from zimage.wire import REACH, Wire, request_target
 
 PROVIDERS = [provider for provider in map(provider_named, provider_names()) if not provider.in_process]
 TRUSTED = "proxy.example.com"
@@ -182,7 +182,8 @@ def goes_out(url: str) -> str:
         raise OSError("far enough")
 
     from zimage.contract import MIB
-    from zimage.transport import AnswerLost, NotSent, exchange
+    from zimage.transport import AnswerLost, exchange
+    from zimage.wire import NotSent
 
     with patch.object(Wire, "open", opened), contextlib.suppress(NotSent, AnswerLost):
         exchange(HttpCall("GET", url, {}), Stop(5), limit=MIB, reach="service")

@@ -23,6 +23,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "trust": (("tests/test_trust.py", "tests/test_credentials.py"), ("tests/test_strangers.py",), FAULTS, PROVIDERS),
     "keys": (("tests/test_credentials.py", "tests/test_trust.py"), PROVIDERS),
     "transport": (("tests/test_trust.py", "tests/test_recovery.py"), FAULTS, ONE_PICTURE, PROVIDERS),
+    "wire": (("tests/test_trust.py", "tests/test_recovery.py"), FAULTS, ONE_PICTURE, PROVIDERS),
     "batch/work": (BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
     "batch/plan": (BATCH_QUICK, ("tests/test_batch_input.py",), BATCH_SLOW, SEAM_MANY),
     "batch/journal": (BATCH_QUICK, BATCH_SLOW, SEAM_MANY),

@@ -18,9 +18,10 @@ from zimage.outside import without_surrogates
 from zimage.picture import ends_as_it_should, verified
 from zimage.provider import HttpCall
 from zimage.settle import DEAD_LINK
-from zimage.transport import AnswerEncoded, AnswerLost, AnswerTooLarge, NotSent, exchange
+from zimage.transport import AnswerEncoded, AnswerLost, AnswerTooLarge, exchange
 from zimage.trust import home_of, unnamed
 from zimage.waiting import wait_before
+from zimage.wire import NotSent
 
 if TYPE_CHECKING:
     from zimage.evidence import Evidence

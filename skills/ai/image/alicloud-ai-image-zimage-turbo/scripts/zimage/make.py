@@ -19,9 +19,10 @@ from zimage.picture import converted, size_warning
 from zimage.provider import Generated, Submitted
 from zimage.settle import TASK_ENDS, ended_early, explained, retry_wait, settle
 from zimage.task import Task
-from zimage.transport import ask, wired_adapter
+from zimage.transport import ask
 from zimage.trust import Own, home_of, key_for, naming_flags, telling_of_withheld
 from zimage.waiting import Stopped, in_time
+from zimage.wire import wired_adapter
 
 if TYPE_CHECKING:
     from zimage.console import Console

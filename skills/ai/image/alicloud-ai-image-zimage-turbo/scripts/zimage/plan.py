@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from zimage.contract import FORMATS, MAX_REQUEST_BYTES, MAX_SIDE, MIB, REQUEST_SCHEMA, SKILL, VERSION
 from zimage.errors import Failure, Problem, noting, raise_problems
 from zimage.evidence import Evidence, Folders, new_evidence_id, timestamp, utc_now
-from zimage.files import check_free_name, checked_output, slug_of
+from zimage.files import check_free_name
 from zimage.outside import outside_text, shown
+from zimage.paths import checked_output, slug_of
 from zimage.registry import DEFAULT_PROVIDER, provider_class, provider_named
 from zimage.request import decode_json_file, normalize, parse_json, read_input, request_problems
 from zimage.trust import Own, choose_endpoint, recorded_endpoint

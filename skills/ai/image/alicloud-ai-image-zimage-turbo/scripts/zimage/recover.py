@@ -12,17 +12,10 @@ from zimage.contract import MAX_SAVED_BYTES, SKILL
 from zimage.download import fetch_source
 from zimage.errors import KINDS, Failure, Problem, noting, raise_problems
 from zimage.evidence import MADE, Evidence, EvidenceFile, elapsed_ms, response_of
-from zimage.files import (
-    check_free_name,
-    check_writable,
-    checked_output,
-    file_hash,
-    leftovers_of,
-    read_file,
-    remove_leftovers,
-)
+from zimage.files import check_free_name, check_writable, file_hash, leftovers_of, read_file, remove_leftovers
 from zimage.make import collect, import_libraries, save, settling
 from zimage.outside import outside_text
+from zimage.paths import checked_output
 from zimage.picture import verified
 from zimage.provider import Generated, Provider
 from zimage.registry import provider_named

@@ -13,8 +13,8 @@ from typing import NoReturn
 from zimage.batch.contract import EVIDENCE, FOLDER_SIZE, IMAGES, OWN_FILES, OWN_NAMES, REPLACED, THUMBS
 from zimage.contract import FORMATS
 from zimage.errors import Failure, Problem, raise_problems
-from zimage.files import checked_output, is_file_name, slug_of
 from zimage.outside import outside_text, without_surrogates
+from zimage.paths import checked_output, is_file_name, slug_of
 from zimage.plan import format_problems
 from zimage.request import ImageRequest
 

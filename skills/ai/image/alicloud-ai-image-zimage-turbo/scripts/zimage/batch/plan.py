@@ -27,8 +27,8 @@ from zimage.batch.rows import Row, WrongRow
 from zimage.contract import MAX_SEED
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, Problem
-from zimage.files import checked_output
 from zimage.outside import outside_text, shown
+from zimage.paths import checked_output
 from zimage.provider import Provider
 from zimage.request import ImageRequest, pick_seed
 from zimage.waiting import Stop
