@@ -131,6 +131,7 @@ READERS: dict[str, Callable[[str], object]] = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", READERS)
 def test_no_reader_of_outside_text_takes_longer_than_its_text(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("zimage.outside._secrets", set())

@@ -46,6 +46,7 @@ def test_every_word_comes_out_of_a_posix_shell_as_it_went_in() -> None:
     assert done.stdout == f"{list(map(os.fsencode, words))}\n"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("word", ["ends in a line\n", "nul\0", "\udc00 \ud800"])
 def test_what_no_posix_shell_can_be_given_is_left_out(word: str) -> None:
     assert quoted(word, "linux") is None

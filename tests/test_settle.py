@@ -203,6 +203,7 @@ class Behind(EvidenceFile):
 
     def keep(self) -> None:
         self.behind = Failure("disk", "full")
+        self._known = ("", "", False)
 
 
 @pytest.mark.parametrize(

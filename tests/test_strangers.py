@@ -62,6 +62,7 @@ ENDPOINTS = {
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("named", ["nothing", "another port", "another host", "another scheme", "another provider"])
 @pytest.mark.parametrize("mode", ["--recover", "--replay"])
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_the_printed_command_gets_to_a_server_of_ones_own(
         assert error["code"] == code
         shell.env.pop(PROVIDERS[provider], None)
         again = shell.call(*shlex.split(error["next_command"])[2:], "--timeout", "2").error
-        assert again["code"] == ("link_expired" if provider == "dashscope" else code)  # refused twice, and no task
+        assert again["code"] == code  # its term is not over
         assert again.get("http_status") == error.get("http_status")
 
 
@@ -298,7 +299,7 @@ def test_no_name_of_a_file_and_no_row_speaks_for_the_tool(shell: Shell, service:
 LONG_AGO, FAR_AWAY = "1999-01-01T00:00:00.000Z", "2999-01-01T00:00:00.000Z"
 
 
-@pytest.mark.parametrize("moment", [LONG_AGO, FAR_AWAY, "no moment", None])
+@pytest.mark.parametrize("moment", [LONG_AGO, FAR_AWAY, None])
 def test_a_vanished_picture_whose_link_lives_is_fetched_whatever_the_clock_says(
     shell: Shell, service: FaultServer, moment: str | None
 ) -> None:
@@ -315,12 +316,12 @@ def test_a_vanished_picture_whose_link_lives_is_fetched_whatever_the_clock_says(
     assert len(batch.sent) == 1
 
 
-@pytest.mark.parametrize("moment", [LONG_AGO, FAR_AWAY])
+@pytest.mark.parametrize(("moment", "second"), [(LONG_AGO, "link_expired"), (FAR_AWAY, "link_refused")])
 @pytest.mark.parametrize("status", [401, 403, 404, 410])
-def test_a_link_that_is_refused_twice_is_dead_whatever_the_clock_says(
-    shell: Shell, service: FaultServer, status: int, moment: str
+def test_a_link_is_dead_where_it_is_refused_twice_and_its_term_is_over(
+    shell: Shell, service: FaultServer, status: int, moment: str, second: str
 ) -> None:
-    """Once may be a moment's; a batch must not ask for ever, nor give up what was paid for at the first refusal."""
+    """Once may be a moment's, or a clock's: what was paid for is not given up at the first refusal."""
     service.play(PICTURE, html(status))
     evidence = evidence_file(
         shell.folder,
@@ -328,7 +329,7 @@ def test_a_link_that_is_refused_twice_is_dead_whatever_the_clock_says(
         response={"image_url": service.root + PICTURE, "expires_at": moment},
     )
     codes = [shell.call("--recover", evidence, "--print-response").error["code"] for _ in range(2)]
-    assert codes == ["link_refused", "link_expired"]
+    assert codes == ["link_refused", second]
     service.play(PICTURE, file(SMALL_PNG))
     assert shell.call("--recover", evidence).code == 0
 

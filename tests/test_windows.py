@@ -25,6 +25,7 @@ GOOD = ["a.png", "null.png", "console.png", "com.png", "com10.png", "lpt.png", "
 GOOD += ["a'b&c^d!e%f.png", "{}.png", "x.nul", "conin.png", "ⅽon.png"]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", RESERVED)
 def test_what_windows_keeps_for_itself_is_no_name_of_a_picture(name: str) -> None:
     assert not is_windows_name(name)
@@ -77,7 +78,7 @@ def test_where_windows_is_not_pictures_and_rows_may_have_such_names(
 
 @pytest.mark.parametrize("name", ["nul.png", "a?.png", "C:a.png"])
 def test_on_windows_they_are_refused_before_paying(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr("zimage.files.sys.platform", "win32")
+    monkeypatch.setattr("zimage.paths.sys.platform", "win32")
     with pytest.raises(Failure, match=r"Windows|drive"):
         checked_output(name, "--output")
 

@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import figures
 from benchmarks.common import (
+    BEGUN,
     FAULTS,
     GOOD,
     NOT_BILLED,
@@ -286,7 +287,7 @@ def audit_picture(row: tuple[Any, ...], calls: list[Call], cut_off: bool, report
     report.check(len(facts.get("attempts", ())) >= len(calls), f"{name}: {facts.get('attempts')} are its attempts")
     code = facts.get("error", {}).get("code")
     if state == "saved":
-        report.check(last in GOOD and paid == 1, f"{name}, paid {paid}")
+        report.check(last in (*GOOD, *BEGUN) and paid == 1, f"{name}, paid {paid}")
     elif state == "unknown":
         report.check((cut_off or last in UNKNOWABLE) and paid == 1, f"{name}, out at a kill: {cut_off}, paid {paid}")
         report.check(facts.get("error", {}).get("billed") == "unknown", f"{name}: its error is {facts.get('error')}")

@@ -36,6 +36,7 @@ LINK_LIFE_S = 24 * 3600
 
 # Outcomes of a call, by what its client can know.
 GOOD = ("ok", "image-500", "image-cut")  # billed, answered; the last two suffer at the first download
+BEGUN = ("cut-answer",)  # billed; its link had arrived whole unless a kill was in time
 UNUSABLE = ("image-corrupt",)  # billed, answered, and the picture is damaged for good
 UNKNOWABLE = ("hangup-after", "cut-answer", "502", "504", "timeout", "hangup-before", "no-image")
 NOT_BILLED = ("429", "500", "503")  # surely not: sent again

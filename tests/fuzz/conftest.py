@@ -7,7 +7,6 @@ def test_something_holds(raw: Any) -> None: ...
 from __future__ import annotations
 
 import functools
-import json
 import os
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.strategies import SearchStrategy
 
+import figures
 from conftest import ROOT, SKILL
 from fuzz.place import Place
 from provider_cases import KEYS
@@ -102,8 +102,7 @@ def pytest_terminal_summary(terminalreporter: Any, exitstatus: int) -> None:
         return
     failed = sorted(report.nodeid for report in terminalreporter.getreports("failed"))
     summary: dict[str, Any] = {"cases": _counts.total(), "properties": dict(sorted(_counts.items())), "failed": failed}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "fuzz.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    figures.keep("fuzz", summary)
     terminalreporter.section("cases")
     for name, count in summary["properties"].items():
         terminalreporter.write_line(f"{count:>9,}  {name.rpartition('/')[2]}")

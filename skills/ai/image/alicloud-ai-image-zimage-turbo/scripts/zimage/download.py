@@ -12,7 +12,7 @@ from zimage.answers import retry_after
 from zimage.contract import CORRUPT_DOWNLOAD_RETRIES, DOWNLOAD_RETRIES, MAX_HOPS, MAX_IMAGE_BYTES, MIB
 from zimage.endpoint import _is_address, is_loopback_host, is_public_address, origin_of, split_netloc
 from zimage.errors import Failure, os_reason
-from zimage.evidence import said_of
+from zimage.evidence import moment_of, said_of, utc_now
 from zimage.files import read_file
 from zimage.outside import without_surrogates
 from zimage.picture import ends_as_it_should, verified
@@ -150,8 +150,9 @@ def fetch_source(evidence: Evidence, provider: Provider, stop: Stop, home: Home)
     link = evidence.have.link
     if evidence.content or not link:
         return handed_over(evidence, stop)
-    # Where there is a task the service may yet name another link.
-    was_refused = evidence.data.get("error", {}).get("code") == "link_refused" and not evidence.task_id
+    # What is refused again is dead, unless it may live yet: by its own term, or by a task that names another link.
+    is_past = moment_of(evidence.said.get("expires_at")) <= utc_now() and not evidence.task_id
+    was_refused = is_past and evidence.data.get("error", {}).get("code") == "link_refused"
     try:
         return download(link, stop=stop, home=home, provider=provider, was_refused=was_refused)
     except Failure as failure:

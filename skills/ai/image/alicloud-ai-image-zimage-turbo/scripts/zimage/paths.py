@@ -63,7 +63,7 @@ def checked_output(name: str, source: str, hint: str | None = None, *, recorded:
 
     if not name or CONTROL.search(name):
         refuse("must not be empty or hold control characters", hint)
-    if name.endswith(("/", os.sep)) or os.path.isdir(name):
+    if name.endswith(("/", os.sep)) or (not recorded and os.path.isdir(name)):
         refuse(f"{outside_text(name, 200)} is a folder; give a file name in it")
     if sys.platform == "win32" and (problem := windows_problem(name)):  # before Python makes another path of it
         refuse(problem, hint)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import http.client
 import ipaddress
 import socket
 import threading
@@ -139,6 +138,7 @@ def wired_adapter() -> Any:
 
     An adapter without a session: no cookies, no environment, no .netrc, no redirects whose bodies are read.
     """
+    import http.client
     import io
 
     from requests.adapters import HTTPAdapter
