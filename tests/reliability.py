@@ -87,8 +87,8 @@ def document(
 
 
 NOTE = """The cells of the default provider in which nothing is killed. Most breaks are for good, so a picture that
-comes by an error's advice comes after the fault is gone; the others have no such step. *Paid again*: payments beyond the
-first that nobody asked for. *Lost*: paid for, its link had arrived, and nothing on disk leads to it.
+comes by an error's advice comes after the fault is gone; the others have no such step. *Paid again*: payments beyond
+the first that nobody asked for. *Lost*: paid for, its link had arrived, and nothing on disk leads to it.
 
 """
 JUDGED = ("mutants", "judged", "killed", "survived", "of_them_explained")

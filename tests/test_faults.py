@@ -346,6 +346,7 @@ def test_a_picture_that_is_there_was_made_whatever_status_stands_beside_it(
 ) -> None:
     service.play(GENERATE, good(how=Answer(status)))
     assert run(shell, retries=2).code == 0
+    assert [attempt["http_status"] for attempt in shell.evidence()["attempts"]] == [status]
     assert len(service.posts) == 1
 
 

@@ -33,7 +33,7 @@ from zimage.trust import Home
 from zimage.waiting import Stop, Stopped
 
 PNG = png(512, 512)
-MADE = Generated(content=PNG, request_id="r")
+MADE = Generated(content=PNG, request_id="r", http_status=200)
 BUSY = Failure("rate_limited", "busy", http_status=429)
 Play: TypeAlias = Callable[..., list[dict[str, Any]]]
 
@@ -160,11 +160,8 @@ def test_a_signal_is_held_against_the_moment_when_the_request_left(
     assert record.evidence.have.billed == ended.get("billed", "unknown")
 
 
-def test_work_in_this_process_has_no_status_of_http(
-    plan: Plan, record: EvidenceFile, play: Play, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(type(plan.provider), "in_process", True)
-    play(MADE)
+def test_work_in_this_process_has_no_status_of_http(plan: Plan, record: EvidenceFile, play: Play) -> None:
+    play(MADE._replace(http_status=None))
     made_of(plan, record)
     assert "http_status" not in record.evidence.data["attempts"][0]
 

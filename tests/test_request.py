@@ -717,3 +717,11 @@ def test_the_request_in_the_evidence_is_a_request_that_makes_the_same_payload(sh
     assert plan["payload"] == evidence["payload"]
     assert evidence["payload"]["parameters"]["size"] == "576*1344"
     assert mock.stats()["payloads"][0]["parameters"] == evidence["payload"]["parameters"]
+
+
+def test_of_many_problems_the_first_are_told_and_the_rest_are_counted(shell: Shell) -> None:
+    fields = {f"field_{number}": 1 for number in range(5000)}
+    (shell.folder / "request.json").write_text(json.dumps({"prompt": "a cat"} | fields), encoding="utf-8")
+    error = shell.run("--file", "request.json", "--print-response").error
+    assert (error["exit_code"], len(error["problems"])) == (2, 101)
+    assert error["message"].startswith("5000 problems") and error["message"].endswith("and 4900 more")

@@ -250,6 +250,9 @@ class Problem(NamedTuple):
     hint: str | None = None
 
 
+MOST_TOLD = 100  # problems of one request: a stranger's may have any number
+
+
 def raise_problems(problems: Sequence[Problem]) -> None:
     """Raise all problems as one Failure; none raises nothing."""
     if not problems:
@@ -260,7 +263,8 @@ def raise_problems(problems: Sequence[Problem]) -> None:
     codes = {problem.code for problem in problems}
     texts = [problem.text for problem in problems]
     code = codes.pop() if len(codes) == 1 else "invalid_request"
-    raise Failure(code, f"{len(texts)} problems: {'; '.join(texts)}", problems=texts)
+    told = texts if len(texts) <= MOST_TOLD else [*texts[:MOST_TOLD], f"and {len(texts) - MOST_TOLD} more"]
+    raise Failure(code, f"{len(texts)} problems: {'; '.join(told)}", problems=told)
 
 
 @contextlib.contextmanager

@@ -143,16 +143,16 @@ class Evidence:
 
     def submitted(self, submitted: Submitted) -> None:
         """The id of a task is known."""
-        self.end_attempt(http_status=200, outcome="submitted")
+        self.end_attempt(http_status=submitted.http_status, outcome="submitted")
         response: Response | None = {"request_id": submitted.request_id} if submitted.request_id else None
         self.update(status="submitted", task_id=submitted.task_id, response=response)
 
     def generated(
-        self, generated: Generated, warnings: Sequence[str], generate_ms: float, *, by_http: bool = True
+        self, generated: Generated, warnings: Sequence[str], generate_ms: float
     ) -> None:
         """A picture is known to be made. Bytes that were handed over go to disk first, else they stay in `content`."""
         if self.data["attempts"]:
-            self.end_attempt(http_status=200 if by_http else None, outcome="generated", billed="yes")
+            self.end_attempt(http_status=generated.http_status, outcome="generated", billed="yes")
         if generated.content:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)

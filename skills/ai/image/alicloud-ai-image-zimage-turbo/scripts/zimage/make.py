@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from zimage.keys import Key
     from zimage.picture import Picture
     from zimage.plan import Options, Plan
-    from zimage.provider import Provider
+    from zimage.provider import HttpAnswer, Provider
     from zimage.trust import Home
     from zimage.waiting import Stop
 
@@ -124,8 +124,7 @@ def came(plan: Plan, record: Record, made: Generated | Submitted, began: float) 
     if isinstance(made, Submitted):
         record.evidence.submitted(made)
     else:
-        by_http = not plan.provider.in_process
-        record.evidence.generated(made, plan.warnings, elapsed_ms(began), by_http=by_http)
+        record.evidence.generated(made, plan.warnings, elapsed_ms(began))
     record.keep()
 
 
@@ -144,9 +143,12 @@ def send(plan: Plan, key: Key, stop: Stop) -> Generated | Submitted:
     """The paid call, sent once. Raises as `ask`."""
     call = plan.provider.submit(plan.payload, plan.endpoint, key.value, plan.workspace)
     provider = plan.provider
-    limit = provider.max_answer_bytes
+
+    def read(answer: HttpAnswer) -> Generated | Submitted:
+        return provider.read(answer, plan.request, utc_now())._replace(http_status=answer.status)
+
     with telling_of_withheld(key):
-        made = ask(call, lambda answer: provider.read(answer, plan.request, utc_now()), stop, plan.endpoint, limit)
+        made = ask(call, read, stop, plan.endpoint, provider.max_answer_bytes)
     if isinstance(made, Generated) and provider.links_to_itself and made.image_url.startswith("/"):
         made = made._replace(image_url=urljoin(plan.endpoint.url, made.image_url))
     return made.bounded() if isinstance(made, Generated) else made

@@ -56,6 +56,7 @@ class Generated(NamedTuple):
     usage: Mapping[str, Any] = {}
     other_urls: tuple[str, ...] = ()  # of further pictures in the same answer
     warnings: tuple[str, ...] = ()
+    http_status: int | None = None  # of the answer to the paid call; None where it came by no answer of its own
 
     def bounded(self) -> Generated:
         """The same with no more than an evidence file takes, so that what is written can be read again.
@@ -78,6 +79,7 @@ class Submitted(NamedTuple):
 
     task_id: str
     request_id: str = ""
+    http_status: int | None = None
 
 
 class Price(NamedTuple):

@@ -80,7 +80,7 @@ def recover(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, A
             evidence.generated(generated, warnings, elapsed_ms(stop.start))
             record.keep()
         elif "response" not in evidence.data:  # killed between the bytes and the evidence
-            evidence.generated(Generated(), warnings, 0.0, by_http=not provider.in_process)
+            evidence.generated(Generated(), warnings, 0.0)
         if saved:
             return response_of(evidence, one_more_copy(evidence, provider, output, stop, home, options))
         image = save(
