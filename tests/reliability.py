@@ -144,9 +144,9 @@ def mutated(mutants: Mapping[str, Any]) -> Line:
 
 
 def sampled(mutants: Mapping[str, Any]) -> str:
-    if mutants["sample"] is None:
+    if mutants["all"]["judged"] == mutants["all"]["mutants"]:
         return "All of them were tried."
-    return f"A random sample of {mutants['sample']} a room was tried (seed {mutants['seed']})."
+    return "A random part of them was tried: the score is an estimate, rough where few of a room were."
 
 
 def percent(counts: Mapping[str, Any]) -> str:

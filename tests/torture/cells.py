@@ -72,6 +72,10 @@ class Cell:
         place, stage = self.fault.place, self.fault.stage
         if place == "short-length":  # of an answer that is hardly longer
             return (self.way.id, stage) == ("zimageturbo", "paid")
+        if (
+            place == "flip-status"
+        ):  # a picture that is there was made, whatever stands beside it; a task's name alone not
+            return stage == "poll" or (stage == "paid" and self.way.id != "zimageturbo")
         if place in (
             "link-end",
             "chunk-link",

@@ -69,7 +69,7 @@ def in_its_time(what: str, work: Callable[[], Result], stop: Stop) -> Result:
         Failure: paid_not_downloaded where it is not done in time; what the work raises. Stopped.
     """
     try:
-        return stop.in_thread(work, LAST_WORK)
+        return stop.in_thread(work, LAST_WORK, grace=LAST_WORK)  # what came whole at the last moment is not left
     except Late:
         raise Failure("paid_not_downloaded", f"the picture was not {what} in time on this machine") from None
 

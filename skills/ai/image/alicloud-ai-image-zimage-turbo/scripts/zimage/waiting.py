@@ -103,10 +103,10 @@ class Stop:
         """Whether a signal has come, whatever this one is held to."""
         return self._parent.is_signalled if self._parent else bool(self._reason)
 
-    def in_thread(self, work: Callable[[], Result], last: float = math.inf) -> Result:
+    def in_thread(self, work: Callable[[], Result], last: float = math.inf, grace: float = 0.0) -> Result:
         """What work returns or raises; at the end of its time it is left to itself, and the process ends without it.
 
-        `last`: the seconds that it has after a signal which would end waits only.
+        `last`: the seconds that it has after a signal which would end waits only; `grace`: those beyond its time.
 
         Raises:
             Late, Stopped.
@@ -125,7 +125,7 @@ class Stop:
             thread.start()
         except RuntimeError:  # this machine starts no more: better late than lost
             run()
-        until = max(self.until, time.monotonic() + 0.001)
+        until = max(self.until + grace, time.monotonic() + 0.001)
         while thread.is_alive() and (left := until - time.monotonic()) > 0:
             if self.reason:
                 self.abandon()
