@@ -143,6 +143,8 @@ $(VENV)/mutants/.stamp: requirements-mutants.txt | $(BIN)/python$(EXE)
 	$(BIN)/python -m venv $(VENV)/mutants
 	$(VENV)/mutants/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-mutants.txt
 	@touch $@
+
+# The lowest and the highest versions of what the skill needs, each in an environment of its own.
 versions: | $(BIN)/python$(EXE)
 	$(PYTHON) tests/versions.py $(VENV)/versions
 
