@@ -260,7 +260,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         copies: queue.Queue[Copy] = queue.Queue()
         for number in range(0 if options.report else options.workers):
-            copies.put(Copy(Path(folder, str(number)), options.python))
+            copies.put(Copy(Path(folder, str(number)), os.path.abspath(options.python)))
         for room in options.room or ROOMS:
             source = (ROOT / path_of(room)).read_text(encoding="utf-8")
             mutants = mutants_of(source)
