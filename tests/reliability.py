@@ -144,9 +144,9 @@ def mutated(mutants: Mapping[str, Any]) -> Line:
 
 
 def sampled(mutants: Mapping[str, Any]) -> str:
-    if mutants["all"]["judged"] == mutants["all"]["mutants"]:
-        return "All of them were tried."
-    return "A random part of them was tried: the score is an estimate, rough where few of a room were."
+    part = mutants["all"]["judged"] < mutants["all"]["mutants"]
+    which = "A random part of them was tried, so the score is an estimate" if part else "All of them were tried"
+    return f"{which}; only the quick tests were asked, so it is a lower bound." if mutants["stages"] else f"{which}."
 
 
 def percent(counts: Mapping[str, Any]) -> str:

@@ -104,15 +104,16 @@ def path_of(room: str) -> str:
 class Stages:
     """The tests of a room, stage by stage. A stage is looked at before it counts."""
 
-    def __init__(self, room: str, source: str) -> None:
+    def __init__(self, room: str, source: str, most: int | None) -> None:
         self._room = room
         self._source = source
+        self._words = ROOMS[room][:most]
         self._lock = threading.Lock()
         self._limits: dict[tuple[str, ...], float] = {}
 
     def judge(self, copy: Copy, mutant: Mutant) -> Verdict:
         seconds = 0.0
-        for words in ROOMS[self._room]:
+        for words in self._words:
             limit = self._limit(copy, words)
             copy.write(self._room, mutant.source)
             verdict = copy.test(words, limit)
@@ -189,8 +190,10 @@ def why_none(room: str, mutant: Mutant) -> str | None:
 # A run ----------------------------------------------------------------------------------------------------------------
 
 
-def judge_all(room: str, source: str, mutants: list[Mutant], session: Session, copies: queue.Queue[Copy]) -> None:
-    stages = Stages(room, source)
+def judge_all(
+    room: str, source: str, mutants: list[Mutant], session: Session, copies: queue.Queue[Copy], most: int | None
+) -> None:
+    stages = Stages(room, source, most)
 
     def judge_one(mutant: Mutant) -> None:
         copy = copies.get()
@@ -247,6 +250,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--room", action="append", choices=ROOMS, help="again for more; all, unless given")
     parser.add_argument("--sample", type=int, help="so many of each room; all, unless given")
+    parser.add_argument("--stages", type=int, help="only so many, the quickest: what they miss others may notice")
     parser.add_argument("--seed", type=int, default=0, help="which sample (%(default)s)")
     parser.add_argument("--again", action="store_true", help="judge those that survived once more")
     parser.add_argument("--report", action="store_true", help="judge nothing, tell what is known")
@@ -267,7 +271,7 @@ def main() -> int:
             part = chosen(mutants, options.sample, options.seed)
             if not options.report:
                 left = [mutant for mutant in part if session.asks_for(room, mutant, again=options.again)]
-                judge_all(room, source, left, session, copies)
+                judge_all(room, source, left, session, copies, options.stages)
             judged = [(mutant, verdict) for mutant in part if (verdict := session.of(room, mutant))]
             rooms[room] = counted(room, mutants, judged)
             survivors += [
@@ -276,7 +280,14 @@ def main() -> int:
                 for mutant, verdict in judged if verdict.outcome == SURVIVED
             ]  # fmt: skip
     total = in_all(list(rooms.values()))
-    facts = {"sample": options.sample, "seed": options.seed, "rooms": rooms, "all": total, "survivors": survivors}
+    facts = {
+        "sample": options.sample,
+        "seed": options.seed,
+        "stages": options.stages,
+        "rooms": rooms,
+        "all": total,
+        "survivors": survivors,
+    }
     path = figures.keep("mutants", facts)
     for survivor in survivors:
         if not survivor["explained"]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 ONE_PICTURE = ("tests/test_cli.py", "tests/test_recovery.py", "tests/test_interruption.py")
 FAULTS = ("tests/test_faults.py", "-k", "not bomb and not nested and not megabyte and not without_an_end")
 PROVIDERS = ("tests/test_providers.py", "-k", "not diffusers")
+BATCH_FIRST = ("tests/test_batch_results.py",)
 BATCH_QUICK = ("tests/test_batch_state.py", "tests/test_batch_results.py")
 BATCH_SLOW = (
     *("tests/test_batch_money.py", "tests/test_batch_run.py"),
@@ -24,9 +25,9 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "keys": (("tests/test_credentials.py", "tests/test_trust.py"), PROVIDERS),
     "transport": (("tests/test_trust.py", "tests/test_recovery.py"), FAULTS, ONE_PICTURE, PROVIDERS),
     "wire": (("tests/test_trust.py", "tests/test_recovery.py"), FAULTS, ONE_PICTURE, PROVIDERS),
-    "batch/work": (BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
-    "batch/plan": (BATCH_QUICK, ("tests/test_batch_input.py",), BATCH_SLOW, SEAM_MANY),
-    "batch/journal": (BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
+    "batch/work": (BATCH_FIRST, BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
+    "batch/plan": (BATCH_FIRST, BATCH_QUICK, ("tests/test_batch_input.py",), BATCH_SLOW, SEAM_MANY),
+    "batch/journal": (BATCH_FIRST, BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
 }
 
 
