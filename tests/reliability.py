@@ -129,7 +129,7 @@ def hostile() -> list[Line]:
     around = len(test_surroundings.SURROUNDINGS)
     return [
         ("Folders of strangers", f"{folders} hostile folders, each under four commands", "make check"),
-        ("Surroundings that fail", f"{around} of disk, machine, clock and interpreter", "make check"),
+        ("Surroundings that fail", f"{around} of disk, machine, clock and interpreter", "make check-all"),
     ]
 
 

@@ -22,6 +22,8 @@ from zimage.paths import slug_of
 from zimage.provider import HttpAnswer
 from zimage.request import request_problems
 
+pytestmark = pytest.mark.heavy  # by its time
+
 SIZE, LONGEST_S = 20_000, 0.2  # characters, and seconds of the processor: a pattern that looks back takes 1 or more
 PIECES = [
     " ",

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from conftest import SKILL
+from zimage.contract import GENERATE_IMAGE
 from zimage.errors import ASK_BEFORE_PAYING, BILLED, KINDS, RECOVER_FREE, Failure, Fault, Left
 from zimage.evidence import Evidence, EvidenceFile
 from zimage.settle import (
@@ -26,6 +28,7 @@ from zimage.settle import (
     explained,
     left_by,
     most_billed,
+    own_command,
     retry_wait,
     settle,
     table,
@@ -135,6 +138,7 @@ MAY_COST = ASK_BEFORE_PAYING.replace("EVIDENCE", "PATH")
 LOST = f"the picture is lost: no disk took it; free space, then {MAY_COST}"
 NEW_LINK = "run next_command once, free: the service may name a new link for its task"
 
+MACHINE = KINDS["machine_limit"].hint
 TOLD = [  # code, what is known before, whether that is on disk, the advice, whether a command leads back
     ("rate_limited", NOTHING, True, KINDS["rate_limited"].hint, False),
     ("rate_limited", NOTHING, False, KINDS["rate_limited"].hint, False),
@@ -158,6 +162,9 @@ TOLD = [  # code, what is known before, whether that is on disk, the advice, whe
     ("disk", PAID, True, f"{KINDS['disk'].hint}; then {RECOVER_FREE}", True),
     ("disk", NOTHING, True, KINDS["disk"].hint, False),
     ("hop_refused", PAID, True, KINDS["hop_refused"].hint, False),
+    ("host_not_trusted", PAID, True, KINDS["host_not_trusted"].hint, False),
+    ("machine_limit", PAID, True, f"{RECOVER_FREE}, once there is more to be had: {MACHINE}", True),
+    ("machine_limit", NOTHING, True, MACHINE, False),
 ]
 
 
@@ -196,6 +203,17 @@ def test_what_the_service_has_said_is_told(tmp_path: Path) -> None:
     assert (later.request_id, later.image_url) == ("of the failure", LINK)
     only = explained(evidence(tmp_path, "unknown"), Failure("answer_unusable", "x", image_url="https://other")).fault
     assert only.image_url == "https://other"
+
+
+def test_unless_said_otherwise_the_evidence_is_on_disk(tmp_path: Path) -> None:
+    known = evidence(tmp_path, "generated", response={"image_url": LINK})
+    assert explained(known, Failure("disk", "x")).fault.next_command
+
+
+def test_a_command_names_the_interpreter_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert shlex.split(own_command("--check") or "") == [sys.executable, str(GENERATE_IMAGE), "--check"]
+    monkeypatch.setattr(sys, "executable", "")  # an embedded one may not know where it lies
+    assert shlex.split(own_command("--check") or "")[0] == "python3"
 
 
 class Behind(EvidenceFile):

@@ -34,7 +34,10 @@ from fault_server import FaultServer
 from test_every_write import Till
 from warm import Warm
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="surroundings of Linux")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="surroundings of Linux"),
+    pytest.mark.heavy,  # by its time
+]
 
 INJECTION = Path(__file__).resolve().parent / "surroundings"
 YEAR = 365 * 86400.0

@@ -1,6 +1,6 @@
 """The byte stream broken at every kind of position, and the program killed there: nothing is lost or paid twice.
 
-A thin slice is played with the other tests, all of it by `make torture`, which counts. The cells are in
+A thin slice is played by `make check-all`, all of it by `make torture`, which counts. The cells are in
 tests/torture/cells.py, the proxy that breaks in proxy.py, what must hold in story.py.
 """
 
@@ -40,6 +40,7 @@ def play(cell: Cell, shell: Shell, record: Callable[[str, Any], None], how: type
 
 
 @pytest.mark.smoke
+@pytest.mark.heavy  # by its time
 @pytest.mark.parametrize("name", SLICE)
 def test_a_break_costs_nothing_that_was_paid_for(
     shell: Shell, name: str, record_property: Callable[[str, Any], None]
