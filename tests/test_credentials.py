@@ -16,7 +16,7 @@ import pytest
 
 from conftest import Result, Shell
 from mock_server import MockServer
-from zimage import outside
+from zimage import keys, outside
 from zimage.errors import Failure
 from zimage.keys import KeyPlaces, find_key
 from zimage.outside import forms_of, mask, outside_json, outside_text, remember_environment, remember_secret, told_line
@@ -649,3 +649,51 @@ def test_what_a_proxy_is_logged_in_with_is_masked(name: str, url: str) -> None:
 
 def test_user_info_of_any_url_is_masked() -> None:
     assert mask("see ftp://ann:x@host/a@b and http://host/x@y") == "see ftp://***@host/a@b and http://host/x@y"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# In process
+# ---------------------------------------------------------------------------------------------------------------------
+
+PLACES = KeyPlaces("SOME_API_KEY", file=".some/key")
+
+
+def test_a_line_of_dotenv_that_sets_nothing_takes_nothing_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".env").write_text("SOME_API_KEY=sk-0123456789 # mine # really\nexport SOME_API_KEY\nSOME_API_KEY\n")
+    assert find_key(PLACES, {"HOME": str(tmp_path)}).value == "sk-0123456789"
+
+
+def test_the_home_folder_is_the_one_of_the_environment_that_was_given(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "another"))
+    (tmp_path / ".some").mkdir()
+    (tmp_path / ".some" / "key").write_text("sk-0123456789")
+    assert find_key(PLACES, {"HOME": str(tmp_path)}).source == "~/.some/key"
+    with pytest.raises(Failure, match="no API key found"):
+        find_key(PLACES, {})
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        (UnicodeDecodeError("utf-8", b"\xff", 0, 1, "x"), "not UTF-8"),
+        (PermissionError(13, "Not for you"), "not for you"),
+    ],
+)
+def test_a_place_that_cannot_be_read_is_told_with_its_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: Exception, reason: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / ".some").mkdir()
+    (tmp_path / ".some" / "key").write_text("sk-0123456789")
+
+    def refuse(path: Path) -> None:
+        raise trouble
+
+    monkeypatch.setattr(keys, "open_regular", refuse)
+    with pytest.raises(Failure) as failed:
+        find_key(PLACES, {"HOME": str(tmp_path)})
+    assert f"cannot be read: {reason}" in failed.value.message

@@ -88,7 +88,7 @@ def dotenv_value(text: str, variable: str) -> str:
             value = said.strip()
     if value[:1] in ("'", '"') and value.count(value[0]) > 1:
         return value[1:].partition(value[0])[0]
-    return re.split(r"(?:^|\s)#", value, maxsplit=1)[0]
+    return re.split(r"(?:^|\s)#", value)[0]
 
 
 def _key_in_ini(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> Key | None:
