@@ -147,9 +147,7 @@ class Evidence:
         response: Response | None = {"request_id": submitted.request_id} if submitted.request_id else None
         self.update(status="submitted", task_id=submitted.task_id, response=response)
 
-    def generated(
-        self, generated: Generated, warnings: Sequence[str], generate_ms: float
-    ) -> None:
+    def generated(self, generated: Generated, warnings: Sequence[str], generate_ms: float) -> None:
         """A picture is known to be made. Bytes that were handed over go to disk first, else they stay in `content`."""
         if self.data["attempts"]:
             self.end_attempt(http_status=generated.http_status, outcome="generated", billed="yes")
