@@ -317,6 +317,8 @@ class FaultServer:
         assert isinstance(answer, Answer)
         if answer.hang_up != "before-reading":
             self._send(connection, answer)
+        else:
+            self._closing.wait(0.3)  # until connect() is over at the other side: else nothing has left there
         return answer.reset
 
     def _read(self, connection: socket.socket) -> Received | None:
