@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zimage.batch.contract import DATABASE, DATABASE_SCHEMA, KEPT_FACTS, MAX_LINE_BYTES
-from zimage.batch.folder import check_version, database_failures, open_database
+from zimage.batch.folder import database_failures, open_database
 from zimage.batch.names import Names
 from zimage.contract import EVIDENCE_SCHEMA, MAX_EVIDENCE_BYTES, MAX_SEED, STATUSES
 from zimage.endpoint import IN_PROCESS
@@ -71,7 +71,6 @@ def _check_database(database: sqlite3.Connection, path: Path, names: Names) -> N
     def refuse(what: str) -> None:
         raise Failure("batch_unreadable", f"{path}: not as this tool writes it: {what}")
 
-    check_version(database, path)
     with contextlib.closing(sqlite3.connect(":memory:")) as ours:
         ours.executescript(DATABASE_SCHEMA)
         if parts_of(database) != parts_of(ours):
