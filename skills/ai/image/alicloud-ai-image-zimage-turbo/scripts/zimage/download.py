@@ -90,10 +90,10 @@ def fetch(link: str, *, stop: Stop, loopback: bool, provider: Provider, origin: 
     raise Failure("hop_refused", f"the link to the picture was redirected more than {MAX_HOPS} times")
 
 
-def download(link: str, *, stop: Stop, home: Home, provider: Provider, was_refused: bool) -> Picture:
+def download(link: str, *, stop: Stop, home: Home, provider: Provider, is_last: bool) -> Picture:
     """The verified picture behind a link, tried again (it is free) while time is left.
 
-    `was_refused`: the service has refused this link before.
+    `is_last`: one more refusal is the end of the link.
 
     Raises:
         Failure: paid_not_downloaded, link_expired, link_refused, hop_refused, image_unusable, image_too_large.
@@ -101,7 +101,7 @@ def download(link: str, *, stop: Stop, home: Home, provider: Provider, was_refus
     for attempt in range(DOWNLOAD_RETRIES + 1):
         try:
             answer = fetch(link, stop=stop, loopback=home.loopback, provider=provider, origin=home.origin)
-            return verified(picture_bytes(answer, was_refused), stop)
+            return verified(picture_bytes(answer, is_last), stop)
         except AnswerTooLarge:
             raise Failure("image_too_large", f"the picture is larger than {MAX_IMAGE_BYTES // MIB} MiB") from None
         except AnswerEncoded as error:
@@ -121,8 +121,10 @@ def download(link: str, *, stop: Stop, home: Home, provider: Provider, was_refus
     raise failure
 
 
-def picture_bytes(answer: HttpAnswer, was_refused: bool) -> bytes:
-    """The body of a successful download. That a link is dead is the service's word: clocks are wrong, or forged.
+def picture_bytes(answer: HttpAnswer, is_last: bool) -> bytes:
+    """The body of a successful download. That a link is dead is the service's word.
+
+    `is_last`: as in `download`. A clock alone decides nothing: it may be wrong, or forged.
 
     Raises:
         Failure: paid_not_downloaded where trying again may help, else link_expired or link_refused.
@@ -136,7 +138,7 @@ def picture_bytes(answer: HttpAnswer, was_refused: bool) -> bytes:
         message = f"the picture was not downloaded: HTTP {status}"
         raise Failure("paid_not_downloaded", message, http_status=status, retry_after_s=retry_after(answer))
     said_expired = status in (403, 410) and b"expired" in answer.body[:4096].lower()
-    if said_expired or (was_refused and status in (401, 403, 404, 410)):
+    if said_expired or (is_last and status in (401, 403, 404, 410)):
         raise Failure("link_expired", f"the link to the picture has expired (HTTP {status})", http_status=status)
     raise Failure("link_refused", f"the link to the picture is answered with HTTP {status}", http_status=status)
 
@@ -150,11 +152,11 @@ def fetch_source(evidence: Evidence, provider: Provider, stop: Stop, home: Home)
     link = evidence.have.link
     if evidence.content or not link:
         return handed_over(evidence, stop)
-    # What is refused again is dead, unless it may live yet: by its own term, or by a task that names another link.
+    # What is refused a second time is dead, unless it may live yet: by its own term, or by a task that names another.
     is_past = moment_of(evidence.said.get("expires_at")) <= utc_now() and not evidence.task_id
-    was_refused = is_past and evidence.data.get("error", {}).get("code") == "link_refused"
+    is_last = is_past and evidence.data.get("error", {}).get("code") == "link_refused"
     try:
-        return download(link, stop=stop, home=home, provider=provider, was_refused=was_refused)
+        return download(link, stop=stop, home=home, provider=provider, is_last=is_last)
     except Failure as failure:
         theirs = home_of(evidence.data["endpoint"], provider)
         if failure.code == "hop_refused" and home != theirs and theirs.holds(link):  # named, it could be fetched
