@@ -268,6 +268,19 @@ class Shell:
 
 @contextlib.contextmanager
 def as_in_a_process(folder: Path, env: dict[str, str]) -> Iterator[None]:
+    """A table's command in this process: what it leaves behind is cleared away at the end."""
+    try:
+        with own_state(folder, env), patch.object(waiting, "BACKOFF_BASE", 0.02):  # the first rows wait as users do
+            yield
+    finally:
+        with warnings.catch_warnings():  # an answer that is left unread is closed by the end of a process
+            warnings.simplefilter("ignore", ResourceWarning)
+            gc.collect()
+            gc.freeze()  # what is there now need not be looked through again
+
+
+@contextlib.contextmanager
+def own_state(folder: Path, env: Mapping[str, str]) -> Iterator[None]:
     """What a command may change and a process of its own would take with it: all is as before at the end."""
     kept = os.getcwd(), os.environ.copy(), sys.argv, sys.stdin
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
@@ -275,8 +288,7 @@ def as_in_a_process(folder: Path, env: dict[str, str]) -> Iterator[None]:
     os.environ.clear()
     os.environ.update(env)
     try:
-        with patch.object(waiting, "BACKOFF_BASE", 0.02):  # the first rows wait as long as users do
-            yield
+        yield
     finally:
         os.chdir(kept[0])
         os.environ.clear()
@@ -286,10 +298,6 @@ def as_in_a_process(folder: Path, env: dict[str, str]) -> Iterator[None]:
             signal.signal(signum, handler)
         outside._secrets.clear()
         signal.set_wakeup_fd(-1)
-        with warnings.catch_warnings():  # an answer that is left unread is closed by the end of a process
-            warnings.simplefilter("ignore", ResourceWarning)
-            gc.collect()
-            gc.freeze()  # what is there now need not be looked through again
 
 
 @pytest.fixture

@@ -21,6 +21,7 @@ from batch_helpers import SMALL_PNG, Batch
 from conftest import TEST_KEY, Result, Shell
 from fault_server import PICTURE, FaultServer, file, html
 from mock_server import MockServer
+from records import evidence_file
 
 
 @pytest.fixture
@@ -29,28 +30,6 @@ def inner() -> Iterator[FaultServer]:
     with FaultServer() as server:
         server.play(PICTURE, file(SMALL_PNG))
         yield server
-
-
-def evidence_file(folder: Path, **changes: Any) -> str:
-    data = {
-        "schema_version": 1,
-        "tool": {"name": "alicloud-ai-image-zimage-turbo", "version": "0.5.0"},
-        "status": "generated",
-        "provider": "dashscope",
-        "region": "beijing",
-        "endpoint": "https://dashscope.aliyuncs.com/api/v1/services/aigc/multimodal-generation/generation",
-        "operation": "image.generate",
-        "billable": True,
-        "request": {"prompt": "a cat", "size": "512*512", "seed": 5, "prompt_extend": False},
-        "payload": {},
-        "output": str(folder / "cat.png"),
-        "started_at": "2026-01-01T00:00:00.000Z",
-        "attempts": [{"at": "2026-01-01T00:00:00.000Z"}],
-        "cost": {"estimate": 0.01434, "currency": "USD", "basis": "list price", "price_list_date": "2026"},
-    }
-    path = folder / "20260101T000000Z-00000000.json"
-    path.write_text(json.dumps(data | changes))
-    return str(path)
 
 
 KEYS = dict.fromkeys(("DASHSCOPE_API_KEY", "ZIMAGETURBO_API_KEY", "OPENAI_API_KEY"), TEST_KEY)
@@ -87,7 +66,7 @@ def test_a_port_that_only_the_evidence_names_is_not_asked(
     if named == "another provider":
         variable = PROVIDERS[{"dashscope": "openai", "zimageturbo": "dashscope", "openai": "zimageturbo"}[provider]]
     shell.env |= KEYS | ({variable: url} if url else {})
-    result = shell.call(mode, evidence, "--print-response", "--timeout", "5")
+    result = shell.call(mode, str(evidence), "--print-response", "--timeout", "5")
     assert result.error["exit_code"] == 2
     assert result.error["billed"] == ("no" if mode == "--replay" else "yes" if status == "generated" else "unknown")
     assert "next_command" not in result.error
@@ -105,7 +84,7 @@ def test_a_server_that_the_user_names_gives_the_picture(
         shell.folder, provider=provider, endpoint=inner.root + ENDPOINTS[provider], response=response
     )
     shell.env |= {PROVIDERS[provider]: inner.root} if by == "variable" else {}
-    result = shell.call("--recover", evidence, *(("--base-url", inner.root) if by == "flag" else ()))
+    result = shell.call("--recover", str(evidence), *(("--base-url", inner.root) if by == "flag" else ()))
     assert result.code == 0, result.stderr
     assert (shell.folder / "cat.png").read_bytes() == SMALL_PNG
 
@@ -144,7 +123,7 @@ def test_a_link_into_this_machine_or_its_network_is_not_followed(shell: Shell, i
         response = {"image_url": link.replace("{port}", port)}
         evidence = evidence_file(shell.folder, provider=provider, endpoint=endpoint, response=response)
         shell.env |= KEYS | {"OPENAI_BASE_URL": "http://127.0.0.1:1/v1"}
-        result = shell.call("--recover", evidence, "--print-response", "--timeout", "5")
+        result = shell.call("--recover", str(evidence), "--print-response", "--timeout", "5")
         assert result.error["code"] in ("hop_refused", "host_not_trusted")  # theirs is not known from the user's own
         assert result.error["billed"] == "yes"
         assert inner.connections == 0
@@ -249,7 +228,7 @@ def test_no_text_of_a_strangers_file_speaks_for_the_tool(
     response = {"image_url": service.root + PICTURE}
     evidence = evidence_file(shell.folder, **{"endpoint": endpoint, "response": response} | changes)
     for more in ((), ("--print-response",)):
-        assert_tame(shell.call(mode, evidence, *more, "--timeout", "5"))
+        assert_tame(shell.call(mode, str(evidence), *more, "--timeout", "5"))
 
 
 def test_a_picture_under_a_name_with_a_line_end_is_no_answer(shell: Shell, service: FaultServer) -> None:
@@ -258,7 +237,7 @@ def test_a_picture_under_a_name_with_a_line_end_is_no_answer(shell: Shell, servi
     image = {"path": str(shell.folder / name), "sha256": hashlib.sha256(SMALL_PNG).hexdigest(), "bytes": 1}
     image |= {"format": "PNG", "width": 512, "height": 512}
     evidence = evidence_file(shell.folder, status="saved", image=image, endpoint=service.root + ENDPOINTS["dashscope"])
-    result = shell.run("--recover", evidence)
+    result = shell.run("--recover", str(evidence))
     assert result.code == 2 and result.stdout == ""
     assert_tame(result)
 
@@ -328,10 +307,10 @@ def test_a_link_is_dead_where_it_is_refused_twice_and_its_term_is_over(
         endpoint=service.root + ENDPOINTS["dashscope"],
         response={"image_url": service.root + PICTURE, "expires_at": moment},
     )
-    codes = [shell.call("--recover", evidence, "--print-response").error["code"] for _ in range(2)]
+    codes = [shell.call("--recover", str(evidence), "--print-response").error["code"] for _ in range(2)]
     assert codes == ["link_refused", second]
     service.play(PICTURE, file(SMALL_PNG))
-    assert shell.call("--recover", evidence).code == 0
+    assert shell.call("--recover", str(evidence)).code == 0
 
 
 def test_a_clock_that_jumps_while_a_batch_runs_changes_nothing(

@@ -33,6 +33,7 @@ import mock_server
 import zimage.outside
 from conftest import TEST_KEY, Result, Shell
 from mock_server import MockServer
+from records import evidence_file
 from zimage.download import checked_link
 from zimage.endpoint import is_public_address, origin_of
 from zimage.errors import Failure
@@ -106,27 +107,9 @@ def inside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Captu
         signal.signal(signum, handler)
 
 
-def evidence_file(folder: Path, **changes: Any) -> Path:
-    """An evidence file as the command writes it, with some fields changed."""
-    data = {
-        "schema_version": 1,
-        "tool": {"name": "alicloud-ai-image-zimage-turbo", "version": "0.1.0"},
-        "status": "failed",
-        "provider": "dashscope",
-        "region": "beijing",
-        "endpoint": BEIJING,
-        "operation": "image.generate",
-        "billable": True,
-        "request": {"prompt": "a cat", "size": "1024*1024", "seed": 5, "prompt_extend": False},
-        "payload": {},
-        "output": str(folder / "cat.png"),
-        "started_at": "2026-01-01T00:00:00.000Z",
-        "attempts": [],
-        "cost": {"estimate": 0.01434, "currency": "USD", "basis": "list price", "price_list_date": "2026"},
-    }
-    path = folder / "20260101T000000Z-00000000.json"
-    path.write_text(json.dumps(data | changes))
-    return path
+def unpaid(folder: Path, **changes: Any) -> Path:
+    """The evidence file of a request that was not billed."""
+    return evidence_file(folder, **{"status": "failed", "attempts": []} | changes)
 
 
 def test_the_network_trap_of_these_tests_catches_an_allowed_host(inside: Inside) -> None:
@@ -305,7 +288,7 @@ def short(value: str) -> str:
 
 @pytest.mark.parametrize("url", HOSTILE, ids=short)
 def test_a_hostile_base_url_is_refused_wherever_it_comes_from(inside: Inside, tmp_path: Path, url: str) -> None:
-    evidence = evidence_file(tmp_path, endpoint=url)
+    evidence = unpaid(tmp_path, endpoint=url)
     request = json.dumps({"prompt": "a cat", "base_url": url})
     errors = [
         inside.refused("--prompt", "a cat", f"--base-url={url}"),
@@ -363,7 +346,7 @@ def test_a_request_cannot_widen_trust(inside: Inside, field_: str) -> None:
     ],
 )
 def test_an_evidence_file_cannot_widen_trust(inside: Inside, tmp_path: Path, changes: dict[str, Any]) -> None:
-    inside.refused("--replay", str(evidence_file(tmp_path, **changes)))
+    inside.refused("--replay", str(unpaid(tmp_path, **changes)))
 
 
 # -- What is allowed, and what it means --------------------------------------------------------------------------------
@@ -418,7 +401,7 @@ def test_the_owners_hosts_and_loopback_are_accepted_in_every_form(
     assert inside.endpoint(env={"DASHSCOPE_BASE_URL": url}) == endpoint
     request = json.dumps({"prompt": "a cat", "base_url": url})
     assert inside.run("--request", request, "--dry-run").json["endpoint"] == endpoint
-    evidence = evidence_file(tmp_path, endpoint=endpoint, region="elsewhere")
+    evidence = unpaid(tmp_path, endpoint=endpoint, region="elsewhere")
     named = {"DASHSCOPE_HTTP_BASE_URL": url} if endpoint.partition("://")[2][:9] in LOOPBACK else {}
     assert inside.run("--replay", str(evidence), "--dry-run", env=named).json["endpoint"] == endpoint
     assert inside.reached == []
@@ -594,7 +577,7 @@ def test_a_flag_saves_a_request_whose_base_url_is_hostile(inside: Inside) -> Non
 
 
 def test_a_replay_goes_where_the_first_request_went(inside: Inside, tmp_path: Path) -> None:
-    evidence = str(evidence_file(tmp_path, endpoint=SINGAPORE, region="singapore"))
+    evidence = str(unpaid(tmp_path, endpoint=SINGAPORE, region="singapore"))
     env = {"DASHSCOPE_BASE_URL": "http://localhost:1", "DASHSCOPE_HTTP_BASE_URL": "http://localhost:2"}
     assert inside.run("--replay", evidence, "--dry-run", env=env).json["endpoint"] == SINGAPORE
     assert inside.run("--replay", evidence, "--region", "beijing", "--dry-run").json["endpoint"] == BEIJING
@@ -605,7 +588,7 @@ def test_a_replay_goes_where_the_first_request_went(inside: Inside, tmp_path: Pa
 
 def test_a_trusted_host_of_an_evidence_file_must_be_trusted_again(inside: Inside, tmp_path: Path) -> None:
     endpoint = f"https://{TRUSTED}{CALL_PATH}"
-    evidence = str(evidence_file(tmp_path, endpoint=endpoint))
+    evidence = str(unpaid(tmp_path, endpoint=endpoint))
     inside.refused("--replay", evidence)
     assert inside.run("--replay", evidence, "--trust-host", TRUSTED, "--dry-run").json["endpoint"] == endpoint
 

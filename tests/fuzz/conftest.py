@@ -18,19 +18,17 @@ from hypothesis.configuration import set_hypothesis_home_dir
 from hypothesis.strategies import SearchStrategy
 
 import figures
-from conftest import ROOT, SKILL
 from fuzz.place import Place
 from provider_cases import KEYS
 from zimage import outside
 
 TIMES = float(os.environ.get("ZIMAGE_FUZZ", "0"))  # so many times the cases of `make fuzz`; 0: those of `make check`
-RESULTS = ROOT / "output" / SKILL.name
 COUNTED = "fuzz_cases"
 
 # These start from what only POSIX has: its paths, its links, its quoting.
 collect_ignore_glob = ["test_*.py"] if os.name == "nt" else []
 
-set_hypothesis_home_dir(RESULTS / "hypothesis")
+set_hypothesis_home_dir(figures.FOLDER / "hypothesis")
 settings.register_profile(
     "fuzz",
     derandomize=not TIMES,

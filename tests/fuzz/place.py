@@ -18,7 +18,6 @@ import json
 import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -32,11 +31,11 @@ from unittest.mock import patch
 from hypothesis import event
 
 from closed import assert_answer_closed
-from conftest import SCRIPTS
+from conftest import SCRIPTS, own_state
 from fuzz.promises import EXITS, assert_error, assert_keyless, assert_one_line
 from fuzz.services import Service
 from provider_cases import KEYS
-from zimage import download, outside, transport
+from zimage import download, transport
 from zimage.contract import MIB
 from zimage.waiting import Stop
 
@@ -173,8 +172,6 @@ class Place:
     @contextlib.contextmanager
     def _as_its_own(self, service: Service, argv: list[str], stdin: bytes) -> Iterator[list[str]]:
         """What a process has of its own, and what the test stands in for."""
-        kept = os.getcwd(), os.environ.copy(), sys.argv, sys.stdin
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
         slept = 0.0
         now = time.monotonic
 
@@ -192,23 +189,13 @@ class Place:
             stack.enter_context(patch.object(os, "fsync", lambda descriptor: None))
             for module in (transport, download):
                 stack.enter_context(patch.object(module, "exchange", service.exchange))
-            os.chdir(self.project)
-            os.environ.clear()
-            os.environ.update(self.env)
+            stack.enter_context(own_state(self.project, self.env))
             sys.argv, sys.stdin = argv, given
             guard().tried, guard().folder = [], str(self.folder)
             try:
                 yield guard().tried
             finally:
                 guard().folder = None
-                os.chdir(kept[0])
-                os.environ.clear()
-                os.environ.update(kept[1])
-                sys.argv, sys.stdin = kept[2:]
-                for number, handler in handlers.items():
-                    signal.signal(number, handler)
-                signal.set_wakeup_fd(-1)
-                outside._secrets.clear()
 
     def files(self) -> dict[str, bytes]:
         """Every file of the place, and what is in it."""
