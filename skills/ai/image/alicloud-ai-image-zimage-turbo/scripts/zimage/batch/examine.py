@@ -248,10 +248,9 @@ def fits(value: Any, schema: Mapping[str, Any]) -> bool:
     if isinstance(value, list):
         return all(fits(item, schema.get("items", {})) for item in value)
     if isinstance(value, str):
-        is_right_form = schema.get("format") != "date-time" or is_moment(value)
         return (
-            is_right_form
-            and len(value) >= schema.get("minLength", 0)
-            and bool(re.search(schema.get("pattern", ""), value))
+            (schema.get("format") != "date-time" or is_moment(value))
+            and ("minLength" not in schema or len(value) >= schema["minLength"])
+            and ("pattern" not in schema or re.search(schema["pattern"], value) is not None)
         )
     return not isinstance(value, float) or math.isfinite(value)
