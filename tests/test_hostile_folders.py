@@ -30,7 +30,7 @@ from conftest import TEST_KEY, Result, Shell
 from fault_server import GENERATE, PICTURE, Answer, FaultServer, error, file, good, png
 from zimage.batch import examine
 from zimage.batch.contract import DATABASE_SCHEMA
-from zimage.batch.examine import FACTS_SCHEMA, fits
+from zimage.batch.examine import FACTS_SCHEMA, fits_facts
 from zimage.batch.folder import database_failures, open_database
 from zimage.waiting import Stop, Stopped
 
@@ -777,4 +777,4 @@ def test_facts_are_checked_as_jsonschema_would(facts: object) -> None:
     checker.checks("date-time")(examine.is_moment)
     expected = jsonschema.Draft202012Validator(FACTS_SCHEMA, format_checker=checker).is_valid(facts)
     settings = isinstance(facts, dict) and "settings" in facts and isinstance(facts["settings"], dict)
-    assert fits(facts, FACTS_SCHEMA) == expected == (facts in GOOD_FACTS or settings)
+    assert fits_facts(facts) == expected == (facts in GOOD_FACTS or settings)

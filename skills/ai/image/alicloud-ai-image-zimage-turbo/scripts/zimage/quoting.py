@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import shlex
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Sequence
 
 
+@functools.lru_cache(maxsize=32)  # a gallery names the same program and script for every picture
 def quoted(word: str, platform: str = sys.platform) -> str | None:
     """One word of a command on one line; None where no quoting carries it."""
     return _for_windows(word) if platform == "win32" else _for_posix(word)

@@ -189,9 +189,6 @@ def is_object(value: str) -> bool:
         return False
 
 
-FACTS_SCHEMA = {"type": "object", "properties": {name: EVIDENCE_SCHEMA["properties"][name] for name in KEPT_FACTS}}
-
-
 class FactsOfPictures:
     """Whether facts are those of a picture of some service, of which the folder has several."""
 
@@ -209,7 +206,7 @@ class FactsOfPictures:
     def are_right(self, value: str, service: int, state: str) -> bool:
         try:
             facts = parse_json(value)
-            if not fits(facts, FACTS_SCHEMA):
+            if not fits_facts(facts):
                 return False
             provider = self._providers[service]
             checked_settings(provider, facts.get("settings", {}))
@@ -219,38 +216,71 @@ class FactsOfPictures:
         return has_task or state != "submitted"
 
 
-KINDS: Mapping[str, type | tuple[type, ...]] = {
-    "object": dict,
-    "array": list,
-    "string": str,
-    "boolean": bool,
-    "integer": int,
-    "number": (int, float),
-}
+Check = Callable[[Any], bool]
 
 
-def fits(value: Any, schema: Mapping[str, Any]) -> bool:
-    """Whether a JSON value is what a schema of the contract describes.
+def checker(schema: Mapping[str, Any]) -> Check:
+    """What says whether a JSON value is what a schema of the contract describes.
 
     jsonschema, which must be loaded for it, takes half a minute for the facts of a large folder. A test holds this to
     it: what it does not know of a schema is not in those of the facts.
     """
-    if "enum" in schema and value not in schema["enum"]:
-        return False
-    kind = schema.get("type")
-    if kind and (not isinstance(value, KINDS[kind]) or (isinstance(value, bool) and kind != "boolean")):
-        return False
-    if isinstance(value, dict):
-        fields, others = schema.get("properties", {}), schema.get("additionalProperties", {})
-        return value.keys() >= set(schema.get("required", ())) and all(
-            fits(item, fields.get(name, others)) for name, item in value.items()
-        )
-    if isinstance(value, list):
-        return all(fits(item, schema.get("items", {})) for item in value)
-    if isinstance(value, str):
+    fits = CHECKERS[schema.get("type", "any")](schema)
+    allowed = schema.get("enum")
+    return fits if allowed is None else lambda value: fits(value) and value in allowed
+
+
+def object_checker(schema: Mapping[str, Any]) -> Check:
+    fields = {name: checker(field) for name, field in schema.get("properties", {}).items()}
+    others = checker(schema.get("additionalProperties", {}))
+    required = frozenset(schema.get("required", ()))
+
+    def fits(value: Any) -> bool:
         return (
-            (schema.get("format") != "date-time" or is_moment(value))
-            and ("minLength" not in schema or len(value) >= schema["minLength"])
-            and ("pattern" not in schema or re.search(schema["pattern"], value) is not None)
+            type(value) is dict
+            and value.keys() >= required
+            and all(fields.get(name, others)(item) for name, item in value.items())
         )
-    return not isinstance(value, float) or math.isfinite(value)
+
+    return fits
+
+
+def array_checker(schema: Mapping[str, Any]) -> Check:
+    items = checker(schema.get("items", {}))
+    return lambda value: type(value) is list and all(map(items, value))
+
+
+def string_checker(schema: Mapping[str, Any]) -> Check:
+    if schema.get("format") == "date-time":
+        return is_moment
+    shortest = schema.get("minLength", 0)
+    if "pattern" not in schema:
+        return lambda value: type(value) is str and len(value) >= shortest
+    found = re.compile(schema["pattern"]).search
+    return lambda value: type(value) is str and len(value) >= shortest and found(value) is not None
+
+
+def is_number(value: Any) -> bool:
+    return type(value) is int or (type(value) is float and math.isfinite(value))
+
+
+def is_json(value: Any) -> bool:
+    """Whether a value that no schema describes is JSON, which has finite numbers only."""
+    if type(value) is dict:
+        return all(map(is_json, value.values()))
+    if type(value) is list:
+        return all(map(is_json, value))
+    return type(value) is not float or math.isfinite(value)
+
+
+CHECKERS: Mapping[str, Callable[[Mapping[str, Any]], Check]] = {
+    "object": object_checker,
+    "array": array_checker,
+    "string": string_checker,
+    "boolean": lambda _: lambda value: type(value) is bool,
+    "integer": lambda _: lambda value: type(value) is int,
+    "number": lambda _: is_number,
+    "any": lambda _: is_json,
+}
+FACTS_SCHEMA = {"type": "object", "properties": {name: EVIDENCE_SCHEMA["properties"][name] for name in KEPT_FACTS}}
+fits_facts = checker(FACTS_SCHEMA)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from zimage.batch.contract import GALLERY
-from zimage.batch.names import Names, evidence_name, thumb_name
+from zimage.batch.names import Names, evidence_name, path_in, thumb_name
 from zimage.batch.results import counts, listed_pictures, replace_file, totals
 from zimage.contract import MAX_SAVED_BYTES, SCRIPTS, VERSION
 from zimage.errors import Failure, os_reason
@@ -106,7 +106,7 @@ def inline_json(value: Any) -> str:
 def make_missing_thumbs(database: sqlite3.Connection, folder: Path, stop: Stop) -> None:
     """Make the thumbnails that a kill or --no-gallery has left out, from the saved files."""
     rows = database.execute("SELECT number, output FROM pictures WHERE state = 'saved'")
-    missing = [tuple(row) for row in rows if not os.path.lexists(folder / thumb_name(row[0]))]
+    missing = [tuple(row) for row in rows if not os.path.lexists(path_in(folder, thumb_name(row[0])))]
 
     def make(number: int, output: str) -> None:
         if stop.left_s > 0 and not stop.reason:

@@ -51,6 +51,11 @@ def evidence_name(number: int) -> str:
     return f"{EVIDENCE}/{spread(number)}/{numbered(number)}.json"
 
 
+def path_in(folder: Path, name: str) -> str:
+    """The path of what has a name in the folder. pathlib is too slow for each row of a large batch."""
+    return f"{folder}{os.sep}{name.replace('/', os.sep)}"
+
+
 def thumb_name(number: int) -> str:
     return f"{THUMBS}/{spread(number)}/{numbered(number)}.jpg"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from zimage.batch.contract import LISTED, NO_SEED, RESULTS
 from zimage.batch.folder import facts_of
-from zimage.batch.names import evidence_name
+from zimage.batch.names import evidence_name, path_in
 from zimage.errors import Failure, os_reason
 from zimage.files import aside
 
@@ -39,12 +39,13 @@ def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict
     rows = database.execute(
         f"SELECT * FROM pictures WHERE {LISTED} ORDER BY position IS NULL, position, variant, number"
     )
-    for row in rows:
+    names = [column[0] for column in rows.description]
+    for values in rows:
+        row = dict(zip(names, values, strict=True))  # sqlite3.Row looks through all of its columns each time
         facts = facts_of(row["facts"])
         image = facts.get("image", {}) if row["state"] == "saved" else {}
         said = facts.get("response", {})
-        evidence = folder / evidence_name(row["number"])
-        failed = row["state"] in ("failed", "unknown", "generated")
+        has_evidence = row["state"] in ("saved", "failed", "unknown", "generated")
         entry = {
             "number": row["number"],
             "id": row["id"],
@@ -57,12 +58,12 @@ def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict
             "seed": row["seed"] if row["seed"] != NO_SEED else None,
             "prompt_extend": bool(row["prompt_extend"]),
             "output": row["output"],
-            "image_path": str(folder / row["output"]) if image else None,
+            "image_path": path_in(folder, row["output"]) if image else None,
             "width": image.get("width"),
             "height": image.get("height"),
             "bytes": image.get("bytes"),
             "sha256": image.get("sha256"),
-            "evidence_path": str(evidence) if row["state"] == "saved" or failed else None,
+            "evidence_path": path_in(folder, evidence_name(row["number"])) if has_evidence else None,
             "request_id": said.get("request_id"),
             "estimated_cost": round(row["price"] * row["paid"], 6),
             "attempts": len(facts.get("attempts", [])),

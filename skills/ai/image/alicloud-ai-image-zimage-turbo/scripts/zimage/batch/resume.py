@@ -24,7 +24,7 @@ from zimage.batch.contract import (
 from zimage.batch.folder import database_failures, facts_in, facts_of, open_database
 from zimage.batch.journal import Job, job_of, read_services
 from zimage.batch.moves import settle_moves
-from zimage.batch.names import Names
+from zimage.batch.names import Names, path_in
 from zimage.batch.work import ROW_HINTS
 from zimage.console import Console
 from zimage.contract import MAX_EVIDENCE_BYTES, SKILL
@@ -186,7 +186,7 @@ def find_vanished(database: sqlite3.Connection, folder: Path) -> tuple[int, int]
     """Find saved pictures without a file; returns how many can be downloaded again, and how many cannot."""
     again = gone = 0
     rows = database.execute("SELECT number, output, position FROM pictures WHERE state = 'saved'")
-    missing = [row for row in rows if not os.path.lexists(folder / row["output"])]
+    missing = [row for row in rows if not os.path.lexists(path_in(folder, row["output"]))]
     for number, _, position in missing:
         (said,) = database.execute("SELECT facts FROM pictures WHERE number = ?", (number,)).fetchone()
         facts = facts_of(said)
