@@ -22,7 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from types import TracebackType
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 from urllib.parse import urlsplit
 
 from PIL import Image
@@ -77,6 +77,7 @@ class Answer:
     repeat: bytes = b""  # sent behind the body again and again, for ever
 
 
+Server = TypeVar("Server", bound="FaultServer")
 Behaviour: TypeAlias = "Answer | Callable[[Received], Answer]"
 
 
@@ -217,7 +218,7 @@ class FaultServer:
         self.base_url = f"{self.root}/api/v1"
         self._first_behaviour: Behaviour | None = None
 
-    def __enter__(self) -> FaultServer:
+    def __enter__(self: Server) -> Server:
         self._acceptor = threading.Thread(target=self._accept, daemon=True)
         self._acceptor.start()
         return self

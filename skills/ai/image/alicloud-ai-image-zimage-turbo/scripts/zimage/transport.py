@@ -66,7 +66,8 @@ def exchange(call: HttpCall, stop: Stop, *, limit: int, reach: str) -> HttpAnswe
         adapter = wired_adapter()(wire)
         with contextlib.closing(adapter), WATCHER.cutting(stop, wire.cut):
             response = adapter.send(request, stream=True, timeout=wire.remaining, proxies=proxies, verify=ca_bundle())
-            answer = _read_answer(response, limit)
+            with contextlib.closing(response):
+                answer = _read_answer(response, limit)
     except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
         if stop.reason:
             raise Stopped(stop.reason, request_left=wire.connected) from None

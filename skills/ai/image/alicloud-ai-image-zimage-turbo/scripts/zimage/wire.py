@@ -99,7 +99,8 @@ class Wire:
                 return connection
             except OSError as error:
                 connection.close()
-                reason = "connection timed out" if isinstance(error, TimeoutError) else os_reason(error)
+                is_late = self.expired or isinstance(error, TimeoutError)  # one that is cut says that it was reset
+                reason = "connection timed out" if is_late else os_reason(error)
             except BaseException:
                 connection.close()
                 raise

@@ -1,0 +1,733 @@
+"""One exchange in this process: whether the request left, and what of its answer is taken, whatever the network does.
+
+"Not sent" may be tried again, "lost" may have been billed: a word too much on either side costs money or a picture.
+The server is on loopback; names lead there by a table of this test.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import json
+import os
+import socket
+import ssl
+import threading
+import time
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trustme
+
+from conftest import TEST_KEY
+from fault_server import Answer, FaultServer, Received
+from zimage.contract import MAX_ANSWER_BYTES, MAX_ERROR_BYTES, MIB, SKILL, VERSION
+from zimage.endpoint import Endpoint
+from zimage.errors import Failure
+from zimage.provider import HttpAnswer, HttpCall, LocalCall
+from zimage.transport import AnswerEncoded, AnswerLost, AnswerTooLarge, ask, ca_bundle, exchange
+from zimage.waiting import WATCHER, Stop, Stopped
+from zimage.wire import NotSent, Wire, request_target
+
+NAME = "images.example"
+LIMIT = 1000
+SOON = 0.2  # seconds of a time limit that is to pass
+
+
+@pytest.fixture(autouse=True)
+def no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither proxy nor certificates of this machine."""
+    for name in os.environ:
+        if name.lower().endswith("_proxy") or name.endswith(("_BUNDLE", "SSL_CERT_FILE")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def server() -> Iterator[FaultServer]:
+    with FaultServer() as server:
+        yield server
+
+
+class TlsServer(FaultServer):
+    """The same behind TLS, with the certificate of `authority` for NAME."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.authority = trustme.CA()
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self.authority.issue_cert(NAME).configure_cert(self._context)
+        self.root = f"https://{NAME}:{self.port}"
+
+    def _serve(self, connection: socket.socket) -> None:
+        try:
+            wrapped = self._context.wrap_socket(connection, server_side=True)
+        except OSError:  # the client does not trust it
+            connection.close()
+        else:
+            super()._serve(wrapped)
+
+
+@pytest.fixture
+def tls_server(names: dict[str, list[Any]]) -> Iterator[TlsServer]:
+    with TlsServer() as server:
+        names[NAME] = ["127.0.0.1"]
+        yield server
+
+
+@pytest.fixture
+def names(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[Any]]:
+    """Where names lead: to addresses, each with a port or at the one that is asked for."""
+    known: dict[str, list[Any]] = {}
+    resolve = socket.getaddrinfo
+
+    def look_up(host: str, port: int, *more: Any, **options: Any) -> list[Any]:
+        if host.replace(".", "").isdecimal():
+            return resolve(host, port, *more, **options)
+        if host not in known:
+            raise socket.gaierror(socket.EAI_NONAME, "unknown")
+        pairs = [(to, port) if isinstance(to, str) else to for to in known[host]]
+        return [found for to, at in pairs for found in resolve(to, at, *more, **options)]
+
+    monkeypatch.setattr(socket, "getaddrinfo", look_up)
+    return known
+
+
+def asked(url: str, *, stop: Stop | None = None, limit: int = LIMIT, reach: str = "service", **call: Any) -> HttpAnswer:
+    return exchange(
+        HttpCall(**{"method": "GET", "url": url, "headers": {}} | call), stop or Stop(20), limit=limit, reach=reach
+    )
+
+
+def answered(server: FaultServer, answer: Answer | Callable[[Received], Answer], **how: Any) -> HttpAnswer:
+    server.play("/x", answer)
+    return asked(f"{server.root}/x", **how)
+
+
+def closed_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+def end_now(stop: Stop, reason: str) -> None:
+    """End a stop as a signal does: whoever watches it hears of it at once."""
+    stop.request(reason)
+    with WATCHER.cutting(Stop(0.0), lambda: None):
+        pass
+
+
+# What leaves ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.smoke
+def test_a_request_leaves_as_it_was_built_and_nothing_is_added_to_it(server: FaultServer) -> None:
+    server.play("/x", Answer(headers=(("X-Request-Id", "r"),), body=b"ok"))
+    answer = asked(f"{server.root}/x?a=%2f", method="POST", headers={"Authorization": "Bearer k"}, body=b'{"a": 1}')
+    assert (answer.status, answer.body, answer.whole) == (200, b"ok", True)
+    assert answer.headers["x-request-id"] == "r"
+    (request,) = server.requests
+    assert (request.method, request.target, request.body) == ("POST", "/x?a=%2f", b'{"a": 1}')
+    assert dict(request.headers) == {
+        "host": server.root.removeprefix("http://"),
+        "user-agent": f"{SKILL}/{VERSION}",
+        "accept-encoding": "identity",
+        "connection": "close",
+        "authorization": "Bearer k",
+        "content-length": "8",
+    }
+
+
+def test_the_calls_own_headers_win(server: FaultServer) -> None:
+    asked(f"{server.root}/x", headers={"User-Agent": "mine"})
+    assert server.requests[0].header("user-agent") == "mine"
+
+
+@pytest.mark.parametrize(
+    ("url", "target"),
+    [
+        ("https://a.example/x", "/x"),
+        ("https://a.example", "/"),
+        ("https://a.example?Signature=a%2Fb%3D", "/?Signature=a%2Fb%3D"),
+        ("https://a.example:8443/a/../b//c?x=1&y=%e2%82%ac#part", "/a/../b//c?x=1&y=%e2%82%ac"),
+        ("https://a.example/?next=https://b.example/", "/?next=https://b.example/"),
+        ("https://a.example/猫?q=é", "/%E7%8C%AB?q=%C3%A9"),
+    ],
+)
+def test_a_signed_link_is_asked_for_byte_by_byte(url: str, target: str) -> None:
+    assert request_target(url) == target
+
+
+def test_a_call_never_repeats_a_cookie_or_a_login_of_this_machine(
+    server: FaultServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / ".netrc").write_text("default login evil password hunter2\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / ".netrc"))
+    for _ in range(2):
+        answered(server, Answer(headers=(("Set-Cookie", "a=b"),)))
+    assert not [
+        name for request in server.requests for name, _ in request.headers if name in ("cookie", "authorization")
+    ]
+
+
+# Whether it left ------------------------------------------------------------------------------------------------------
+
+
+def not_sent(url: str, **how: Any) -> NotSent:
+    with pytest.raises(NotSent) as caught:
+        asked(url, **how)
+    return caught.value
+
+
+def lost(server: FaultServer, answer: Answer, **how: Any) -> AnswerLost:
+    with pytest.raises(AnswerLost) as caught:
+        answered(server, answer, **how)
+    return caught.value
+
+
+def test_a_refused_connection_is_not_sent() -> None:
+    error = not_sent(f"http://127.0.0.1:{closed_port()}/x")
+    assert "refused" in error.reason and not error.lasting and not error.refused
+
+
+def test_a_name_that_does_not_exist_is_not_sent(names: dict[str, list[Any]]) -> None:
+    error = not_sent("http://nowhere.example/x")
+    assert "resolved" in error.reason and not error.lasting
+
+
+def test_a_name_that_leads_nowhere_is_not_sent(names: dict[str, list[Any]]) -> None:
+    names[NAME] = []
+    assert "no address" in not_sent(f"http://{NAME}/x").reason
+
+
+def test_a_name_server_that_does_not_answer_holds_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    over = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: over.wait(30))
+    began = time.monotonic()
+    error = not_sent("http://slow.example/x", stop=Stop(SOON))
+    over.set()
+    assert "in time" in error.reason and time.monotonic() - began < 5
+
+
+def test_a_handshake_that_does_not_end_is_not_sent(server: FaultServer) -> None:
+    server.at_connection(Answer(delay_s=30))
+    began = time.monotonic()
+    error = not_sent(f"https://127.0.0.1:{server.port}/x", stop=Stop(SOON))
+    assert "in time" in error.reason and not error.lasting and time.monotonic() - began < 5
+
+
+def test_a_server_that_does_not_speak_tls_is_not_sent(server: FaultServer) -> None:
+    server.at_connection(Answer(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"))
+    error = not_sent(f"https://127.0.0.1:{server.port}/x")
+    assert "TLS" in error.reason and not error.lasting
+
+
+def test_a_connection_that_ends_within_its_handshake_is_not_sent(server: FaultServer) -> None:
+    server.at_connection(Answer(raw=b""))
+    assert not not_sent(f"https://127.0.0.1:{server.port}/x").lasting
+
+
+def test_a_certificate_that_is_not_trusted_will_not_be_at_a_second_try(tls_server: TlsServer) -> None:
+    error = not_sent(f"{tls_server.root}/x")
+    assert "certificate" in error.reason and error.lasting and tls_server.requests == []
+
+
+def test_a_certificate_of_the_users_own_authority_is_trusted(
+    tls_server: TlsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tls_server.authority.cert_pem.write_to_path(str(tmp_path / "own.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "own.pem"))
+    answer = answered(tls_server, Answer(body=b"ok"))
+    assert (answer.body, answer.whole) == (b"ok", True)
+    assert tls_server.requests[0].target == "/x"
+
+
+def test_the_certificate_must_be_of_the_name_that_is_asked(
+    tls_server: TlsServer, names: dict[str, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names["other.example"] = ["127.0.0.1"]
+    tls_server.authority.cert_pem.write_to_path(str(tmp_path / "own.pem"))
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(tmp_path / "own.pem"))
+    error = not_sent(f"https://other.example:{tls_server.port}/x")
+    assert "certificate" in error.reason and error.lasting
+
+
+def test_certificates_that_cannot_be_read_are_told_before_anything_is_connected(
+    tls_server: TlsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/own.pem")
+    error = not_sent(f"{tls_server.root}/x")
+    assert "certificate" in error.reason and error.lasting and tls_server.connections == 0
+
+
+def test_the_first_variable_that_names_certificates_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ca_bundle() is True
+    for name in ("SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
+        monkeypatch.setenv(name, f"/{name}")
+        assert ca_bundle() == f"/{name}"
+    monkeypatch.setenv("REQUESTS_CA_BUNDLE", "")
+    assert ca_bundle() == "/CURL_CA_BUNDLE"
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
+def test_a_connection_that_ends_after_the_request_is_lost(server: FaultServer, reset: bool) -> None:
+    assert "broke" in lost(server, Answer(hang_up="after-reading", reset=reset)).reason
+    assert len(server.requests) == 1
+
+
+def test_an_answer_that_does_not_come_is_lost(server: FaultServer) -> None:
+    began = time.monotonic()
+    assert "in time" in lost(server, Answer(delay_s=30), stop=Stop(SOON)).reason
+    assert time.monotonic() - began < 5
+
+
+def test_headers_that_dribble_do_not_outlast_the_time(server: FaultServer) -> None:
+    began = time.monotonic()
+    assert "in time" in lost(server, Answer(dribble_head_s=0.02), stop=Stop(SOON)).reason
+    assert time.monotonic() - began < 5
+
+
+def test_what_is_no_http_is_lost(server: FaultServer) -> None:
+    server.at_connection(Answer(raw=b"\x15\x03\x01\x00\x02\x02\x46"))
+    with pytest.raises(AnswerLost):
+        asked(f"{server.root}/x")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:99999/x", "http://[::1/x", "ftp://127.0.0.1/x", "http:///x"])
+def test_a_url_that_cannot_be_used_is_not_sent(url: str) -> None:
+    with pytest.raises((NotSent, ValueError)):
+        asked(url)
+
+
+def test_a_library_that_hides_a_password_in_its_words_is_not_repeated(
+    names: dict[str, list[Any]], server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", f"http://user:hunter2@127.0.0.1:{server.port}")
+    server.at_connection(Answer(raw=b"HTTP/1.1 407 No\r\nContent-Length: 0\r\n\r\n"))
+    error = not_sent(f"https://{NAME}/x", headers={"Authorization": "Bearer k"})
+    assert "proxy" in error.reason and error.lasting and "hunter2" not in error.reason
+    assert error.__cause__ is None and error.__suppress_context__
+
+
+# Proxies --------------------------------------------------------------------------------------------------------------
+
+
+class Tunnel(FaultServer):
+    """A proxy that leads every CONNECT to a port of this machine, and keeps what it was asked."""
+
+    def __init__(self, port: int) -> None:
+        super().__init__()
+        self.heads: list[bytes] = []
+        self._to = port
+
+    def _serve(self, connection: socket.socket) -> None:
+        head = b""
+        while b"\r\n\r\n" not in head:
+            head += connection.recv(65536)
+        self.heads.append(head)
+        with socket.create_connection(("127.0.0.1", self._to)) as onward, connection:
+            connection.sendall(b"HTTP/1.1 200 Connected\r\n\r\n")
+            back = threading.Thread(target=self._carry, args=(onward, connection), daemon=True)
+            back.start()
+            self._carry(connection, onward)
+            back.join(5)
+
+    @staticmethod
+    def _carry(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(65536):
+                target.sendall(data)
+            target.shutdown(socket.SHUT_WR)
+
+
+@pytest.mark.parametrize("reach", ["service", "public"])
+def test_a_proxy_leads_to_where_it_knows_the_name_and_sees_no_key(
+    tls_server: TlsServer, names: dict[str, list[Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reach: str
+) -> None:
+    del names[NAME]  # the proxy alone knows it
+    tls_server.authority.cert_pem.write_to_path(str(tmp_path / "own.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "own.pem"))
+    with Tunnel(tls_server.port) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.port}")
+        answer = answered(tls_server, Answer(body=b"ok"), headers={"Authorization": f"Bearer {TEST_KEY}"}, reach=reach)
+    assert answer.body == b"ok" and tls_server.requests[0].header("authorization") == f"Bearer {TEST_KEY}"
+    (head,) = proxy.heads
+    assert head.startswith(b"CONNECT ") and TEST_KEY.encode() not in head
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
+def test_loopback_is_reached_without_a_proxy(server: FaultServer, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, f"http://127.0.0.1:{closed_port()}")
+    server.play("/x", Answer(body=b"ok"))
+    assert asked(f"http://{host}:{server.port}/x").body == b"ok"
+
+
+@pytest.mark.parametrize("proxy", ["http://user:hunter2@[::1", "http://user:hunter2@:x", "nonsense://hunter2"])
+def test_a_proxy_that_cannot_be_used_is_told_without_its_password(
+    names: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch, proxy: str
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", proxy)
+    error = not_sent(f"https://{NAME}/x")
+    assert "hunter2" not in str(error) and error.__cause__ is None
+
+
+# Where a call may lead ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "::1", "fe80::1%lo", "::ffff:10.0.0.1"]
+)
+def test_a_public_name_never_leads_into_a_private_network(names: dict[str, list[Any]], address: str) -> None:
+    names[NAME] = [address]
+    error = not_sent(f"https://{NAME}/x", reach="public")
+    assert error.refused and error.lasting and address.partition("%")[0] in error.reason
+
+
+@pytest.mark.parametrize("address", ["10.0.0.1", "93.184.216.34"])
+def test_what_is_on_this_machine_never_leads_off_it(names: dict[str, list[Any]], address: str) -> None:
+    names["localhost"] = [address]
+    error = not_sent("http://localhost:1/x", reach="loopback")
+    assert error.refused and error.lasting
+
+
+def test_every_address_of_a_name_is_tried(server: FaultServer, names: dict[str, list[Any]]) -> None:
+    names[NAME] = [("127.0.0.1", closed_port()), ("127.0.0.1", server.port)]
+    server.play("/x", Answer(body=b"ok"))
+    assert asked(f"http://{NAME}/x").body == b"ok"
+    assert server.connections == 1
+
+
+def test_a_connection_is_tried_no_longer_than_the_time_that_is_left() -> None:
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
+        port = full.getsockname()[1]
+        waiting = [socket.socket() for _ in range(3)]  # nobody takes them: the next one hears nothing
+        for one in waiting:
+            one.setblocking(False)
+            one.connect_ex(("127.0.0.1", port))
+        began = time.monotonic()
+        error = not_sent(f"http://127.0.0.1:{port}/x", stop=Stop(SOON))
+        assert "time" in error.reason and SOON / 2 < time.monotonic() - began < 5
+        for one in waiting:
+            one.close()
+
+
+def test_a_connection_sends_at_once_and_gives_up_with_its_time(server: FaultServer) -> None:
+    stop = Stop(5)
+    wire = Wire(HttpCall("GET", f"{server.root}/x", {}), stop, "service")
+    with wire.open("127.0.0.1", server.port, by_proxy=False) as connection:
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+        timeout = connection.gettimeout()
+        assert timeout is not None and 0 < timeout <= 5
+        assert wire.connecting and not wire.connected
+    wire.close()
+
+
+@pytest.mark.parametrize(
+    "answer", [Answer(body=b"ok"), Answer(hang_up="after-reading"), Answer(status=302, headers=(("Location", "/y"),))]
+)
+def test_nothing_stays_open(server: FaultServer, answer: Answer) -> None:
+    with contextlib.suppress(AnswerLost):
+        answered(server, answer)
+    server.wait_until(lambda: not server._open, 2)
+
+
+# What of an answer is taken -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+@pytest.mark.parametrize("size", [1, LIMIT])
+def test_an_answer_may_be_as_large_as_the_limit(server: FaultServer, framing: Any, size: int) -> None:
+    answer = answered(server, Answer(body=b"x" * size, framing=framing))
+    assert (answer.body, answer.whole) == (b"x" * size, True)
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked", "close"])
+def test_an_answer_beyond_the_limit_is_not_taken(server: FaultServer, framing: Any) -> None:
+    with pytest.raises(AnswerTooLarge):
+        answered(server, Answer(body=b"x" * (LIMIT + 1), framing=framing))
+
+
+def test_an_answer_that_is_announced_as_too_large_is_not_waited_for(server: FaultServer) -> None:
+    began = time.monotonic()
+    with pytest.raises(AnswerTooLarge):
+        answered(server, Answer(body=b"x", claimed_length=LIMIT + 1, dribble_body_s=5))
+    assert time.monotonic() - began < 3
+
+
+def test_an_announced_length_that_is_no_number_is_no_limit(server: FaultServer) -> None:
+    body = b"HTTP/1.1 200 OK\r\nContent-Length: %s\r\nConnection: close\r\n\r\nok"
+    for length in (b"many", b"9" * 5000):
+        server.at_connection(Answer(raw=body % length))
+        assert asked(f"{server.root}/x").body == b"ok"
+
+
+def test_an_answer_without_an_end_is_not_read_for_ever(server: FaultServer) -> None:
+    with pytest.raises(AnswerTooLarge):
+        answered(server, Answer(framing="close", repeat=b"x" * 1000))
+
+
+@pytest.mark.parametrize("status", [300, 400, 500])
+def test_of_a_refusal_the_beginning_is_enough(server: FaultServer, status: int) -> None:
+    answer = answered(server, Answer(status=status, framing="close", repeat=b"x" * 65536), limit=10)
+    assert MAX_ERROR_BYTES < len(answer.body) < 2 * MAX_ERROR_BYTES
+    assert answered(server, Answer(status=status, body=b"no" * 100), limit=10).body == b"no" * 100
+
+
+def test_a_good_status_is_below_300(server: FaultServer) -> None:
+    with pytest.raises(AnswerTooLarge):
+        answered(server, Answer(status=299, body=b"x" * 11), limit=10)
+
+
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+def test_of_an_answer_that_breaks_off_what_had_come_is_kept(server: FaultServer, framing: Any) -> None:
+    """It may hold the link to a picture that was paid for."""
+    text = b'{"image": "https://images.example/a.png", ' + b"x" * 900
+    answer = answered(server, Answer(body=text, framing=framing, cut_after=300), limit=10_000)
+    kept = text[:300] if framing == "length" else text[: 300 - len(b"%x\r\n" % len(text))]
+    assert (answer.status, answer.body, answer.whole) == (200, kept, False)
+
+
+def test_chunks_without_their_end_are_not_whole(server: FaultServer) -> None:
+    answer = answered(server, Answer(body=b"x" * 50, framing="chunked-without-end"))
+    assert (answer.body, answer.whole) == (b"x" * 50, False)
+
+
+def test_a_reset_within_an_answer_leaves_what_had_come(server: FaultServer) -> None:
+    answer = answered(server, Answer(body=b"x" * 50, claimed_length=60, framing="length"))
+    assert (answer.body, answer.whole) == (b"x" * 50, False)
+
+
+@pytest.mark.parametrize("framing", ["length", "close"])
+def test_an_answer_that_the_time_cuts_is_not_whole_even_where_its_end_looks_like_one(
+    server: FaultServer, framing: Any
+) -> None:
+    answer = answered(server, Answer(body=b"x" * 100, framing=framing, dribble_body_s=0.05), stop=Stop(SOON))
+    assert answer.status == 200 and 0 < len(answer.body) < 100 and not answer.whole
+
+
+@pytest.mark.parametrize(("headers", "whole"), [((), False), ((("Content-Length", "0"),), True)])
+def test_headers_that_break_off_are_no_empty_answer(server: FaultServer, headers: Any, whole: bool) -> None:
+    answer = answered(server, Answer(framing="close", headers=headers))
+    assert (answer.body, answer.whole) == (b"", whole)
+    assert answered(server, Answer(framing="chunked")).whole
+
+
+@pytest.mark.parametrize("status", [300, 301, 302, 307, 308, 399])
+def test_a_redirect_is_told_and_neither_followed_nor_read(server: FaultServer, status: int) -> None:
+    answer = answered(server, Answer(status=status, headers=(("Location", "/y"),), body=b"x", claimed_length=10**9))
+    assert (answer.status, answer.headers["location"], answer.body) == (status, "/y", b"")
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize("status", [201, 400])
+def test_what_is_no_redirect_is_read_whatever_it_names(server: FaultServer, status: int) -> None:
+    assert answered(server, Answer(status=status, headers=(("Location", "/y"),), body=b"ok")).body == b"ok"
+
+
+def test_a_redirect_that_leads_nowhere_is_read(server: FaultServer) -> None:
+    assert answered(server, Answer(status=302, body=b"why")).body == b"why"
+
+
+@pytest.mark.parametrize("hints", [[100], [102], [103], [103, 103, 100], [199]])
+def test_what_a_server_says_before_its_answer_is_no_answer(server: FaultServer, hints: list[int]) -> None:
+    before = b"".join(b"HTTP/1.1 %d Wait\r\nLink: </a.css>\r\n\r\n" % hint for hint in hints)
+    server.at_connection(Answer(raw=before + b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\nok"))
+    answer = asked(f"{server.root}/x")
+    assert (answer.status, answer.body) == (200, b"ok")
+
+
+def test_a_switch_of_protocols_is_an_answer_that_nobody_asked_for(server: FaultServer) -> None:
+    server.at_connection(Answer(raw=b"HTTP/1.1 101 Switching\r\nUpgrade: x\r\n\r\n"))
+    assert asked(f"{server.root}/x").status == 101
+
+
+# What is packed -------------------------------------------------------------------------------------------------------
+
+
+def packed(coding: str, body: bytes, status: int = 200) -> Answer:
+    return Answer(status=status, headers=(("Content-Encoding", coding), ("X-Request-Id", "r-1")), body=body)
+
+
+@pytest.mark.parametrize("coding", ["gzip", "GZIP", " x-gzip "])
+def test_a_gateway_that_packs_unasked_hides_no_picture(server: FaultServer, coding: str) -> None:
+    answer = answered(server, packed(coding, gzip.compress(b"picture")))
+    assert (answer.body, answer.whole) == (b"picture", True)
+
+
+@pytest.mark.parametrize("coding", ["gzip", "identity", ""])
+def test_what_is_not_packed_is_taken_as_it_is(server: FaultServer, coding: str) -> None:
+    assert answered(server, packed(coding, b"plain")).body == b"plain"
+
+
+def test_one_layer_is_unpacked_and_no_more(server: FaultServer) -> None:
+    inner = gzip.compress(b"picture")
+    assert answered(server, packed("gzip", gzip.compress(inner))).body == inner
+
+
+def test_a_packed_answer_that_breaks_off_leaves_what_had_come(server: FaultServer) -> None:
+    text = json.dumps([str(zlib.crc32(b"%d" % number)) for number in range(50)]).encode()
+    content = gzip.compress(text)
+    answer = answered(server, packed("gzip", content[: len(content) // 2]))
+    assert answer.body and text.startswith(answer.body) and not answer.whole
+    whole = answered(server, replace(packed("gzip", content), claimed_length=len(content) + 1))
+    assert (whole.body, whole.whole) == (text, False)  # the end of one is not that of the other
+
+
+def test_what_cannot_be_unpacked_is_empty_and_not_whole(server: FaultServer) -> None:
+    answer = answered(server, packed("gzip", b"\x1f\x8b" + b"\xff" * 50))
+    assert (answer.body, answer.whole) == (b"", False)
+
+
+@pytest.mark.parametrize(("status", "size"), [(200, LIMIT), (299, LIMIT)])
+def test_what_is_unpacked_is_held_to_the_same_limit(server: FaultServer, status: int, size: int) -> None:
+    answer = answered(server, packed("gzip", gzip.compress(bytes(size)), status))
+    assert (answer.body, answer.whole) == (bytes(size), True)
+    with pytest.raises(AnswerTooLarge):
+        answered(server, packed("gzip", gzip.compress(bytes(size + 1)), status))
+
+
+@pytest.mark.parametrize("status", [300, 500])
+def test_of_a_packed_refusal_the_beginning_is_enough(server: FaultServer, status: int) -> None:
+    answer = answered(server, packed("gzip", gzip.compress(bytes(2 * MAX_ERROR_BYTES)), status))
+    assert len(answer.body) == MAX_ERROR_BYTES
+
+
+@pytest.mark.parametrize("status", [200, 299])
+@pytest.mark.parametrize("coding", ["br", "zstd", "gzip, gzip", "deflate"])
+def test_what_is_packed_in_another_way_is_told_by_its_name(server: FaultServer, coding: str, status: int) -> None:
+    with pytest.raises(AnswerEncoded) as caught:
+        answered(server, packed(coding, b"...", status))
+    assert coding in caught.value.reason and caught.value.request_id == "r-1"
+
+
+@pytest.mark.parametrize("status", [300, 503])
+def test_a_refusal_that_cannot_be_read_is_a_refusal_all_the_same(server: FaultServer, status: int) -> None:
+    answer = answered(server, packed("br", b"...", status))
+    assert (answer.status, answer.body) == (status, b"")
+
+
+# Ending early ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_signal_before_the_call_sends_nothing(server: FaultServer) -> None:
+    stop = Stop(20)
+    stop.request("SIGINT")
+    with pytest.raises(Stopped) as caught:
+        answered(server, Answer(), stop=stop)
+    assert not caught.value.request_left and server.connections == 0
+
+
+@pytest.mark.parametrize("begun", [False, True], ids=["no answer yet", "within the answer"])
+def test_a_signal_while_the_answer_is_awaited_says_that_the_request_left(server: FaultServer, begun: bool) -> None:
+    stop = Stop(20)
+
+    def answer(request: Received) -> Answer:
+        threading.Timer(0.1, end_now, (stop, "SIGTERM")).start()
+        return Answer(body=b"x" * 100, dribble_body_s=1, quick=10) if begun else Answer(delay_s=30)
+
+    began = time.monotonic()
+    with pytest.raises(Stopped) as caught:
+        answered(server, answer, stop=stop)
+    assert (caught.value.reason, caught.value.request_left) == ("SIGTERM", True)
+    assert time.monotonic() - began < 5
+
+
+def test_a_signal_while_a_connection_is_made_says_that_nothing_left(server: FaultServer) -> None:
+    stop = Stop(20)
+    server.at_connection(Answer(delay_s=30))
+    threading.Timer(0.1, end_now, (stop, "SIGTERM")).start()
+    with pytest.raises(Stopped) as caught:
+        asked(f"https://127.0.0.1:{server.port}/x", stop=stop)
+    assert (caught.value.reason, caught.value.request_left) == ("SIGTERM", False)
+
+
+def test_an_answer_that_came_whole_wins_over_a_signal(server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(WATCHER, "cutting", lambda *_: contextlib.nullcontext())  # it looks when the answer is there
+    stop = Stop(20)
+
+    def answer(request: Received) -> Answer:
+        stop.request("SIGTERM")
+        return Answer(body=b"paid for")
+
+    said = answered(server, answer, stop=stop)
+    assert (said.body, said.whole) == (b"paid for", True)
+
+
+# What it is to the command --------------------------------------------------------------------------------------------
+
+
+def endpoint_of(server: FaultServer, host: str = "127.0.0.1") -> Endpoint:
+    return Endpoint(server.root, f"{server.root}/x", host, "beijing")
+
+
+def failed(server: FaultServer, answer: Answer | None = None, limit: int = LIMIT, url: str = "", **how: Any) -> Failure:
+    server.play("/x", answer or Answer())
+    call = HttpCall("GET", url or f"{server.root}/x", {})
+    with pytest.raises(Failure) as caught:
+        ask(call, lambda answer: answer, how.pop("stop", Stop(20)), endpoint_of(server, **how), limit)
+    assert caught.value.__suppress_context__
+    return caught.value
+
+
+def test_what_an_answer_means_is_for_the_provider_to_say(server: FaultServer) -> None:
+    server.play("/x", Answer(status=418, body=b"tea"))
+    said = ask(HttpCall("GET", f"{server.root}/x", {}), lambda a: (a.status, a.body), Stop(20), endpoint_of(server))
+    assert said == (418, b"tea")
+
+
+def test_work_in_this_process_is_done_by_its_time(server: FaultServer) -> None:
+    stop = Stop(20)
+    assert ask(LocalCall(lambda until: until == stop.until), lambda answer: answer, stop, endpoint_of(server)) is True  # type: ignore[comparison-overlap]
+
+
+def test_what_was_not_sent_may_be_sent_again(server: FaultServer) -> None:
+    failure = failed(server, url=f"http://127.0.0.1:{closed_port()}/x")
+    fault = failure.fault
+    assert (fault.code, fault.exit_code, fault.billed, fault.retryable) == ("unreachable", 6, "no", True)
+    assert fault.message.startswith("127.0.0.1: ")
+
+
+def test_what_will_fail_again_is_not_tried_again(tls_server: TlsServer) -> None:
+    fault = failed(tls_server, host=NAME).fault
+    assert (fault.code, fault.billed, fault.retryable) == ("unreachable", "no", False)
+    assert fault.message.startswith(f"{NAME}: ")
+
+
+def test_what_may_have_been_billed_is_never_sent_again(server: FaultServer) -> None:
+    fault = failed(server, Answer(hang_up="after-reading")).fault
+    assert (fault.code, fault.exit_code, fault.billed, fault.retryable) == ("outcome_unknown", 7, "unknown", False)
+    assert fault.message.startswith("127.0.0.1: ")
+
+
+def test_an_answer_that_is_too_large_is_told_with_the_limit(server: FaultServer) -> None:
+    fault = failed(server, Answer(claimed_length=3 * MIB), limit=2 * MIB).fault
+    assert (fault.code, fault.exit_code, fault.billed) == ("answer_unusable", 8, "unknown")
+    assert "2 MiB" in fault.message
+
+
+def test_an_answer_is_taken_up_to_four_mebibytes(server: FaultServer) -> None:
+    assert MAX_ANSWER_BYTES == 4 * MIB
+    server.play("/x", Answer(claimed_length=4 * MIB + 1))
+    with pytest.raises(Failure, match="4 MiB"):
+        ask(HttpCall("GET", f"{server.root}/x", {}), lambda answer: answer, Stop(20), endpoint_of(server))
+
+
+@pytest.mark.parametrize(("headers", "known"), [((("X-Request-Id", "r-1"),), "r-1"), ((), None)])
+def test_an_answer_that_cannot_be_read_keeps_the_services_name_for_it(
+    server: FaultServer, headers: tuple[tuple[str, str], ...], known: str | None
+) -> None:
+    fault = failed(server, Answer(headers=(("Content-Encoding", "br"), *headers), body=b"...")).fault
+    assert (fault.code, fault.billed, fault.request_id) == ("answer_unusable", "unknown", known)
+    assert "br" in fault.message
+
+
+def test_a_service_on_this_machine_is_looked_for_on_this_machine_only(
+    server: FaultServer, names: dict[str, list[Any]]
+) -> None:
+    names["localhost"] = ["10.0.0.1"]
+    fault = failed(server, url="http://localhost:1/x", host="localhost", stop=Stop(SOON)).fault
+    assert fault.code == "unreachable" and not fault.retryable and "10.0.0.1" in fault.message
