@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import queue
 import sqlite3
 import threading
@@ -51,7 +52,7 @@ class Job:
         self.plan = plan
         self.tries = 0  # of this run
         self.task: Task | None = None  # that the service works on
-        self.give_up_at = 0.0  # moment of time.monotonic() after which it is left to the next run
+        self.give_up_at = math.inf  # moment of time.monotonic() after which it is left to the next run
         self.began = 0.0  # when its request left, a moment of time.monotonic()
         self.facts_before = facts
         self.evidence = Evidence(plan.evidence_path, plan.evidence(utc_now()))
@@ -221,7 +222,7 @@ class Journal:
         # Where its name was taken it has another one, which a row that has no picture yet may want too.
         return self.write(
             "UPDATE pictures SET state = ?, paid = ?, output = ?, facts = ?, output_key = CASE WHEN EXISTS "
-            "(SELECT 1 FROM pictures WHERE output_key = ? AND number <> ?) THEN ? ELSE ? END WHERE number = ?",
+            "(SELECT * FROM pictures WHERE output_key = ? AND number <> ?) THEN ? ELSE ? END WHERE number = ?",
             (state, job.paid, output, job.facts, key, job.number, f"{key}//{job.number}", key, job.number),
         )
 
@@ -294,7 +295,7 @@ class RunRow:
         self._journal = journal
         question = "SELECT coalesce(max(number), 0) + 1, max(updated_at) FROM runs"
         self._number, self.last_before = database.execute(question).fetchone()
-        question = "SELECT latency_s FROM runs WHERE latency_s IS NOT NULL ORDER BY number DESC LIMIT 1"
+        question = "SELECT latency_s FROM runs WHERE latency_s IS NOT NULL ORDER BY number DESC"
         self.latency_before: float | None = (database.execute(question).fetchone() or (None,))[0]
         now = timestamp(utc_now())
         statement = "INSERT INTO runs (number, started_at, updated_at) VALUES (?, ?, ?)"
@@ -379,7 +380,7 @@ class JournalRow:
         except Failure as failure:
             have, task = self.evidence.have, ""
             if have.is_task_open:
-                task = f"; the service works on task {outside_text(self.evidence.task_id, 100)}"
+                task = f"; the service works on task {outside_text(self.evidence.task_id)}"
             message = failure.message + task
             self.behind = failure.but(message=message, billed=have.billed, image_url=have.link or None)
             self._file.keep()  # it may hold what the database could not take

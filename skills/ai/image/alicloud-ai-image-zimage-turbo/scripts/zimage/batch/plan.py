@@ -205,8 +205,9 @@ class Stage:
                 """
                 INSERT INTO plan SELECT r.position, v.variant, p.number,
                   CASE WHEN p.number IS NULL THEN 'new'
-                       WHEN p.fingerprint <> r.fingerprint OR p.service <> ? OR p.prompt <> r.prompt OR p.size <> r.size
-                         OR p.prompt_extend <> r.prompt_extend OR p.seed <> (r.seed + v.variant) % 2147483648
+                       WHEN p.fingerprint <> r.fingerprint OR p.service IS NOT ? OR p.prompt <> r.prompt
+                         OR p.size <> r.size OR p.prompt_extend <> r.prompt_extend
+                         OR p.seed <> (r.seed + v.variant) % 2147483648
                          THEN CASE WHEN p.state = 'pending' AND p.paid = 0 THEN 'edited' ELSE 'changed' END
                        WHEN p.state = 'pending' AND p.paid = 0 AND p.output <> variant_output(r.output, v.variant)
                          THEN 'edited'
@@ -224,7 +225,7 @@ class Stage:
                 INSERT INTO plan SELECT NULL, NULL, p.number, 'displaced', 0
                 FROM outputs o JOIN folder.pictures p ON p.output_key = o.key
                 WHERE NOT (p.state = 'pending' AND p.paid = 0)
-                  AND NOT EXISTS (SELECT 1 FROM plan WHERE plan.number = p.number)
+                  AND NOT EXISTS (SELECT * FROM plan WHERE plan.number = p.number)
             """)
             kinds = self.db.execute("SELECT kind, count(*), sum(price) FROM plan GROUP BY kind").fetchall()
             (spent,) = self.db.execute("SELECT coalesce(sum(price * paid), 0.0) FROM folder.pictures").fetchone()
@@ -235,11 +236,11 @@ class Stage:
     def _place(self) -> tuple[str, str, str]:
         return self.provider.name, self.endpoint.region, self.endpoint.url
 
-    def _service(self) -> int:
-        """The folder's number for where pictures are asked for now; -1 where none have been."""
+    def _service(self) -> int | None:
+        """The folder's number for where pictures are asked for now; None where none have been."""
         match = "SELECT number FROM folder.services WHERE provider = ? AND region = ? AND endpoint = ?"
-        (number,) = self.db.execute(match, self._place).fetchone() or (-1,)
-        return int(number)
+        (number,) = self.db.execute(match, self._place).fetchone() or (None,)
+        return number
 
     def first(self, limit: int, budget: float, *, with_changed: bool) -> tuple[int, float]:
         """How many of the pictures would be made by a run that sends at most `limit` for at most `budget` US$."""
@@ -301,7 +302,6 @@ class Stage:
                 if self.db.in_transaction:
                     self.db.execute("ROLLBACK")
                 raise
-            self.db.execute("DETACH folder")
         self.db.close()
         settle_moves(self.folder, self._stop)
 
@@ -314,8 +314,8 @@ class Stage:
         # Where none can be sent, pick_seed() is NO_SEED, which no other variant can lend.
         self.db.execute("""
             UPDATE rows SET seed = coalesce((SELECT (p.seed - p.variant + 2147483648) % 2147483648
-              FROM folder.pictures p WHERE p.identity = rows.identity AND p.seed >= 0 AND pick_seed() >= 0
-              ORDER BY p.variant LIMIT 1), pick_seed())
+              FROM folder.pictures p WHERE p.identity = rows.identity AND p.seed >= 0 AND pick_seed() >= 0),
+              pick_seed())
             WHERE seed IS NULL
         """)
         kept = "SELECT {} FROM plan JOIN rows USING (position) WHERE plan.number = pictures.number AND kind IN {}"
@@ -356,7 +356,7 @@ class Stage:
         )
 
     def _picture(
-        self, number: int, service: int, variant: int, position: int, line: int, name: str | None, *rest: Any
+        self, number: int, service: int | None, variant: int, position: int, line: int, name: str | None, *rest: Any
     ) -> tuple[Any, ...]:
         identity, fingerprint, prompt, size, seed, extend, given, price = rest
         output = variant_output(given, variant) if given else default_output_name(number, name or prompt)
