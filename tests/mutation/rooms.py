@@ -25,9 +25,9 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "keys": (("tests/test_credentials.py", "tests/test_trust.py"), PROVIDERS),
     "transport": (("tests/test_trust.py", "tests/test_recovery.py"), FAULTS, ONE_PICTURE, PROVIDERS),
     "wire": (("tests/test_trust.py", "tests/test_recovery.py"), FAULTS, ONE_PICTURE, PROVIDERS),
-    "batch/work": (BATCH_FIRST, BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
-    "batch/plan": (BATCH_FIRST, BATCH_QUICK, ("tests/test_batch_input.py",), BATCH_SLOW, SEAM_MANY),
-    "batch/journal": (BATCH_FIRST, BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
+    "batch/work": (("tests/test_batch_work.py",), BATCH_FIRST, BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
+    "batch/plan": (("tests/test_batch_plan.py",), BATCH_QUICK, ("tests/test_batch_input.py",), BATCH_SLOW, SEAM_MANY),
+    "batch/journal": (("tests/test_batch_journal.py",), BATCH_FIRST, BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
 }
 
 
