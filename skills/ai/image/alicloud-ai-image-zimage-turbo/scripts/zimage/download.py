@@ -11,7 +11,7 @@ from urllib.parse import urljoin, urlsplit, urlunsplit
 from zimage.answers import retry_after
 from zimage.contract import CORRUPT_DOWNLOAD_RETRIES, DOWNLOAD_RETRIES, MAX_HOPS, MAX_IMAGE_BYTES, MIB
 from zimage.endpoint import _is_address, is_loopback_host, is_public_address, origin_of, split_netloc
-from zimage.errors import Failure, os_reason
+from zimage.errors import Failure, NotSent, os_reason
 from zimage.evidence import moment_of, said_of, utc_now
 from zimage.files import read_file
 from zimage.outside import without_surrogates
@@ -21,7 +21,6 @@ from zimage.settle import DEAD_LINK
 from zimage.transport import AnswerEncoded, AnswerLost, AnswerTooLarge, exchange
 from zimage.trust import home_of, unnamed
 from zimage.waiting import wait_before
-from zimage.wire import NotSent
 
 if TYPE_CHECKING:
     from zimage.evidence import Evidence

@@ -172,6 +172,9 @@ KINDS: dict[str, Kind] = {
 }
 
 
+NOT_TOLD = ("lasting", "everywhere")
+
+
 class Fault(NamedTuple):
     """What went wrong, with all its facts: fields of the error object (ERROR_SCHEMA). A value, never changed."""
 
@@ -193,6 +196,7 @@ class Fault(NamedTuple):
     evidence_path: str | None = None
     image_url: str | None = None
     lasting: bool = False  # what is free now will not help later either; not told
+    everywhere: bool = False  # it would end so for every other picture too; not told
 
     @classmethod
     def of(cls, code: str, message: str, **given: Any) -> Fault:
@@ -204,12 +208,12 @@ class Fault(NamedTuple):
 
     @property
     def concerns(self) -> Concerns:
-        """Whom it concerns. What is not reachable, and will not be at a second try, is so for every picture."""
-        return "run" if self.code == "unreachable" and not self.retryable else KINDS[self.code].concerns
+        """Whom it concerns: as its kind does, unless more is known of this one."""
+        return "run" if self.everywhere else KINDS[self.code].concerns
 
     def as_json(self) -> Error:
         """The error object of the contract. Paths, links and commands stay whole, in hints too."""
-        told = {name: value for name, value in self._asdict().items() if value is not None and name != "lasting"}
+        told = {name: value for name, value in self._asdict().items() if value is not None and name not in NOT_TOLD}
         told |= {"message": mask(self.message), "hint": mask_known(self.hint)}
         if self.problems is not None:
             told["problems"] = [mask(problem) for problem in self.problems]
@@ -240,6 +244,21 @@ class Failure(Exception):
         other = Failure.__new__(Failure, self.message)
         other._fault = self._fault._replace(**changes)
         return other
+
+
+class NotSent(Exception):
+    """The request surely did not reach the service.
+
+    `lasting`: trying again at once will not help, nor will it go better for another picture. `refused`: by our own
+    rules, not by the network. `hint`: what to do, where more is known than that the network failed.
+    """
+
+    def __init__(self, reason: str, *, lasting: bool = False, refused: bool = False, hint: str | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.lasting = lasting
+        self.refused = refused
+        self.hint = hint
 
 
 class Problem(NamedTuple):

@@ -12,11 +12,11 @@ from urllib.parse import urlsplit
 
 from zimage.contract import MAX_ANSWER_BYTES, MAX_ERROR_BYTES, MIB, SKILL, VERSION
 from zimage.endpoint import is_loopback_host
-from zimage.errors import Failure
+from zimage.errors import Failure, NotSent
 from zimage.outside import outside_text
 from zimage.provider import HttpAnswer, LocalCall
 from zimage.waiting import WATCHER, Stop, Stopped, in_time
-from zimage.wire import NotSent, Wire, wired_adapter
+from zimage.wire import Wire, wired_adapter
 
 if TYPE_CHECKING:
     from zimage.endpoint import Endpoint
@@ -197,7 +197,9 @@ def ask(
     try:
         return read(exchange(call, stop, limit=limit, reach=reach))
     except NotSent as error:
-        raise Failure("unreachable", f"{endpoint.host}: {error.reason}", retryable=not error.lasting) from None
+        message = f"{endpoint.host}: {error.reason}"
+        facts = {"hint": error.hint, "retryable": not error.lasting, "everywhere": error.lasting}
+        raise Failure("unreachable", message, **facts) from None
     except AnswerLost as error:
         raise Failure("outcome_unknown", f"{endpoint.host}: {error.reason}") from None
     except AnswerTooLarge:

@@ -13,21 +13,11 @@ from urllib.parse import quote, urlsplit
 
 from zimage.contract import CONNECT_TIMEOUT
 from zimage.endpoint import _is_address, is_loopback_address, is_public_address
-from zimage.errors import os_reason
+from zimage.errors import NotSent, os_reason
 from zimage.waiting import Late, Stop
 
 if TYPE_CHECKING:
     from zimage.provider import HttpCall
-
-
-class NotSent(Exception):
-    """The request surely did not reach the service. `lasting`: trying again at once will not help."""
-
-    def __init__(self, reason: str, *, lasting: bool = False, refused: bool = False) -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.lasting = lasting
-        self.refused = refused  # by our own rules, not by the network
 
 
 REACH: dict[str, Callable[[ipaddress.IPv4Address | ipaddress.IPv6Address], bool]] = {
