@@ -71,7 +71,8 @@ def test_skill_md_frontmatter_keeps_the_rules_of_the_format() -> None:
     frontmatter = SKILL_MD.split("---\n")[1]
     keys = re.findall(r"(?m)^([a-z-]+):", frontmatter)
     assert keys == ["name", "description", "license", "compatibility", "metadata"]
-    description = " ".join(re.search(r"(?ms)^description: >-\n(.*?)^license", frontmatter)[1].split())  # type: ignore[index]
+    # One line in quotes: an installer reads the form of several lines (`>-`) as that text.
+    description = re.search(r'(?m)^description: "([^"\\]*)"$', frontmatter)[1]  # type: ignore[index]
     assert 300 <= len(description) <= 1024
     assert not set("<>") & set(description)
     for what, when, when_not in (("Make pictures", "Use when", "Do NOT use for"), ("文字变成图片", "时使用", "不用于")):
