@@ -481,6 +481,7 @@ def test_what_is_no_evidence_file_is_refused(shell: Shell, mock: MockServer, mod
         ("cat.JPG", "", "JPEG", "PNG"),
         ("cat.webp", "", "WEBP", "PNG"),
         ("cat.jpg", "image-jpeg", "JPEG", None),
+        ("cat.JPEG", "image-jpeg", "JPEG", None),
         ("cat.png", "image-jpeg", "PNG", "JPEG"),
     ],
 )
@@ -511,7 +512,7 @@ def test_the_services_bytes_are_kept_or_converted_with_both_hashes(
     [
         *(
             "cat.gif",
-            "cat.jpeg",
+            "cat.jfif",
             "cat.bmp",
             "cat",
             "cat.",

@@ -33,6 +33,7 @@ from zimage.contract import DEFAULT_TIMEOUT, MAX_REQUEST_BYTES, MAX_SEED
 from zimage.errors import Failure
 from zimage.options import Parser
 from zimage.outside import json_kind, shown, without_surrogates
+from zimage.paths import user_path
 from zimage.request import decode_json_file, read_input
 from zimage.waiting import WATCHER, Stop
 
@@ -135,8 +136,9 @@ def run(arguments: list[str], stop: Stop) -> str:
         raise Failure("usage", f"{given}; there are {', '.join(templates)}", hint="name one of them")
     if options.file is None:
         raise Failure("usage", "--file: required: the values as a JSON object")
-    content = read_input("--file", options.file, MAX_REQUEST_BYTES, Stop(DEFAULT_TIMEOUT, stop))
-    values = decode_json_file(options.file, content)
+    name = user_path("--file", options.file)
+    content = read_input("--file", name, MAX_REQUEST_BYTES, Stop(DEFAULT_TIMEOUT, stop))
+    values = decode_json_file(name, content)
     template = templates[options.template]
     rows = fill(template, values)
     if "each" not in template:

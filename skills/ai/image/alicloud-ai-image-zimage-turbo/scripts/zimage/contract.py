@@ -36,6 +36,12 @@ RATIO_SIZES = {  # the vendor's recommended size of about 1024*1024 pixels for e
     "21:9": "1344*576",
 }
 
+# As people write a size and a ratio: with blanks, with the signs of a Chinese or Japanese keyboard. JSON Schema and
+# Python read both patterns alike.
+_SIDE, _SMALL, _BLANK = "([1-9１-９][0-9０-９]{0,6})", "([0-9０-９]{1,2})", "[ \t\u00a0\u3000]"
+SIZE_FORM = f"{_BLANK}*{_SIDE}(?:{_BLANK}*[*xX×＊ｘＸ,，]{_BLANK}*|{_BLANK}+){_SIDE}{_BLANK}*"
+RATIO_FORM = f"{_BLANK}*{_SMALL}{_BLANK}*[:：]{_BLANK}*{_SMALL}{_BLANK}*"
+
 MIB = 1024 * 1024
 MAX_REQUEST_BYTES = 1 * MIB
 MAX_ANSWER_BYTES = 4 * MIB
@@ -74,7 +80,7 @@ POLL_TIMEOUT, POLL_SHARE = 10.0, 0.3  # seconds for one question, and of the tim
 LOST_AFTER = 3  # questions in a row to which the service does not know the task: it may learn of it a moment late
 RATIO_TOLERANCE = 0.02  # where only the ratio of a size can be asked for
 
-FORMATS = {".png": "PNG", ".jpg": "JPEG", ".webp": "WEBP"}
+FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP"}
 MAX_SIDE = {"PNG": 2**31 - 1, "JPEG": 65_500, "WEBP": 16_383}  # pixels; limits of the file formats
 READABLE_FORMATS = ["PNG", "JPEG", "WEBP", "GIF", "BMP"]  # others start programs or are not worth the risk
 SAVE_OPTIONS: dict[str, dict[str, Any]] = {"PNG": {}, "JPEG": {"quality": 95}, "WEBP": {"quality": 95}}
@@ -120,8 +126,8 @@ REQUEST_SCHEMA = DRAFT | record(
     {
         "prompt": described("What to draw, in English or Chinese. Over 800 characters gives a warning.", pattern=r"\S"),
         "size?": described(
-            "width*height in pixels; total pixels from 512*512 to 2048*2048.",
-            pattern="^[1-9][0-9]{0,6}[*xX×][1-9][0-9]{0,6}$",
+            "width*height in pixels; total pixels from 512*512 to 2048*2048. A ratio works as aspect_ratio.",
+            pattern=f"^(?:{SIZE_FORM}|{RATIO_FORM})$",
             default=DEFAULT_SIZE,
         ),
         "aspect_ratio?": {
@@ -217,7 +223,7 @@ IMAGE_SCHEMA = record(
         "path": TEXT,
         "sha256": TEXT,
         "bytes": INTEGER,
-        "format": {"enum": list(FORMATS.values())},
+        "format": {"enum": list(MAX_SIDE)},
         "width": INTEGER,
         "height": INTEGER,
         "source_format?": IF_CONVERTED,

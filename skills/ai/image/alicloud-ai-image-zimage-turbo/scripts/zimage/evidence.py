@@ -16,6 +16,7 @@ from zimage.contract import EVIDENCE_SCHEMA, MAX_EVIDENCE_BYTES, SKILL
 from zimage.errors import Billed, Failure, Fault, Left, os_reason
 from zimage.files import OWNER_ONLY, replace_private, to_json, write_gitignore, write_new
 from zimage.outside import outside_text
+from zimage.paths import user_path
 from zimage.request import decode_json_file, read_input
 from zimage.settle import STATES, Have
 from zimage.waiting import Late
@@ -29,14 +30,17 @@ if TYPE_CHECKING:
 
 
 class Folders(NamedTuple):
-    """Where results go: below $OUTPUT_DIR, by default `output` in the working folder. Absolute paths."""
+    """Where results go: below $OUTPUT_DIR, by default `output` in the working folder. Absolute paths.
+
+    `of` raises Failure: usage.
+    """
 
     images: Path
     evidence: Path
 
     @classmethod
     def of(cls, env: Mapping[str, str]) -> Folders:
-        base = Path(os.path.abspath(env.get("OUTPUT_DIR") or "output"))
+        base = Path(os.path.abspath(user_path("OUTPUT_DIR", env.get("OUTPUT_DIR") or "output")))
         return cls(base / "ai-image-zimage-turbo" / "images", base / SKILL / "evidence")
 
 

@@ -117,7 +117,7 @@ def _key_in_named_file(places: KeyPlaces, env: Mapping[str, str], notes: list[st
     name = env.get(places.file_variable or "")
     if not name:
         return None
-    key = _key(_read_text(Path(name), notes), f"file that {places.file_variable} names")
+    key = _key(_read_text(Path(os.path.expanduser(name)), notes), f"file that {places.file_variable} names")
     if key is None:
         # The user chose this file: another account's key must not step in for it.
         raise Failure("key_missing", f"{places.file_variable} names a file that holds no readable key")

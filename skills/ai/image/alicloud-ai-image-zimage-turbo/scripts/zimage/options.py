@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
@@ -21,10 +22,11 @@ from zimage.contract import (
 from zimage.errors import Failure, Problem, noting, raise_problems
 from zimage.files import read_file
 from zimage.outside import argument_text, at, json_of, outside_text, shown
+from zimage.paths import user_path
 from zimage.plan import Options
 from zimage.provider import number
 from zimage.registry import DEFAULT_PROVIDER, provider_class, provider_names
-from zimage.request import seed_in
+from zimage.request import ratio_in, seed_in
 from zimage.trust import trusted_hosts
 
 if TYPE_CHECKING:
@@ -32,6 +34,8 @@ if TYPE_CHECKING:
 
 
 MODES = ("request", "file", "prompt", "replay", "recover", "check", "schema")
+PATHS = ("file", "replay", "recover", "output")
+TEXT_FILES = (".txt", ".md", ".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".xlsx")
 REQUEST_FLAGS = ("size", "aspect_ratio", "seed", "prompt_extend", "base_url")
 ALWAYS_ALLOWED = {"print_response", "quiet"}
 ALLOWED: dict[str, set[str]] = {  # the flags that mean something in a mode; those not named here allow all
@@ -92,7 +96,9 @@ def build_parser(provider: type[Provider] | None = None) -> Parser:
     mode.add_argument("--schema", metavar="WHAT", help="print a JSON Schema: request, response, evidence or result")
 
     request = parser.add_argument_group("request (wins over the request's own fields)")
-    request.add_argument("--size", metavar="W*H", help="pixels, such as 1280x720; 512*512 to 2048*2048 in total")
+    request.add_argument(
+        "--size", metavar="W*H", help="pixels, such as 1280x720, or a ratio; 512*512 to 2048*2048 in total"
+    )
     request.add_argument("--aspect-ratio", metavar="R", help=f"one of {' '.join(RATIO_SIZES)}")
     request.add_argument("--seed", metavar="N", help=f"0 to {MAX_SEED}; -1 or left out: one is picked and recorded")
     request.add_argument(
@@ -152,7 +158,8 @@ def provider_in(argv: Sequence[str]) -> type[Provider] | None:
     with contextlib.suppress(Failure, OSError, ValueError):
         said = named.parse_known_args(argv)[0]
         if said.provider is None and said.replay is not None:
-            said.provider = at(json_of(read_file(said.replay, MAX_EVIDENCE_BYTES).decode()), "provider")
+            evidence = read_file(user_path("--replay", said.replay), MAX_EVIDENCE_BYTES)
+            said.provider = at(json_of(evidence.decode()), "provider")
         return None if said.provider is None else provider_class(str(said.provider))
     return None
 
@@ -179,6 +186,31 @@ def read_value(
         except ValueError as error:
             problems.append(Problem("usage", f"{flag(name)}: must be {error}, got {shown(given[name])}"))
     return default
+
+
+def read_paths(arguments: argparse.Namespace, names: Sequence[str], problems: list[Problem]) -> None:
+    """Have the options of these names mean what their user means.
+
+    Raises:
+        Failure: usage where one cannot be, with the problems found before.
+    """
+    wrong: list[Problem] = []
+    for name in names:
+        if (text := getattr(arguments, name)) is not None:
+            with noting(wrong):
+                setattr(arguments, name, user_path(flag(name), text))
+    if wrong:
+        raise_problems([*problems, *wrong])
+
+
+def prompt_problems(text: str | None, other: str) -> list[Problem]:
+    """What is no prompt, though `--prompt` takes it: the name of a file, or of standard input. `other` reads those."""
+    name = (text or "").removeprefix("@")
+    if name == "-":
+        return [Problem("usage", f"--prompt: - is no prompt; {other} - reads standard input")]
+    if os.path.splitext(name)[1].lower() in TEXT_FILES and os.path.isfile(name):
+        return [Problem("usage", f"--prompt: {shown(text)} is a file; {other} reads one, --prompt takes the words")]
+    return []
 
 
 def chosen_mode(given: Mapping[str, Any], modes: Sequence[str], problems: Sequence[Problem]) -> str:
@@ -210,6 +242,8 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
     }
     problems = [Problem("usage", text) for text in unknown_sentences(unknown)]
     mode = chosen_mode(given, MODES, problems)
+    read_paths(arguments, PATHS, problems)
+    problems += prompt_problems(arguments.prompt, "--file")
     allowed = ALLOWED.get(mode)
     if allowed is not None:
         allowed = allowed | ({setting.name for setting in asked.own_settings} if asked else set())
@@ -284,4 +318,9 @@ def region_option(name: str | None, provider: type[Provider]) -> str | None:
 
 def request_overrides(given: Mapping[str, Any]) -> dict[str, Any]:
     """The request fields that flags set."""
-    return {name: seed_in(given[name]) if name == "seed" else given[name] for name in REQUEST_FLAGS if name in given}
+    overrides: dict[str, Any] = {name: given[name] for name in REQUEST_FLAGS if name in given}
+    if "seed" in overrides:
+        overrides["seed"] = seed_in(overrides["seed"])
+    if "aspect_ratio" in overrides:
+        overrides["aspect_ratio"] = ratio_in(overrides["aspect_ratio"].replace("/", ":")) or overrides["aspect_ratio"]
+    return overrides

@@ -24,6 +24,45 @@ DEVICES = {"con", "prn", "aux", "nul", "conin$", "conout$"} | {
 }
 
 
+WINDOWS_PATH = re.compile(r"([A-Za-z]):[\\/](.*)|\\\\([^\\/]+)[\\/]+([^\\/]+)(.*)", re.DOTALL)  # of a drive, or UNC
+WSL_HOSTS = ("wsl$", "wsl.localhost")  # by which Windows reaches the files of a Linux beside it
+
+
+def user_path(source: str, text: str) -> str:
+    """A path as its user means it, whether or not a shell has seen it: `~` and `~user` are home folders.
+
+    `source` is where it was given. What lies there under that very name is taken as it is.
+
+    Raises:
+        Failure: usage, for a home that is not known, and for a path of Windows where there are none.
+    """
+    if os.name != "nt" and (found := WINDOWS_PATH.match(text)) and not os.path.lexists(text):
+        here = f"under WSL it is {shown(_under_wsl(found))}"
+        raise Failure(
+            "usage", f"{source}: {shown(text)} is a path of Windows; {here}", hint=f"give {source} a path here"
+        )
+    if not text.startswith("~"):
+        return text
+    has_no_home = os.name != "nt" and re.match("~(/|$)", text) and os.environ.get("HOME") == ""
+    path = text if has_no_home else os.path.expanduser(text)
+    if os.path.isabs(path):
+        return path
+    if os.path.lexists(text):
+        return text
+    hint = f"give {source} the whole path; a name that begins with ~ goes behind ./"
+    raise Failure("usage", f"{source}: {shown(text)} is below a home folder that is not known here", hint=hint)
+
+
+def _under_wsl(found: re.Match[str]) -> str:
+    """Where a path of Windows is in a Linux beside it."""
+    drive, rest, host, share, more = found.groups()
+    if drive:
+        return f"/mnt/{drive.lower()}/" + rest.replace("\\", "/")
+    if host.lower() in WSL_HOSTS:
+        return more.replace("\\", "/") or "/"
+    return f"where you mount //{host}/{share}"
+
+
 def is_windows_name(name: str) -> bool:
     """Whether Windows makes a plain file, or folder, of just this name.
 

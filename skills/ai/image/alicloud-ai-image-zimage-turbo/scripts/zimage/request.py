@@ -15,7 +15,17 @@ import threading
 from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, cast
 
-from zimage.contract import DEFAULT_SIZE, MAX_PIXELS, MAX_SEED, MIB, MIN_PIXELS, RATIO_SIZES, REQUEST_SCHEMA
+from zimage.contract import (
+    DEFAULT_SIZE,
+    MAX_PIXELS,
+    MAX_SEED,
+    MIB,
+    MIN_PIXELS,
+    RATIO_FORM,
+    RATIO_SIZES,
+    REQUEST_SCHEMA,
+    SIZE_FORM,
+)
 from zimage.errors import Failure, Problem, os_reason
 from zimage.files import open_regular
 from zimage.outside import json_kind, json_of, outside_text, shown, without_surrogates
@@ -45,8 +55,8 @@ class ImageRequest(NamedTuple):
 
 @functools.lru_cache(1000)  # most rows of a long list ask for the same few
 def parse_size(text: str) -> tuple[int, int]:
-    """Width and height, in pixels, of a size that has passed the schema."""
-    width, height = re.split("[*xX×]", text)
+    """Width and height, in pixels, of a size that `size_sentences` finds no fault with."""
+    width, height = cast("re.Match[str]", SIZE.fullmatch(RATIO_SIZES.get(ratio_in(text), text))).groups()
     return int(width), int(height)
 
 
@@ -55,13 +65,19 @@ def normal_size(text: str) -> str:
     return "{}*{}".format(*parse_size(text))
 
 
+def ratio_in(text: str) -> str:
+    """The ratio that a text gives, in lowest digits (`16 : 09` is 16:9); empty where it gives none."""
+    found = RATIO.fullmatch(text)
+    return "" if found is None else "{}:{}".format(*map(int, found.groups()))
+
+
 def pick_seed() -> int:
     return secrets.randbelow(MAX_SEED + 1)
 
 
 def seed_in(text: str) -> int | str:
     """The number that a text gives; one that gives none stays text: the schema refuses it."""
-    return int(text) if re.fullmatch(r"-?[0-9]{1,18}", text) else text
+    return int(text) if re.fullmatch(r"-?[0-9]{1,300}", text) else text
 
 
 _validators: dict[str, Any] = {}  # by the title of their schema: building one costs as much as ten checks
@@ -124,9 +140,14 @@ def schema_sentences(error: Any, raw: dict[str, Any]) -> list[str]:
         kind = json_kind(error.instance)
         return [f"{name}: must be of type {rule['type']}, got {kind if kind == given else f'{kind} {given}'}"]
     if error.validator in ("minimum", "maximum"):
-        return [f"{name}: must be from {rule['minimum']} to {rule['maximum']}, got {given}"]
+        return [f"{name}: must be from {rule['minimum']} to {rule['maximum']}, got {given}; without it one is picked"]
     if error.validator == "enum":
-        return [f"{name}: must be one of {' '.join(rule['enum'])}, got {given}"]
+        where = (
+            "; width*height goes into size"
+            if isinstance(error.instance, str) and SIZE.fullmatch(error.instance)
+            else ""
+        )
+        return [f"{name}: must be one of {' '.join(rule['enum'])}, got {given}{where}"]
     if name == "size":
         return []  # size_sentences checks its form, to the last character
     return [f"{name}: must not be blank"]
@@ -144,20 +165,26 @@ def rule_sentences(raw: dict[str, Any]) -> list[str]:
     return sentences
 
 
-SIZE = re.compile("[1-9][0-9]{0,6}[*xX×][1-9][0-9]{0,6}")
+SIZE, RATIO = re.compile(SIZE_FORM), re.compile(RATIO_FORM)
 
 
-def size_sentences(size: str) -> list[str]:
-    """What is wrong with a size, checked to its last character (`$` in a pattern lets a newline pass)."""
-    if not SIZE.fullmatch(size):
-        return [f"size: must be width*height such as 1024*1024, got {shown(size)}"]
+@functools.lru_cache(1000)
+def size_sentences(size: str) -> tuple[str, ...]:
+    """What is wrong with a size."""
+    ratio = ratio_in(size)
+    if not (ratio or SIZE.fullmatch(size)):
+        return (f"size: must be width*height such as 1024*1024, got {shown(size)}; for a ratio take aspect_ratio",)
+    if ratio and ratio not in RATIO_SIZES:
+        return (f"size: {shown(size)} is none of the ratios {' '.join(RATIO_SIZES)}; else give width*height",)
     width, height = parse_size(size)
     if MIN_PIXELS <= width * height <= MAX_PIXELS:
-        return []
-    return [
+        return ()
+    ratio = f"{width}:{height}"
+    return (
         f"size: {width}*{height} is {width * height} pixels; "
         f"the total must be from {MIN_PIXELS} (512*512) to {MAX_PIXELS} (2048*2048)"
-    ]
+        + (f"; for a ratio take aspect_ratio {ratio}" if ratio in RATIO_SIZES else ""),
+    )
 
 
 def normalize(raw: Mapping[str, Any], *, with_seed: bool = True) -> ImageRequest:

@@ -108,7 +108,7 @@ class Names:
 
         if "\\" in output or output != output.strip() or output.endswith("/"):
             refuse("must be a file name without backslashes, and not begin or end with blanks")
-        if output.startswith("/") or re.match("[A-Za-z]:", output) or ".." in output.split("/"):
+        if output.startswith(("/", "~/")) or re.match("[A-Za-z]:", output) or ".." in output.split("/"):
             refuse("must be a path in the output folder, without .. and not absolute")
         path = checked_output(str(self.folder / output), "output")
         raise_problems([Problem(p.code, p.text.replace("--output", "output")) for p in format_problems(request, path)])

@@ -16,7 +16,9 @@ from zimage.options import (
     add_service_options,
     chosen_mode,
     flag,
+    prompt_problems,
     provider_in,
+    read_paths,
     read_settings,
     read_value,
     region_option,
@@ -116,6 +118,7 @@ def build_parser(provider: type[Provider] | None = None) -> Parser:
 
 
 MODES = ("input", "prompt", "status", "gallery_only")
+PATHS = ("input", "status", "gallery_only", "output_dir")
 
 
 def read_options(argv: Sequence[str], env: Mapping[str, str]) -> BatchOptions:
@@ -129,6 +132,8 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> BatchOptions:
     given = {name: value for name, value in vars(arguments).items() if value is not None and value is not False}
     problems = [Problem("usage", text) for text in unknown_sentences(unknown)]
     mode = chosen_mode(given, MODES, problems)
+    read_paths(arguments, PATHS, problems)
+    problems += prompt_problems(arguments.prompt, "--input")
     looking = mode in ("status", "gallery_only")
     if looking:
         strange = [name for name in given if name not in (mode, "quiet")]
