@@ -50,6 +50,7 @@ def every_have() -> list[Have]:
 
 def evidence(tmp_path: Path, status: str, **facts: Any) -> Evidence:
     data: Any = {"status": status, "billable": True, "attempts": [{"at": "2026-01-01T00:00:00.000Z"}]}
+    data |= {"request": {"prompt": "a fox", "seed": 7}, "cost": {"estimate": 0.01434}}
     return Evidence(tmp_path / "20260101T000000Z-00000000.json", data | facts)
 
 

@@ -77,7 +77,7 @@ from collections.abc import Mapping, Sequence
 from zimage.check import check, dry_run
 from zimage.console import Console, carry_out, leave
 from zimage.contract import SCHEMAS
-from zimage.errors import missing_packages
+from zimage.errors import Failure, missing_packages
 from zimage.files import check_working_folder
 from zimage.make import generate
 from zimage.options import read_options
@@ -86,31 +86,39 @@ from zimage.recover import recover
 from zimage.waiting import WATCHER, Stop
 
 
-def run(arguments: Sequence[str], stop: Stop, console: Console, env: Mapping[str, str]) -> None:
-    """Do what the arguments say and print its answer."""
+def run(arguments: Sequence[str], stop: Stop, console: Console, env: Mapping[str, str]) -> Failure | None:
+    """Do what the arguments say and print its answer; returns a failure that is told in it."""
     WATCHER.listen(stop)
     options = read_options(arguments, env)
     if options.mode == "schema":
         console.answer(SCHEMAS[options.source])
-        return
+        return None
     stop = Stop(options.timeout, stop)
     missing_packages()
     check_working_folder()
     if options.mode == "check":
-        console.answer(check(options, stop, env))
-        return
+        known, failure = check(options, stop, env)
+        if failure is None:
+            console.answer(known)
+        else:
+            console.tell(failure)
+            console.data(known)
+        return failure
     if options.mode == "recover":
         response = recover(options, stop, env)
     else:
         plan = make_plan(options, stop, env)
         if options.dry_run:
             console.answer(dry_run(plan, options.trusted, env))
-            return
+            return None
         response = generate(plan, options, stop, console, env)
     console.warn(response.get("warnings", ()))
+    if "paid_before" in response:
+        console.note("paid before: this has cost nothing more")
     told = console.data(response) if console.json_mode else console.path(response["image_path"])
     if not told:
         console.note(f"warning: standard output cannot be written; the image is {response['image_path']}")
+    return None
 
 
 def main(argv: Sequence[str] | None = None, stop: Stop | None = None) -> int:

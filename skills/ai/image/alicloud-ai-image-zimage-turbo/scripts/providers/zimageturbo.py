@@ -13,7 +13,16 @@ import re
 from typing import Any, ClassVar
 from urllib.parse import quote
 
-from zimage.answers import bearer, json_post, link_expiry, read_begun_json, read_json, request_id, service_failure
+from zimage.answers import (
+    bearer,
+    json_post,
+    link_expiry,
+    read_begun_json,
+    read_json,
+    refused_side,
+    request_id,
+    service_failure,
+)
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure
 from zimage.keys import KeyPlaces
@@ -102,7 +111,9 @@ class ZImageTurbo(Provider):
         said = outside_text(data.get("error_message"))
         if status == FAILED or (said and status not in (DONE, WORKING)):
             kind = "blocked" if UNSAFE.search(said) else "task_failed"
-            raise Failure(kind, f"the task failed: {said or 'the service does not say why'}", billed="no")
+            side = refused_side(said) if kind == "blocked" else None
+            told = f"the task failed: {said or 'the service does not say why'}"
+            raise Failure(kind, told, billed="no", refused=side)
         if status != DONE:
             return None
         if not links:

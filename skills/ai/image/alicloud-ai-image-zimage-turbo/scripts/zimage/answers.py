@@ -16,6 +16,7 @@ from zimage.outside import json_of, outside_text
 from zimage.provider import HttpCall
 
 if TYPE_CHECKING:
+    from zimage.errors import Side
     from zimage.provider import HttpAnswer
 
 
@@ -26,6 +27,10 @@ STATUS_KINDS = {
     403: "access_denied",
     404: "not_found",
     429: "rate_limited",
+}
+SIDES: dict[Side, re.Pattern[str]] = {  # the words by which services name what content safety has refused
+    "input": re.compile(r"\b(?:input|prompt)\b|输入|提示词", re.IGNORECASE),
+    "output": re.compile(r"\b(?:output|generated)\b|输出|生成的", re.IGNORECASE),
 }
 GATEWAY_STATUSES = (502, 504)  # whatever their body says, the call is not sent again on its own
 OWN_FAULT_STATUSES = (500, 503)  # not billed, but only where the service itself says so in its JSON
@@ -65,7 +70,14 @@ def service_failure(
         request_id=request_id or None,
         retry_after_s=retry_after(answer),
         retryable=False if doubtful else None,
+        refused=refused_side(what) if kind == "blocked" else None,
     )
+
+
+def refused_side(said: str) -> Side | None:
+    """Which side content safety has refused, by the service's words; None where they name none, or both."""
+    named = [side for side, words in SIDES.items() if words.search(said)]
+    return named[0] if len(named) == 1 else None
 
 
 def _kind_of(answer: HttpAnswer, status: int, kind: str | None, is_own_json: bool) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from zimage.errors import KINDS, Failure, raise_problems
@@ -55,17 +55,31 @@ def dry_run(plan: Plan, trusted: frozenset[str], env: Mapping[str, str]) -> dict
     return {name: value for name, value in plan_of_it.items() if value != {}}
 
 
-def check(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, Any]:
-    """One free, read-only query that shows whether host, key and permission work.
+def check(options: Options, stop: Stop, env: Mapping[str, str]) -> tuple[dict[str, Any], Failure | None]:
+    """One free, read-only query that shows whether host, key and permission work; also what is known where it fails."""
+    known: dict[str, Any] = {"ok": False}
+    try:
+        for facts in checking(options, stop, env):
+            known |= facts
+    except Failure as failure:
+        return known | {"error": failure.fault.as_json()}, failure
+    return known | {"ok": True}, None
+
+
+def checking(options: Options, stop: Stop, env: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+    """The facts of a check, each as soon as it is known.
 
     Raises:
         Failure: never billed, so what would be unknown for a paid call is only a failing service here.
     """
     provider = planned_provider(options, None)
     workspace, problems = workspace_of(provider, env)
+    yield {"provider": provider.name}
     raise_problems(problems)
     endpoint = planned_endpoint(options, None, None, provider, env)
+    yield {"region": endpoint.region, "endpoint": endpoint.url}
     key = key_for(provider, endpoint, options.trusted, env)
+    yield {"key_source": key.source or None, **({"warnings": [key.warning]} if key.warning else {})}
     provider.preflight()
     call = provider.query(endpoint, key.value, workspace)
     attempt = 0
@@ -81,15 +95,7 @@ def check(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, Any
                 raise failure from None
         stop.wait(wait)
         attempt += 1
-    return {
-        "ok": True,
-        "provider": provider.name,
-        "region": endpoint.region,
-        "endpoint": endpoint.url,
-        "key_source": key.source or None,
-        "model_listed": listed,
-        **({"warnings": [key.warning]} if key.warning else {}),
-    }
+    yield {"model_listed": listed}
 
 
 def free_of_charge(failure: Failure) -> Failure:
@@ -101,6 +107,6 @@ def free_of_charge(failure: Failure) -> Failure:
     kind = KINDS[code]
     hint = fault.hint if code == fault.code else kind.hint
     if code in ("answer_unusable", "no_image"):
-        hint = "check the base URL: what answers there is not the service"
+        hint = "tell the user: what answers at this base URL is not the service"
     retryable = kind.retryable if code in ("service_failing", "answer_unusable") else fault.retryable
     return failure.but(code=code, billed="no", exit_code=kind.exit_code, hint=hint, retryable=retryable)

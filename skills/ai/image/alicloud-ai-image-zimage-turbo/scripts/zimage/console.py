@@ -17,6 +17,9 @@ from zimage.outside import outside_text, remember_environment, told_line
 from zimage.settle import before_anything
 from zimage.waiting import Stop, Stopped
 
+# Facts of an error that stderr tells too, a line each.
+TOLD = ("prompt", "refused", "evidence_path", "seed", "estimated_cost", "next_command", "retry_after_s")
+
 
 class Console:
     """stdout carries data only, in UTF-8; everything else goes to stderr. A closed stream never ends a command."""
@@ -56,15 +59,13 @@ class Console:
 
     def tell(self, failure: Failure) -> None:
         """The error for a person on stderr."""
-        error = failure.fault.as_json()
+        error: dict[str, Any] = {**failure.fault.as_json()}
         lines = [f"error: {error['code']}: {error['message']}"]
         if len(error.get("problems", [])) > 1:
             shown_of = f", the first {len(error['problems'])} are" if "problem_count" in error else ""
             lines = [f"error: {error['code']}: {error.get('problem_count', len(error['problems']))} problems{shown_of}"]
             lines += [f"  {problem}" for problem in error["problems"]]
-        lines += [
-            f"{name}: {error[name]}" for name in ("evidence_path", "next_command", "retry_after_s") if name in error
-        ]
+        lines += [f"{name}: {error[name]}" for name in TOLD if name in error]
         lines.append(f"next: {error['hint']}")
         self._lines(*lines)
 

@@ -170,6 +170,10 @@ ERROR_SCHEMA = record(
         "request_id?": TEXT,
         "evidence_path?": TEXT,
         "image_url?": TEXT,
+        "seed?": described("That was sent, or would have been.", "integer"),
+        "estimated_cost?": described("US$ that were, or may have been, billed for this picture.", "number"),
+        "prompt?": described("That was refused; its first 800 characters."),
+        "refused?": {"enum": ["input", "output"], "description": "By content safety: the prompt, or the picture."},
     },
 )
 
@@ -189,6 +193,7 @@ RESPONSE_SCHEMA = DRAFT | record(
         "image_path": ABSOLUTE,
         "evidence_path": ABSOLUTE,
         "estimated_cost": described("US$ by the price list.", "number"),
+        "paid_before?": {"const": True, "description": "Of a recovery: the cost is that of an earlier command."},
         "warnings?": TEXTS | {"minItems": 1},
     },
     title="image.generate response",

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 Billed = Literal["no", "unknown", "yes"]  # in this order: what is known to be paid outranks whatever fails later
 BILLED: tuple[Billed, ...] = ("no", "unknown", "yes")
+Side = Literal["input", "output"]  # what content safety has refused: the words, or the picture made of them
 Concerns = Literal["picture", "service", "run"]  # what else would fail: nothing, the next calls, every other picture
 
 
@@ -66,6 +67,9 @@ ASK_BEFORE_PAYING = (
     "ask the user before paying again: --replay EVIDENCE makes the same request once more and costs again"
 )
 RECOVER_FREE = "run next_command: it fetches the picture without paying again"
+PICTURE_BLOCKED = (
+    "tell the user: the picture was refused, not the prompt; another seed may pass, but ask before another try"
+)
 GO_ON_FREE = "run next_command: it goes on waiting for the picture without paying again"
 
 
@@ -101,9 +105,9 @@ KINDS: dict[str, Kind] = {
     "output_exists": _invalid("choose another --output, or add --overwrite to replace the file"),
     "invalid_base_url": _invalid("give the whole endpoint, the API root or the bare host, over https"),
     "host_not_trusted": _invalid(
-        "use the provider's own host; --trust-host is only for a host that the user owns and names: ask them first"
+        "tell the user: the key goes to the provider's hosts only; --trust-host is for one that they own and name"
     ),
-    "region_mismatch": _invalid("leave out --region, or give the base URL of that region"),
+    "region_mismatch": _invalid("leave out --region; or ask the user which region the key belongs to"),
     "missing_package": _invalid(INSTALL_HINT),
     "invalid_evidence": _invalid("give the path of an evidence file that this tool wrote"),
     "nothing_to_recover": _invalid("nothing was billed; make the request again (--replay EVIDENCE), which costs"),
@@ -118,16 +122,21 @@ KINDS: dict[str, Kind] = {
     "disk": _stops(EXIT_DISK, "make the folder writable and free some space, then run it again"),
     # Answered by the service, and not billed.
     "rejected_by_service": _invalid("correct the request as the service's message says"),
-    "not_found": _stops(EXIT_INVALID, "check region and base URL: the model or path is not there"),
+    "not_found": _stops(
+        EXIT_INVALID, "tell the user: the model or path is not there; region and base URL are theirs to change"
+    ),
     "key_rejected": _stops(
-        EXIT_KEY, "tell the user; it may be the key of another region (--region) or another account"
+        EXIT_KEY,
+        "tell the user which endpoint refused the key; of which region or account it is, they know: try no other",
     ),
     "access_denied": _stops(
         EXIT_KEY, "tell the user to activate the model and check permissions in the provider's console"
     ),
     "balance": _stops(EXIT_BALANCE, "tell the user to settle the account; do not retry"),
     "quota": _stops(EXIT_BALANCE, "tell the user that the quota is used up; do not retry"),
-    "blocked": Kind(EXIT_BLOCKED, False, "no", "tell the user; reword the prompt only with their consent"),
+    "blocked": Kind(
+        EXIT_BLOCKED, False, "no", "show the user the prompt that was refused; reword it only with their consent"
+    ),
     "rate_limited": _later("wait retry_after_s, or a minute where it is not given, then run it once more"),
     "service_failing": _later("wait a minute, then run it once more"),
     "unreachable": _later("check network, proxy, certificates and base URL, then run it once more"),
@@ -195,6 +204,10 @@ class Fault(NamedTuple):
     request_id: str | None = None
     evidence_path: str | None = None
     image_url: str | None = None
+    seed: int | None = None  # that was sent, or would have been
+    estimated_cost: float | None = None  # US$ that were, or may have been, billed for the picture
+    prompt: str | None = None  # that was refused
+    refused: Side | None = None
     lasting: bool = False  # what is free now will not help later either; not told
     everywhere: bool = False  # it would end so for every other picture too; not told
 
@@ -281,9 +294,15 @@ def raise_problems(problems: Sequence[Problem]) -> None:
         raise Failure(code, text, hint=hint, problems=[text])
     codes = {problem.code for problem in problems}
     texts = [problem.text for problem in problems]
-    code = codes.pop() if len(codes) == 1 else "invalid_request"
+    code, hint = codes.pop() if len(codes) == 1 else "invalid_request", None
+    for problem in problems:
+        if problem.code == "host_not_trusted":  # else "correct every field" would lead there
+            code, hint = (
+                problem.code,
+                f"{problem.hint or KINDS[problem.code].hint}; then correct what else is named above",
+            )
     told = texts if len(texts) <= MOST_TOLD else [*texts[:MOST_TOLD], f"and {len(texts) - MOST_TOLD} more"]
-    raise Failure(code, f"{len(texts)} problems: {'; '.join(told)}", problems=told)
+    raise Failure(code, f"{len(texts)} problems: {'; '.join(told)}", hint=hint, problems=told)
 
 
 @contextlib.contextmanager

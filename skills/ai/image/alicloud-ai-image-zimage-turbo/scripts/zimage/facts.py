@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 if TYPE_CHECKING:
-    from zimage.errors import Billed
+    from zimage.errors import Billed, Side
 
 # Of an evidence file, and of a row of a batch; `pending` is of a row alone.
 State = Literal["pending", "submitting", "submitted", "generated", "saved", "failed", "unknown"]
@@ -101,6 +101,10 @@ class Error(_Error, total=False):
     request_id: str
     evidence_path: str
     image_url: str
+    seed: int
+    estimated_cost: float
+    prompt: str
+    refused: Side
 
 
 class _Lasting(TypedDict, total=False):

@@ -49,7 +49,7 @@ def recover(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, A
     if saved:
         evidence.drop_held()  # a run that was killed may have left it
     if saved and options.output is None:
-        return response_of(evidence, evidence.data["image"])
+        return recovered(evidence, evidence.data["image"])
     here = bool(have.link) or have.held or have.billed == "yes"
     task_is_open = not here and have.task and have.status != "failed"
     if not here and not task_is_open:
@@ -82,7 +82,7 @@ def recover(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, A
         elif "response" not in evidence.data:  # killed between the bytes and the evidence
             evidence.generated(Generated(), warnings, 0.0)
         if saved:
-            return response_of(evidence, one_more_copy(evidence, provider, output, stop, home, options))
+            return recovered(evidence, one_more_copy(evidence, provider, output, stop, home, options))
         image = save(
             record,
             provider,
@@ -93,7 +93,12 @@ def recover(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, A
             overwrite=options.overwrite,
             again=True,
         )
-    return response_of(evidence, image)
+    return recovered(evidence, image)
+
+
+def recovered(evidence: Evidence, image: Image) -> dict[str, Any]:
+    """The response of a recovery, whose cost must not be taken for a second payment."""
+    return response_of(evidence, image) | ({"paid_before": True} if evidence.data["billable"] else {})
 
 
 def one_more_copy(

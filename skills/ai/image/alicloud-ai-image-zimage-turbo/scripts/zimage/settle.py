@@ -8,19 +8,22 @@ from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from zimage.contract import EXIT_SIGNAL, EXIT_UNKNOWN, GENERATE_IMAGE, UNREACHABLE_RETRIES
+from zimage.contract import EXIT_SIGNAL, EXIT_UNKNOWN, GENERATE_IMAGE, LONG_PROMPT, UNREACHABLE_RETRIES
 from zimage.errors import (
     ASK_BEFORE_PAYING,
     BILLED,
     GO_ON_FREE,
     KINDS,
+    PICTURE_BLOCKED,
     RECOVER_FREE,
     Billed,
     Failure,
     Fault,
     Left,
+    Side,
     internal_error,
 )
+from zimage.outside import outside_text
 from zimage.quoting import command_line
 from zimage.waiting import Stopped, wait_before
 
@@ -112,6 +115,7 @@ class Advice(NamedTuple):
     billable: bool | None = None
     written: bool | None = None
     left: Left | None = None
+    refused: Side | None = None
 
     def fits(self, fault: Fault, way: Way, have: Have, left: Left, written: bool) -> bool:
         conditions = (
@@ -121,6 +125,7 @@ class Advice(NamedTuple):
             (self.billable, have.billable),
             (self.written, written),
             (self.left, left),
+            (self.refused, fault.refused),
         )
         return all(wanted is None or wanted == found for wanted, found in conditions)
 
@@ -139,6 +144,7 @@ ADVICE = (  # the first that fits
     Advice(MAKE_ANEW, code="outcome_unknown", billable=False),
     Advice(f"the picture is lost: no disk took it; free space, then {ASK_BEFORE_PAYING}",
            code="disk_after_paying", way=Way.NONE),
+    Advice(PICTURE_BLOCKED, code="blocked", refused="output"),
     Advice(f"{{hint}}; {RECOVER_FREE}", code="internal_error", way=Way.FETCH),
     Advice(f"{{hint}}; then {RECOVER_FREE}", code="disk", way=Way.FETCH),
     Advice(f"{RECOVER_FREE}, once there is more to be had: {{hint}}", code="machine_limit", way=Way.FETCH),
@@ -196,13 +202,17 @@ def explained(
     )
     reachable = way is not Way.NONE and (written or not (have.link or left is Left.OPEN))
     command = own_command("--recover", path, *place, *flags, "--print-response") if reachable else None
+    request, billed = evidence.data["request"], most_billed(fault.billed, have.billed)
     return failure.but(
-        billed=most_billed(fault.billed, have.billed),
+        billed=billed,
         hint=BY_HAND if reachable and command is None else hint,
         evidence_path=path,
         image_url=have.link or fault.image_url,
         request_id=fault.request_id or evidence.said.get("request_id") or None,
         next_command=command,
+        seed=request.get("seed"),
+        estimated_cost=None if billed == "no" else evidence.data["cost"]["estimate"],
+        prompt=outside_text(request["prompt"], LONG_PROMPT) if fault.code == "blocked" else None,
     )
 
 

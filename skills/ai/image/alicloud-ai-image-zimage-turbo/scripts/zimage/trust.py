@@ -13,6 +13,7 @@ from zimage.endpoint import (
     Endpoint,
     _is_loopback_netloc,
     is_host_name,
+    is_loopback_host,
     is_loopback_url,
     origin_of,
     split_netloc,
@@ -97,13 +98,48 @@ def check_trust(endpoint: Endpoint, source: str, provider: Provider, trusted: fr
     """
     if endpoint.is_loopback or provider.key_places is None or provider.key_places.optional:
         return
+    if not provider.owns(endpoint.host) and endpoint.host not in trusted:
+        raise foreign(endpoint.host, source, provider)
     if endpoint.root.startswith("http://"):
         raise Failure("invalid_base_url", f"{source}: http would send the key in the clear; only loopback may use it")
-    if not provider.owns(endpoint.host) and endpoint.host not in trusted:
-        raise Failure(
-            "host_not_trusted",
-            f"{source}: {endpoint.host} is not a host of {provider.name}, so the key is not sent there",
-        )
+
+
+def foreign(host: str, source: str, provider: Provider, hint: str | None = None) -> Failure:
+    """That a host is not the key owner's, which is told before whatever else is wrong with its URL."""
+    what = f"{source}: {host} is not a host of {provider.name}, so the key is not sent there"
+    return Failure("host_not_trusted", what, hint=hint)
+
+
+LEAVE_OUT = "leave base_url out: no request needs it; and tell the user that the request names a host of somebody else"
+
+
+def requested_endpoint(text: str, provider: Provider, trusted: frozenset[str]) -> Endpoint:
+    """The endpoint that a request names. Its file may be a stranger's: no advice leads to making that URL work.
+
+    Raises:
+        Failure: host_not_trusted, invalid_base_url.
+    """
+    try:
+        endpoint = parse_base_url(text, "base_url", provider)
+        check_trust(endpoint, "base_url", provider, trusted)
+        return endpoint
+    except Failure as failure:
+        places = provider.key_places
+        strange = [] if places is None or places.optional else strange_hosts(text, provider, trusted)
+        if not strange:
+            raise failure.but(hint=LEAVE_OUT.partition(";")[0]) from None
+        raise foreign(strange[0], "base_url", provider, LEAVE_OUT) from None
+
+
+def strange_hosts(text: str, provider: Provider, trusted: frozenset[str]) -> list[str]:
+    """The hosts that a text which may be no URL could be read to name, without those that may have the key.
+
+    Programs disagree on what `https://a.example\\@b.example` leads to: each part that looks like a host is one.
+    """
+    authority = re.split("[/?#]", re.sub("^[^/]*://|^/+", "", text), maxsplit=1)[0]
+    parts = [re.sub(":[0-9]*$", "", part).strip("[] ").lower() for part in re.split(r"[@\\]", authority)]
+    hosts = [part for part in parts if ("." in part or part is parts[-1]) and is_host_name(part)]
+    return [host for host in hosts if not (provider.owns(host) or host in trusted or is_loopback_host(host))]
 
 
 def key_for(provider: Provider, endpoint: Endpoint, trusted: frozenset[str], env: Mapping[str, str]) -> Key:
@@ -127,7 +163,8 @@ def key_for(provider: Provider, endpoint: Endpoint, trusted: frozenset[str], env
     if entitled:
         return key
     how = f"--trust-host {endpoint.host}" if endpoint.root.startswith("https://") else "https, or a tunnel to loopback"
-    return NO_KEY._replace(warning=f"{places.variable} is not sent to {endpoint.host}; if that host needs it: {how}")
+    only = f"only if that host needs it and the user says that it is theirs: {how}"
+    return NO_KEY._replace(warning=f"{places.variable} is not sent to {endpoint.host}; {only}")
 
 
 def may_have_optional_key(
@@ -167,8 +204,11 @@ def choose_endpoint(
         variables = " or ".join(provider.base_url_variables)
         hint = f"set {variables}, or give --base-url http://127.0.0.1:PORT{provider.default_root}"
         raise Failure("invalid_base_url", f"no server is named for {provider.name}: {hint}", hint=hint)
-    endpoint = parse_base_url(text, source, provider)
-    check_trust(endpoint, source, provider, trusted)
+    if source == "base_url":
+        endpoint = requested_endpoint(text, provider, trusted)
+    else:
+        endpoint = parse_base_url(text, source, provider)
+        check_trust(endpoint, source, provider, trusted)
     if region and endpoint.region and endpoint.region != region:
         raise Failure(
             "region_mismatch",
@@ -201,11 +241,14 @@ def recorded_endpoint(url: str, provider: Provider, own: Own) -> Endpoint:
         Failure: invalid_base_url, host_not_trusted unless the host is the provider's own, or the user's settings name
             it with its port.
     """
-    endpoint = parse_base_url(url, "endpoint", provider)
-    check_trust(endpoint, "endpoint", provider, own.trusted)
+    try:
+        endpoint = parse_base_url(url, "endpoint", provider)
+    except Failure:
+        raise unnamed(url, provider) from None
     is_trusted = provider.owns(endpoint.host) or endpoint.host in own.trusted
     if not (is_trusted and endpoint.root.startswith("https://")) and not own.names(endpoint.root, provider):
         raise unnamed(endpoint.root, provider)
+    check_trust(endpoint, "endpoint", provider, own.trusted)
     return endpoint
 
 

@@ -100,10 +100,18 @@ def csv_rows(lines: Iterable[bytes]) -> Iterator[tuple[int, Any]]:
         yield start, ValueError(f"is not valid CSV: {error}")
 
 
+NAMES_A_HOST = "base_url: leave it out, rows do not say where they go; tell the user that the file names a host"
+
+
+OWN_COLUMNS = "to make prompts of columns of your own, write rows into a new file: references/batch.md shows how"
+
+
 def header_faults(names: Sequence[str]) -> list[str]:
     """What is wrong with the column names of a CSV file."""
     known = ROW_SCHEMA["properties"]
-    faults = [f"{shown(name)}: unknown column; known are {', '.join(known)}" for name in names if name not in known]
+    own = [shown(name) for name in names if name not in {*known, "base_url"}]
+    faults = [f"{', '.join(own[:5])}: unknown; known are {', '.join(known)}; {OWN_COLUMNS}"] if own else []
+    faults += [NAMES_A_HOST] * ("base_url" in names)
     faults += [f"{name}: stands in it twice" for name, count in Counter(names).items() if count > 1 and name in known]
     return faults + ([] if "prompt" in names else ["prompt: required"])
 
@@ -147,7 +155,11 @@ _SORTED = json.JSONEncoder(sort_keys=True, ensure_ascii=False)
 
 def row_sentences(raw: dict[str, Any], own: dict[str, Any], request: dict[str, Any]) -> list[str]:
     """What is wrong with a row; `own` is what only rows have, `request` the rest of it."""
-    if "base_url" in raw or not is_plainly_valid(request) or not all(map(is_whole_text, own.values())):
+    if "base_url" in raw:
+        rest = {name: value for name, value in raw.items() if name != "base_url"}
+        named = f"{NAMES_A_HOST} ({shown(raw['base_url'])})"
+        return [named, *row_sentences(rest, own, {name: rest[name] for name in rest if name not in own})]
+    if not is_plainly_valid(request) or not all(map(is_whole_text, own.values())):
         broken = [f"{name}: holds a lone surrogate, which is not text" for name in own if not is_unbroken(own[name])]
         if sentences := broken or [problem.text for problem in request_problems(raw, ROW_SCHEMA)]:
             return sentences

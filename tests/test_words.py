@@ -1,0 +1,218 @@
+"""The words for whoever reads only them: errors, dry run and check say the right step, and never one that costs twice.
+
+An agent runs a command blind and does what the last line says; so these tests read what it reads.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+
+from conftest import TEST_KEY, Shell
+from fault_server import GENERATE, PICTURE, Answer, Behaviour, FaultServer, error, file, good, html, oss_error, png
+from zimage.answers import refused_side
+from zimage.errors import KINDS
+
+PRICE = 0.01434
+RUN = ("--prompt", "a red fox", "--seed", "7", "--output", "fox.png", "--print-response")
+
+
+# An error is enough to report --------------------------------------------------------------------------------------
+
+ENDS: dict[str, tuple[Behaviour, Behaviour, float | None]] = {  # generation, picture, US$ told
+    "answer lost": (good(how=Answer(hang_up="after-reading")), file(png()), PRICE),
+    "page of a gateway": (html(502), file(png()), PRICE),
+    "no picture behind the link": (good(), oss_error(404, "NoSuchKey", "not there"), PRICE),
+    "refused": (error(400, "InvalidParameter"), file(png()), None),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_an_error_tells_seed_and_what_may_be_billed(shell: Shell, service: FaultServer, end: str) -> None:
+    generation, picture, cost = ENDS[end]
+    service.play(GENERATE, generation)
+    service.play(PICTURE, picture)
+    result = shell.call(*RUN, "--timeout", "20")
+    told = result.error
+    assert (told["seed"], told.get("estimated_cost")) == (7, cost)
+    assert "seed: 7" in result.stderr
+    assert (told["billed"] == "no") == (cost is None)
+
+
+@pytest.mark.parametrize("arguments", [["--recover"], ["--recover", "--output", "copy.webp"]], ids=["same", "copy"])
+def test_a_recovery_says_that_its_cost_was_paid_before(
+    shell: Shell, service: FaultServer, arguments: list[str]
+) -> None:
+    service.play(PICTURE, oss_error(404, "NoSuchKey", "not there"), file(png()))
+    shell.call(*RUN, "--timeout", "20")
+    option, *more = arguments
+    for _ in range(2):  # the second time it lies there already
+        result = shell.call(option, str(shell.evidence_files()[0]), *more, "--overwrite", "--print-response")
+        answer = result.json
+        assert (answer["estimated_cost"], answer["paid_before"], len(service.posts)) == (PRICE, True, 1)
+        assert "cost nothing more" in result.stderr
+
+
+def test_what_is_paid_now_is_not_called_paid_before(shell: Shell, service: FaultServer) -> None:
+    service.play(PICTURE, file(png()))
+    assert "paid_before" not in shell.call(*RUN).json
+
+
+CHECKS: dict[str, tuple[dict[str, str], Behaviour, set[str]]] = {  # environment, answer, what is known
+    "key of another account": ({}, error(401, "InvalidApiKey"), {"provider", "region", "endpoint", "key_source"}),
+    "page of a gateway": ({}, html(502), {"provider", "region", "endpoint", "key_source"}),
+    "no key": ({"DASHSCOPE_API_KEY": ""}, good(), {"provider", "region", "endpoint"}),
+    "no URL": ({"DASHSCOPE_BASE_URL": "https://user:pass@dashscope.aliyuncs.com"}, good(), {"provider"}),
+}
+
+
+@pytest.mark.parametrize("case", CHECKS)
+def test_a_failed_check_says_where_and_with_which_key(shell: Shell, service: FaultServer, case: str) -> None:
+    env, answer, known = CHECKS[case]
+    service.play("/api/v1/models", answer)
+    shell.env |= env
+    result = shell.call("--check", "--max-retries", "0")
+    assert result.error["billed"] == "no"
+    told = result.json
+    assert told["ok"] is False and "model_listed" not in told
+    assert known == told.keys() & {"provider", "region", "endpoint", "key_source"}
+    assert told.get("key_source", "") in ("", "environment DASHSCOPE_API_KEY")
+    assert TEST_KEY not in result.stdout
+
+
+# Content safety ----------------------------------------------------------------------------------------------------
+
+REFUSED = {
+    "Input data may contain inappropriate content.": "input",
+    "Input text data may contain inappropriate content": "input",
+    "The prompt contains sensitive words": "input",
+    "输入的提示词不合规": "input",
+    "Output data may contain inappropriate content.": "output",
+    "The generated image was filtered": "output",
+    "输出内容不合规": "output",
+    "Input or output data may contain inappropriate content.": None,
+    "Content safety.": None,
+}
+
+
+@pytest.mark.parametrize(("said", "side"), REFUSED.items())
+def test_which_side_was_refused_is_read_from_the_services_words(said: str, side: str | None) -> None:
+    assert refused_side(said) == side
+
+
+@pytest.mark.parametrize(
+    ("said", "side"), [("Input text data may contain inappropriate content.", "input"), ("Output data …", "output")]
+)
+def test_a_refusal_shows_prompt_and_side(shell: Shell, service: FaultServer, said: str, side: str) -> None:
+    service.play(GENERATE, error(400, "DataInspectionFailed", said))
+    result = shell.call(*RUN)
+    told = result.error
+    assert (told["exit_code"], told["prompt"], told["refused"], told["billed"]) == (5, "a red fox", side, "no")
+    assert "prompt: a red fox" in result.stderr
+    assert ("picture was refused, not the prompt" in told["hint"]) == (side == "output")
+    assert "user" in told["hint"]
+
+
+def test_a_refused_prompt_is_shown_in_bounds(shell: Shell, service: FaultServer) -> None:
+    service.play(GENERATE, error(400, "DataInspectionFailed"))
+    told = shell.run("--prompt", "龙" * 5000, "--print-response").error
+    assert told["prompt"] == "龙" * 799 + "…"
+    assert "refused" not in told
+
+
+# Hosts that somebody else names --------------------------------------------------------------------------------------
+
+FOREIGN = [  # in a request; what is told as foreign
+    ("http://pictures.example/api/v1", "pictures.example"),
+    ("https://pictures.example/api/v1", "pictures.example"),
+    ("https://pictures.example/some/other/path", "pictures.example"),
+    ("https://pictures.example/api/v1?region=beijing", "pictures.example"),
+    ("http://somebody:secret@pictures.example:8080", "pictures.example"),
+    ("ftp://pictures.example", "pictures.example"),
+    ("pictures.example", "pictures.example"),
+    ("http://203.0.113.7/api/v1", "203.0.113.7"),
+    ("https://dashscope.aliyuncs.com@pictures.example/api/v1", "pictures.example"),
+    ("https://pictures.example\\@dashscope.aliyuncs.com/api/v1", "pictures.example"),
+    ("https://dashscope.aliyuncs.com.pictures.example/api/v1", "dashscope.aliyuncs.com.pictures.example"),
+    ("http://dashscope-evil.example/api/v1", "dashscope-evil.example"),
+]
+LEADS_THERE = ("https", "--trust-host", "--base-url", "secret")  # words that advice on a foreign host must not have
+
+
+@pytest.mark.parametrize(("url", "host"), FOREIGN)
+@pytest.mark.parametrize("more", [{}, {"size": "9*9", "quality": "hd"}], ids=["alone", "with other faults"])
+def test_a_foreign_host_in_a_request_is_told_as_foreign(
+    shell: Shell, service: FaultServer, url: str, host: str, more: dict[str, Any]
+) -> None:
+    (shell.folder / "brief.json").write_text(json.dumps({"prompt": "a fox", "base_url": url} | more))
+    told = shell.call("--file", "brief.json", "--print-response").error
+    assert (told["code"], told["exit_code"]) == ("host_not_trusted", 2)
+    assert any(f"base_url: {host} is not a host of dashscope" in text for text in told["problems"])
+    assert "leave base_url out" in told["hint"] and "tell the user" in told["hint"]
+    assert not [word for word in LEADS_THERE if word in told["hint"]]
+    assert ("correct what else is named" in told["hint"]) == bool(more)
+    assert (service.posts, len(told["problems"])) == ([], 1 + len(more))
+
+
+def test_what_is_wrong_with_an_own_host_in_a_request_is_no_reason_to_ask(shell: Shell) -> None:
+    for url in ("http://dashscope.aliyuncs.com/api/v1", "https://dashscope.aliyuncs.com/api/v9", "https://"):
+        told = shell.run("--request", json.dumps({"prompt": "a fox", "base_url": url}), "--dry-run").error
+        assert (told["code"], "leave base_url out" in told["hint"]) == ("invalid_base_url", True)
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.csv"])
+def test_a_row_that_names_a_host_is_told_so(shell: Shell, name: str) -> None:
+    table = "prompt,base_url\na fox,http://pictures.example\n"
+    row = json.dumps({"prompt": "a fox", "base_url": "http://pictures.example"})
+    (shell.folder / name).write_text(table if name.endswith("csv") else row, encoding="utf-8")
+    shell.script = shell.script.with_name("generate_batch.py")
+    (told,) = shell.run("--input", name, "--output-dir", "out", "--dry-run").error["problems"]
+    assert "base_url: leave it out" in told and "tell the user" in told
+
+
+@pytest.mark.parametrize(
+    "url", ["http://pictures.example/api/v1/x", "https://a:b@pictures.example/", "https://pictures.example"]
+)
+@pytest.mark.parametrize("option", ["--replay", "--recover"])
+def test_a_foreign_host_in_evidence_is_the_users_to_name(
+    shell: Shell, service: FaultServer, option: str, url: str
+) -> None:
+    service.play(PICTURE, oss_error(404, "NoSuchKey", "not there"))
+    shell.call(*RUN, "--timeout", "20")
+    (path,) = shell.evidence_files()
+    data = json.loads(path.read_text(encoding="utf-8")) | {"endpoint": url}
+    data |= {"status": "submitted", "task_id": "t-1", "provider": "zimageturbo", "attempts": []}
+    del data["response"]
+    path.write_text(json.dumps(data), encoding="utf-8")
+    shell.env["ZIMAGETURBO_API_KEY"] = TEST_KEY
+    told = shell.call(option, str(path), "--print-response").error
+    assert (told["code"], "ask the user" in told["hint"], len(service.posts)) == ("host_not_trusted", True, 1)
+
+
+def test_no_advice_moves_the_key_elsewhere() -> None:
+    """To another region or host than the user set: only the user changes that."""
+    for code, kind in KINDS.items():
+        assert not re.search("another region|own host;|give the base URL|--region [a-z]", kind.hint), code
+        if "--trust-host" in kind.hint or "region" in kind.hint:
+            assert "user" in kind.hint, code
+
+
+@pytest.mark.parametrize("code", ["InvalidApiKey", "AccessDenied.Unpurchased", "ModelNotFound"])
+def test_a_refused_key_is_tried_nowhere_else(shell: Shell, service: FaultServer, code: str) -> None:
+    service.play(GENERATE, error(401 if "Key" in code else 403 if "Denied" in code else 404, code))
+    hint = shell.call(*RUN).error["hint"]
+    assert "tell the user" in hint and "--region" not in hint and "--base-url" not in hint
+
+
+# Many pictures -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("header", ["name;colour;price", "SKU,Title\n"])
+def test_columns_of_ones_own_are_told_the_way(shell: Shell, header: str) -> None:
+    (shell.folder / "products.csv").write_text(f"{header}\na;b;c\n", encoding="utf-8")
+    shell.script = shell.script.with_name("generate_batch.py")
+    (told,) = shell.run("--input", "products.csv", "--output-dir", "out", "--dry-run").error["problems"]
+    assert "references/batch.md" in told and "new file" in told and "prompt: required" in told
