@@ -477,6 +477,16 @@ def test_an_attempt_is_on_disk_with_its_price_before_it_leaves(folder: Folder, w
     assert row.evidence.status == "submitting" and not row.evidence.path.exists()
 
 
+def test_an_earlier_refusal_is_not_told_of_a_try_that_is_out(folder: Folder, work: AtWork) -> None:
+    _, row = row_of(work)
+    row.begin()
+    row.ended(Fault.of("rate_limited", "busy"))
+    row.settled(Left.AGAIN, Fault.of("rate_limited", "busy"))
+    assert json.loads(folder.picture(0)["facts"])["error"]["code"] == "rate_limited"
+    row.begin()
+    assert "error" not in json.loads(folder.picture(0)["facts"])
+
+
 def test_the_first_try_of_a_run_is_when_a_picture_was_begun(work: AtWork, monkeypatch: pytest.MonkeyPatch) -> None:
     job, row = row_of(work)
     for hour in (1, 2, 3):

@@ -21,7 +21,7 @@ from zimage import download, make
 from zimage.batch import work as room
 from zimage.batch.journal import Job, Journal, JournalRow
 from zimage.batch.names import thumb_name
-from zimage.batch.work import Outcome
+from zimage.batch.work import Outcome, own_fault
 from zimage.errors import Failure, Left
 from zimage.keys import Key
 from zimage.plan import Plan
@@ -192,6 +192,12 @@ def test_the_way_back_is_the_batch_not_a_picture_beside_it(work: AtWork, play: P
     outcome = work.worker().generate(work.job(0))
     assert outcome.failure is not None
     assert f"the batch with {hint}" in outcome.failure.fault.hint and "--replay" not in outcome.failure.fault.hint
+
+
+@pytest.mark.parametrize("billed", ["unknown", "yes"])
+def test_a_fault_of_the_tool_says_what_may_have_been_billed(billed: Any) -> None:
+    fault = own_fault(KeyError("x"), billed).fault
+    assert (fault.code, fault.billed, fault.exit_code) == ("internal_error", billed, 7)
 
 
 def test_a_fault_of_the_tool_after_the_request_left_is_no_usage_error(work: AtWork, play: Play) -> None:
