@@ -33,7 +33,7 @@ LAYERS = [
     ["batch.rows", "batch.names", "batch.folder", "batch.pacer", "batch.forecast", "batch.ending", "batch.options"],
     ["batch.examine", "batch.moves"],
     ["batch.plan", "batch.journal", "batch.results"],
-    ["batch.gallery", "batch.progress", "batch.tasks"],
+    ["batch.quote", "batch.gallery", "batch.progress", "batch.tasks"],
     ["batch.work"],
     ["batch.run", "batch.resume"],
     ["batch.commands"],

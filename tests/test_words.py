@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 
+from batch_helpers import Batch, Gate, by_prompt, parameters_of
 from conftest import TEST_KEY, Shell
 from fault_server import GENERATE, PICTURE, Answer, Behaviour, FaultServer, error, file, good, html, oss_error, png
 from zimage.answers import refused_side
+from zimage.batch.ending import billed_in
 from zimage.errors import KINDS
 
 PRICE = 0.01434
@@ -216,3 +218,134 @@ def test_columns_of_ones_own_are_told_the_way(shell: Shell, header: str) -> None
     shell.script = shell.script.with_name("generate_batch.py")
     (told,) = shell.run("--input", "products.csv", "--output-dir", "out", "--dry-run").error["problems"]
     assert "references/batch.md" in told and "new file" in told and "prompt: required" in told
+
+
+@pytest.fixture
+def batch(shell: Shell, service: FaultServer) -> Batch:
+    return Batch(shell, service)
+
+
+def test_a_dry_run_tells_prices_rewriting_and_the_longer_time(batch: Batch) -> None:
+    batch.rows("a fox", {"prompt": "an owl", "prompt_extend": True}, "a hare")
+    plan = batch.run("--dry-run").json
+    assert plan["prices"] == [
+        {"pictures": 2, "price": PRICE, "prompt_extend": False},
+        {"pictures": 1, "price": 2 * PRICE, "prompt_extend": True},
+    ]
+    assert (plan["rows_with_prompt_extend"], plan["estimated_cost"]) == (1, round(4 * PRICE, 6))
+    plain, extended = (batch.run("--dry-run", flag).json for flag in ("--no-prompt-extend", "--prompt-extend"))
+    assert [group["price"] for group in plain["prices"] + extended["prices"]] == [PRICE, 2 * PRICE]
+    assert (plain["rows_with_prompt_extend"], extended["rows_with_prompt_extend"]) == (0, 3)
+    assert plain["estimated_duration_s"] < plan["estimated_duration_s"] < extended["estimated_duration_s"]
+    one = batch.run("--dry-run", "--prompt-extend", "--limit", "1").json["prices"]
+    assert one == [{"pictures": 1, "price": 2 * PRICE, "prompt_extend": True}]
+
+
+@pytest.mark.parametrize(("flag", "sent"), [("--prompt-extend", True), ("--no-prompt-extend", False)])
+def test_rewriting_of_a_whole_batch_is_a_flag(batch: Batch, flag: str, sent: bool) -> None:
+    batch.rows("a fox", {"prompt": "an owl", "prompt_extend": not sent})
+    assert batch.run(flag).code == 0
+    assert [parameters_of(post)["prompt_extend"] for post in batch.service.posts] == [sent, sent]
+    changed = batch.run().json["error"]  # what was paid for with the flag is not paid for again without it
+    assert (changed["code"], len(batch.service.posts)) == ("changed_rows", 2)
+    assert batch.run(flag).code == 0 and len(batch.service.posts) == 2
+
+
+def test_rewriting_is_refused_where_nobody_does_it(batch: Batch) -> None:
+    batch.rows("a fox")
+    batch.shell.env["OPENAI_BASE_URL"] = "http://127.0.0.1:9/v1"
+    told = batch.run("--provider", "openai", "--prompt-extend", "--dry-run").json["error"]
+    assert told["code"] == "invalid_rows" and "prompt_extend" in told["message"]
+
+
+def test_the_first_picture_is_looked_at_before_the_rest(batch: Batch) -> None:
+    batch.prompts(5)
+    assert "--limit 1" in batch.run("--dry-run").json["next"]
+    first = batch.run("--limit", "1")
+    assert (first.code, len(batch.service.posts)) == (1, 1)
+    assert "look at what was made" in first.json["error"]["hint"] and "without --limit" in first.json["error"]["hint"]
+    after = batch.run("--dry-run").json
+    assert after["to_make"] == 4 and "--limit 1" not in after["next"] and "tell the user" in after["next"]
+    assert batch.run().code == 0
+    assert "nothing is left to make" in batch.run("--dry-run").json["next"]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--max-cost", "0.001"), "ask the user"),
+        (("--limit", "0"), "ask the user"),
+        (("--limit", "1"), "then the same"),
+    ],
+)
+def test_a_dry_run_says_what_is_next(batch: Batch, options: tuple[str, ...], said: str) -> None:
+    batch.prompts(3)
+    assert said in batch.run("--dry-run", *options).json["next"]
+
+
+def test_a_dry_run_with_problems_leads_to_them(batch: Batch) -> None:
+    batch.prompts(3)
+    batch.shell.env["DASHSCOPE_API_KEY"] = ""
+    plan = batch.run("--dry-run").json
+    assert not plan["ok"] and "problems" in plan["next"] and "--limit" not in plan["next"]
+
+
+def test_what_a_kill_left_unknown_is_told_before_it_is_paid_again(batch: Batch) -> None:
+    gate = Gate()
+    batch.service.play(GENERATE, by_prompt({"picture 1": gate, "picture 2": gate}))
+    batch.prompts(4)
+    process = batch.start("--concurrency", "4")
+    batch.service.wait_until(lambda: "saved saved" in " ".join(sorted(batch.stored_states().values())))
+    batch.kill(process)
+    gate.open()
+    status = batch.status()
+    assert (status["running"], status["unknown"], status.get("in_flight")) == (False, 2, None)
+    assert "cut off: 2" in status["next"] and "ask the user" in status["next"]
+    before = batch.files()
+    plan = batch.run("--dry-run").json
+    assert batch.files() == before
+    assert plan["stays_unknown"] == {"pictures": 2, "lines": [2, 3], "retry_cost": 2 * PRICE}
+    assert plan["to_make"] == 0 and "ask the user" in plan["next"]
+    retry = batch.run("--dry-run", "--retry-unknown").json
+    assert ("stays_unknown" in retry, retry["to_make"], retry["estimated_cost"]) == (False, 2, 2 * PRICE)
+    result = batch.run()
+    told = result.json["error"]
+    assert (told["billed"], "may have been billed" in told["hint"], len(batch.service.posts)) == ("unknown", True, 4)
+    assert "ask the user before --retry-unknown" in result.stderr
+    assert batch.run("--dry-run").json["stays_unknown"]["lines"] == [2, 3]
+
+
+# What a row suffers; what the error of the run says of the money.
+LEFT: dict[str, tuple[Behaviour, Behaviour, str]] = {
+    "answer lost": (good(how=Answer(hang_up="after-reading")), file(png(512, 512)), "unknown"),
+    "not downloaded": (good(), oss_error(404, "NoSuchKey", "not there"), "yes"),
+    "refused": (error(400, "DataInspectionFailed"), file(png(512, 512)), "no"),
+}
+
+
+@pytest.mark.parametrize("case", LEFT)
+def test_the_error_of_a_batch_is_true_of_the_money(batch: Batch, case: str) -> None:
+    generation, picture, billed = LEFT[case]
+    batch.service.play(GENERATE, generation)
+    batch.service.play(PICTURE, picture)
+    batch.rows("a fox")
+    told = batch.run("--timeout", "10").json["error"]
+    assert (told["code"], told["billed"]) == ("incomplete", billed)
+    assert ("may have been billed" in told["hint"]) == (billed == "unknown")
+
+
+@pytest.mark.parametrize(
+    ("states", "billed"),
+    [({"saved": 3, "pending": 1}, "no"), ({"generated": 1, "unknown": 1}, "unknown"), ({"submitted": 1}, "unknown")],
+)
+def test_what_is_left_says_what_is_billed(states: dict[str, int], billed: str) -> None:
+    assert billed_in(states) == billed
+
+
+def test_a_folder_on_which_nobody_works_says_what_is_next(batch: Batch) -> None:
+    batch.service.play(GENERATE, error(400, "DataInspectionFailed"), good())
+    batch.rows("a fox", "an owl", "a hare")
+    batch.run("--limit", "1")
+    assert "the same command goes on" in batch.status()["next"]
+    batch.run()
+    assert "say" in batch.status()["next"] and "goes on" not in batch.status()["next"]

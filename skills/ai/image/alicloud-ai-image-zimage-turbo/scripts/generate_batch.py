@@ -9,6 +9,7 @@ This file is the command line. Beside it lies zimage/, which knows how one pictu
 saved, and in it batch/, a module a concern:
 
     contract -> rows -> plan      the input, validated and held against the folder, before anything is paid
+    quote                         what that would make and cost, for a dry run
     folder, names, resume         the output folder: its database and lock, its files, what a dead run has left
     run -> pacer, work, journal   one decision loop, many workers, one writer
     results, gallery, progress    what is told

@@ -11,12 +11,12 @@ import sqlite3
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from zimage.batch.contract import BATCH_REQUIREMENTS, DATABASE, EVIDENCE, GALLERY, RESULTS
-from zimage.batch.ending import interrupted_run
+from zimage.batch.ending import OF_THE_FOLDER, after_all, billed_in, interrupted_run
 from zimage.batch.examine import examine
 from zimage.batch.folder import FolderLock, create_database, database_failures, open_database
 from zimage.batch.forecast import duration
@@ -24,9 +24,10 @@ from zimage.batch.gallery import write_gallery
 from zimage.batch.journal import Place
 from zimage.batch.options import BatchOptions
 from zimage.batch.plan import Stage
+from zimage.batch.quote import extended_rows, first_of, next_step, saved_before, staying_unknown
 from zimage.batch.results import counts, totals, write_results
 from zimage.batch.resume import check_outputs_are_free, clean_up, prepare_folder
-from zimage.batch.rows import checked_row, read_rows
+from zimage.batch.rows import Row, WrongRow, checked_row, read_rows
 from zimage.batch.run import Run
 from zimage.console import Console
 from zimage.contract import EXIT_OK, SCRIPTS
@@ -35,6 +36,7 @@ from zimage.evidence import moment_of, utc_now
 from zimage.files import check_space, check_working_folder, check_writable, to_json
 from zimage.make import get_ready, import_libraries
 from zimage.plan import workspace_of
+from zimage.registry import provider_class
 from zimage.trust import Own, choose_endpoint, key_for
 from zimage.waiting import Stop
 
@@ -118,12 +120,19 @@ def staged(options: BatchOptions, stop: Stop, env: Mapping[str, str], began: flo
         trusted=options.trusted,
     )
     stage = Stage(options.provider, endpoint, options.variants, options.folder, stop)
-    if options.prompt is not None:
-        stage.load([checked_row(1, {"prompt": options.prompt})])
-    else:
+    rows: Iterable[Row | WrongRow] = [checked_row(1, {"prompt": options.prompt})]
+    if options.prompt is None:
         seconds = began + (options.time_limit or math.inf) - time.monotonic()
-        stage.load(read_rows(options.input or "", options.timeout, stop.part(seconds)))
+        rows = read_rows(options.input or "", options.timeout, stop.part(seconds))
+    stage.load(with_flags(row, options.prompt_extend) for row in rows)
     return stage, workspace
+
+
+def with_flags(row: Row | WrongRow, prompt_extend: bool | None) -> Row | WrongRow:
+    """The row as the command line has it: its flags win over the fields of the rows."""
+    if prompt_extend is None or isinstance(row, WrongRow):
+        return row
+    return row._replace(request=row.request._replace(prompt_extend=prompt_extend))
 
 
 def take_lock(lock: FolderLock, folder: Path, stop: Stop) -> None:
@@ -163,6 +172,7 @@ def conclude(run: Run, failure: Failure | None, console: Console) -> None:
     if warnings:
         summary["warnings"] = warnings
     if failure is not None:
+        failure = failure.but(billed=billed_in(states)) if failure.code in OF_THE_FOLDER else failure
         console.tell(failure)
         summary["error"] = failure.fault.as_json()
     run.close(failure.fault.exit_code if failure else EXIT_OK)
@@ -188,16 +198,23 @@ def dry_run(options: BatchOptions, stage: Stage, env: Mapping[str, str]) -> dict
         problems.append(changed.fault.as_json())
     limit = sys.maxsize if options.limit is None else options.limit
     budget = math.inf if options.max_cost is None else options.max_cost - survey.spent
-    pictures, cost = stage.first(limit, budget, with_changed=options.accept_changes)
+    made = first_of(stage, limit, budget, with_changed=options.accept_changes)
+    pictures = sum(alike.pictures for alike in made)
+    extended = sum(alike.pictures for alike in made if alike.prompt_extend)
+    unknown = staying_unknown(stage)
+    left = survey.made(with_changed=options.accept_changes)[0] - pictures
     plan = {
         "ok": not problems,
         "rows": survey.rows,
         "variants": options.variants,
         "pictures": survey.rows * options.variants,
         "to_make": pictures,
-        "estimated_cost": cost,
-        "estimated_duration_s": round(duration(pictures, options.rpm, options.concurrency)),
-        "left_pending": survey.made(with_changed=options.accept_changes)[0] - pictures,
+        "prices": [alike._asdict() for alike in made],
+        "rows_with_prompt_extend": extended_rows(stage),
+        "estimated_cost": round(sum(alike.pictures * alike.price for alike in made), 6),
+        "estimated_duration_s": round(duration(pictures, options.rpm, options.concurrency, extended)),
+        "left_pending": left,
+        "stays_unknown": unknown._asdict() if unknown.pictures else None,
         "spent_before": survey.spent,
         "max_cost": options.max_cost,
         "rpm": options.rpm,
@@ -208,6 +225,7 @@ def dry_run(options: BatchOptions, stage: Stage, env: Mapping[str, str]) -> dict
         "output_dir": str(options.folder),
         "billable": options.provider.billable and pictures > 0,
         "problems": problems,
+        "next": next_step(len(problems), pictures, left, unknown.pictures, is_first=saved_before(stage) == 0),
     }
     return {name: value for name, value in plan.items() if value is not None}
 
@@ -228,12 +246,27 @@ def existing_batch(folder: Path, stop: Stop) -> Iterator[sqlite3.Connection]:
         yield database
 
 
+def states_now(database: sqlite3.Connection, *, running: bool) -> tuple[Counter[str], float, int]:
+    """Pictures by state, US$ billed in all, and how many requests were out when the run died that nobody waits for.
+
+    Those are counted as what the next run will call them; what was made in the process has died with it.
+    """
+    counted, spent = totals(database)
+    states = Counter(counted)
+    cut_off = 0 if running else states.pop("submitting", 0)
+    if cut_off:
+        question = "SELECT provider, count(*) FROM pictures JOIN services ON services.number = service WHERE state = ?"
+        for provider, count in database.execute(f"{question} GROUP BY provider", ("submitting",)):
+            states["pending" if provider_class(provider).in_process else "unknown"] += count
+    return states, spent, cut_off
+
+
 def status(folder: Path, stop: Stop) -> dict[str, Any]:
     """How far a batch is, read beside the process that works on it; nothing is written."""
-    with existing_batch(folder, stop) as database:
-        states, spent = totals(database)
-        run = database.execute("SELECT * FROM runs ORDER BY number DESC LIMIT 1").fetchone()
     running = FolderLock(folder).is_taken()
+    with existing_batch(folder, stop) as database:
+        states, spent, cut_off = states_now(database, running=running)
+        run = database.execute("SELECT * FROM runs ORDER BY number DESC LIMIT 1").fetchone()
     result: dict[str, Any] = {"running": running, **counts(states), "estimated_cost": spent}
     if run is not None:
         end = (
@@ -243,7 +276,7 @@ def status(folder: Path, stop: Stop) -> dict[str, Any]:
         result["started_at"] = run["started_at"]
         if not running:  # else they are those of an earlier run, until this one has begun
             result |= {"finished_at": run["finished_at"], "exit_code": run["exit_code"]}
-        result |= json.loads(run["progress"]) if running else {}
+        result |= json.loads(run["progress"]) if running else {"next": after_all(states, cut_off)}
     for name, file in (("results", RESULTS), ("gallery", GALLERY)):
         result[name] = str(folder / file) if (folder / file).exists() else None
     return {name: value for name, value in result.items() if value is not None}
@@ -251,16 +284,18 @@ def status(folder: Path, stop: Stop) -> dict[str, Any]:
 
 def gallery_only(folder: Path, stop: Stop) -> dict[str, Any]:
     """Write the gallery of a folder as it is now."""
+    running = FolderLock(folder).is_taken()
     with existing_batch(folder, stop) as database:
         path = write_gallery(database, folder, stop)
         stop.check()
-        states, spent = totals(database)
+        states, spent, _ = states_now(database, running=running)
     return counts(states) | {"estimated_cost": spent, "gallery": str(path)}
 
 
 def leave_at_once(signum: int) -> None:
     """A second signal, in its handler: end the process now; what is out is told by the next run."""
-    fault = interrupted_run(signal.Signals(signum).name, "stopped at once").fault
+    how = "stopped at once: what was out may have been billed, and is unknown then"
+    fault = interrupted_run(signal.Signals(signum).name, how).but(billed="unknown").fault
     os.write(2, f"error: interrupted: {fault.message}\nnext: {fault.hint}\n".encode())
     with contextlib.suppress(OSError):
         os.write(1, to_json({"error": fault.as_json()}))

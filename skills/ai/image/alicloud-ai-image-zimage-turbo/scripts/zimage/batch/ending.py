@@ -5,10 +5,11 @@ from __future__ import annotations
 import signal
 import sqlite3
 from collections import Counter
+from collections.abc import Mapping
 
 from zimage.batch.contract import RESULTS
 from zimage.contract import EXIT_SIGNAL, EXIT_UNAVAILABLE, EXIT_UNKNOWN
-from zimage.errors import Failure
+from zimage.errors import Billed, Failure
 
 UNKNOWN_IN_A_ROW, FAILURES_IN_A_ROW = 5, 10
 
@@ -24,12 +25,12 @@ def incomplete(database: sqlite3.Connection, bound: str | None) -> Failure | Non
         return None
     why = {
         "failed": f"failed ones: {RESULTS} says why; --retry-failed makes them again (costs)",
-        "unknown": "unknown ones may have been billed: ask the user, then --retry-unknown (costs again)",
+        "unknown": ASK_ABOUT_UNKNOWN,
         "submitted": "submitted ones are being made: run the same command again to wait for them, free",
         "generated": "generated ones are paid: run the same command again to download them, free",
         "pending": {
             "cost": "the rest waits for a higher --max-cost: ask the user first",
-            "limit": "the rest waits: run the same command again",
+            "limit": "the rest waits: look at what was made; if it is right, the same command without --limit makes it",
         }.get(bound or "", "the rest waits: run the same command again"),
     }
     counts = ", ".join(f"{count} {state}" for state, count in sorted(left.items()))
@@ -38,6 +39,31 @@ def incomplete(database: sqlite3.Connection, bound: str | None) -> Failure | Non
         hints.append("--max-cost keeps them from being made again")
     retryable = left["generated"] + left["submitted"] > 0 or (left["pending"] > 0 and bound != "cost")
     return Failure("incomplete", f"not every picture is saved: {counts}", hint="; ".join(hints), retryable=retryable)
+
+
+# Failures that tell what is left of the whole folder, not what befell one call.
+OF_THE_FOLDER = ("incomplete", "time_limit", "interrupted")
+
+
+def billed_in(states: Mapping[str, int]) -> Billed:
+    """What is known of the money for the pictures that are not saved."""
+    if states.get("unknown", 0) or states.get("submitted", 0):
+        return "unknown"
+    return "yes" if states.get("generated", 0) else "no"
+
+
+ASK_ABOUT_UNKNOWN = "unknown ones may have been billed: ask the user before --retry-unknown, which pays for them again"
+
+
+def after_all(states: Mapping[str, int], cut_off: int) -> str:
+    """What to do about a folder on which nobody works."""
+    steps = [f"requests that were out when the run was cut off: {cut_off}"] if cut_off else []
+    steps += [ASK_ABOUT_UNKNOWN] if states.get("unknown", 0) else []
+    if any(states.get(state, 0) for state in ("pending", "submitted", "generated")):
+        steps.insert(0, "nobody works on it: the same command goes on")
+    elif states.get("failed", 0):
+        steps.append(f"{RESULTS} says why some have failed")
+    return "; ".join(steps) or "every picture is saved"
 
 
 class Storms:

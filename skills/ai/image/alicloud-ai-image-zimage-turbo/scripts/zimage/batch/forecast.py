@@ -12,6 +12,7 @@ from zimage.batch.contract import CONCURRENCY_RANGE, SPACING
 
 UNPACED_CONCURRENCY = 16  # without a rate limit there is no rate to follow
 ASSUMED_LATENCY = 10.0  # seconds, until one is measured
+ASSUMED_REWRITING = 15.0  # seconds more where the service thinks about the prompt first; nobody documents it
 
 
 class Forecast:
@@ -69,8 +70,13 @@ class Forecast:
         return min(most, max(least, math.ceil(1.25 * latency / spacing) + 2))
 
 
-def duration(pictures: int, rpm: float, concurrency: int | None) -> float:
-    """Seconds that so many pictures take, at the rate limit or else at the number of requests that are out at once."""
+def duration(pictures: int, rpm: float, concurrency: int | None, extended: int = 0) -> float:
+    """Seconds that so many pictures take, at the rate limit or else at the number of requests that are out at once.
+
+    `extended` of them have their prompt rewritten first.
+    """
     spacing = SPACING * 60 / rpm if rpm else 0.0
     at_once = concurrency or (CONCURRENCY_RANGE[1] if spacing else UNPACED_CONCURRENCY)
-    return pictures * max(spacing, ASSUMED_LATENCY / at_once) + (ASSUMED_LATENCY if pictures else 0.0)
+    work = pictures * ASSUMED_LATENCY + extended * ASSUMED_REWRITING
+    last = ASSUMED_LATENCY + ASSUMED_REWRITING * (extended > 0) if pictures else 0.0
+    return max(pictures * spacing, work / at_once) + last

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -54,6 +55,7 @@ class BatchOptions(NamedTuple):
     accept_changes: bool
     dry_run: bool
     gallery: bool
+    prompt_extend: bool | None  # of all rows; None leaves it to each
 
     @property
     def sends(self) -> tuple[str, ...]:
@@ -92,6 +94,12 @@ def build_parser(provider: type[Provider] | None = None) -> Parser:
     what = parser.add_argument_group("pictures")
     what.add_argument("--output-dir", metavar="DIR", help="folder for state, images, results and gallery")
     what.add_argument("--variants", metavar="N", help="pictures of each row, with seed, seed+1, … (default 1)")
+    what.add_argument(
+        "--prompt-extend",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="let the service rewrite the prompt of every row: slower, about twice the price",
+    )
     what.add_argument("--limit", metavar="N", help="send at most N pictures in this run")
     what.add_argument("--max-cost", metavar="USD", help="never spend more on this folder, over all its runs")
     what.add_argument("--retry-failed", action="store_true", help="make failed pictures again (costs)")
@@ -179,6 +187,7 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> BatchOptions:
         accept_changes=arguments.accept_changes,
         dry_run=arguments.dry_run,
         gallery=not arguments.no_gallery,
+        prompt_extend=arguments.prompt_extend,
     )
     raise_problems(problems)
     return options

@@ -242,20 +242,6 @@ class Stage:
         (number,) = self.db.execute(match, self._place).fetchone() or (None,)
         return number
 
-    def first(self, limit: int, budget: float, *, with_changed: bool) -> tuple[int, float]:
-        """How many of the pictures would be made by a run that sends at most `limit` for at most `budget` US$."""
-        kinds = made_kinds(with_changed=with_changed)
-        count, cost = self.db.execute(
-            f"""
-            SELECT count(*), coalesce(max(running), 0.0) FROM (
-              SELECT sum(price) OVER (ORDER BY position, variant ROWS UNBOUNDED PRECEDING) AS running
-              FROM plan WHERE kind IN {kinds} ORDER BY position, variant LIMIT ?
-            ) WHERE running <= ? + 1e-9
-            """,
-            (limit, budget),
-        ).fetchone()
-        return int(count), round(cost, 6)
-
     def changed_rows(self, survey: Survey) -> Failure | None:
         """The failure that asks before pictures are made again for rows that were changed; None where none were."""
         changed = sum(survey.pictures[kind] for kind in CHANGED)

@@ -71,7 +71,7 @@ def clean_up(folder: Path, console: Console, stop: Stop) -> None:
     if lost:
         console.note(
             f"warning: {lost} request{'s' * (lost != 1)} of a run that was cut off may have been billed: unknown; "
-            "--retry-unknown sends them again (costs)"
+            "ask the user before --retry-unknown, which pays for them again"
         )
     if again:
         console.note(

@@ -1,0 +1,81 @@
+"""Quote: what a run would make, what that costs, and what to do with the answer; nothing is changed."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from zimage.batch.contract import PROBLEMS_TOLD
+from zimage.batch.ending import ASK_ABOUT_UNKNOWN
+from zimage.batch.plan import Stage, made_kinds
+
+
+class Alike(NamedTuple):
+    """Pictures that are made at the same price, US$ each."""
+
+    pictures: int
+    price: float
+    prompt_extend: bool
+
+
+class Unknown(NamedTuple):
+    """Pictures whose outcome stays unknown: how many, lines of the input (the first), US$ to send them again."""
+
+    pictures: int
+    lines: list[int]
+    retry_cost: float
+
+
+def first_of(stage: Stage, limit: int, budget: float, *, with_changed: bool) -> list[Alike]:
+    """The pictures that would be made by a run that sends at most `limit` for at most `budget` US$."""
+    kinds = made_kinds(with_changed=with_changed)
+    groups = stage.db.execute(
+        f"""
+        SELECT count(*), price, prompt_extend FROM (
+          SELECT plan.price, prompt_extend,
+            sum(plan.price) OVER (ORDER BY position, variant ROWS UNBOUNDED PRECEDING) AS running
+          FROM plan JOIN rows USING (position) WHERE kind IN {kinds} ORDER BY position, variant LIMIT ?
+        ) WHERE running <= ? + 1e-9 GROUP BY price, prompt_extend ORDER BY price, prompt_extend
+        """,
+        (limit, budget),
+    )
+    return [Alike(pictures, price, bool(extended)) for pictures, price, extended in groups]
+
+
+def extended_rows(stage: Stage) -> int:
+    """How many rows ask for a rewritten prompt."""
+    return int(stage.db.execute("SELECT count(*) FROM rows WHERE prompt_extend").fetchone()[0])
+
+
+def saved_before(stage: Stage) -> int:
+    """How many pictures the folder holds already."""
+    return int(stage.db.execute("SELECT count(*) FROM folder.pictures WHERE state = 'saved'").fetchone()[0])
+
+
+def staying_unknown(stage: Stage) -> Unknown:
+    """The pictures of the input that may have been billed, and are sent again only where that is asked for.
+
+    Those whose requests were out when a run died are among them; what ran in this process died with it.
+    """
+    states = "('unknown')" if stage.provider.in_process else "('unknown', 'submitting')"
+    those = (
+        "FROM plan JOIN folder.pictures p ON p.number = plan.number JOIN rows ON rows.position = plan.position "
+        f"WHERE kind = 'settled' AND p.state IN {states}"
+    )
+    pictures, cost = stage.db.execute(f"SELECT count(*), coalesce(sum(plan.price), 0.0) {those}").fetchone()
+    lines = stage.db.execute(f"SELECT DISTINCT rows.line {those} ORDER BY 1 LIMIT ?", (PROBLEMS_TOLD,)).fetchall()
+    return Unknown(int(pictures), [line for (line,) in lines], round(cost, 6))
+
+
+def next_step(problems: int, pictures: int, left: int, unknown: int, *, is_first: bool) -> str:
+    """What to do after a dry run that found so many problems, pictures to make, left pending, and staying unknown."""
+    if problems:
+        return "mend what problems names, each as its hint says; nothing has been sent"
+    if pictures > 1 and is_first:
+        step = "tell the user count, cost and duration; make one first (--limit 1 in place of --dry-run) and look at it"
+    elif pictures:
+        step = "tell the user count, cost and duration; then the same command without --dry-run"
+    elif left:
+        step = "--max-cost or --limit keeps every picture from being made: ask the user"
+    else:
+        step = "nothing is left to make; the same command without --dry-run fetches what is paid, free"
+    return f"{step}; {ASK_ABOUT_UNKNOWN}" if unknown else step
