@@ -25,6 +25,7 @@ import trustme
 
 from conftest import TEST_KEY
 from fault_server import Answer, FaultServer, Received
+from zimage import wire
 from zimage.contract import MAX_ANSWER_BYTES, MAX_ERROR_BYTES, MIB, SKILL, VERSION
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure
@@ -209,7 +210,29 @@ def test_a_name_server_that_does_not_answer_holds_nobody(monkeypatch: pytest.Mon
     began = time.monotonic()
     error = not_sent("http://slow.example/x", stop=Stop(SOON))
     over.set()
-    assert "in time" in error.reason and time.monotonic() - began < 5
+    assert "name" in error.reason and "in time" in error.reason and time.monotonic() - began < 5
+
+
+def test_a_name_that_no_name_server_takes_is_not_sent() -> None:
+    assert "resolved" in not_sent(f"http://{'a' * 64}.example/x").reason
+
+
+@pytest.mark.parametrize("looks", [True, False], ids=["watched", "slept"])
+def test_nothing_leaves_after_its_time(
+    server: FaultServer, names: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch, looks: bool
+) -> None:
+    stop = Stop(20)
+
+    class Moment(list[Any]):
+        def __iter__(self) -> Iterator[Any]:
+            stop.until = time.monotonic() - 1
+            return super().__iter__()
+
+    names[NAME] = Moment(["127.0.0.1"])
+    if not looks:  # the machine slept
+        monkeypatch.setattr(WATCHER, "cutting", lambda *_: contextlib.nullcontext())
+    assert "time" in not_sent(f"http://{NAME}:{server.port}/x", stop=stop).reason
+    assert server.requests == []
 
 
 def test_a_handshake_that_does_not_end_is_not_sent(server: FaultServer) -> None:
@@ -401,29 +424,43 @@ def test_every_address_of_a_name_is_tried(server: FaultServer, names: dict[str, 
     assert server.connections == 1
 
 
-def test_a_connection_is_tried_no_longer_than_the_time_that_is_left() -> None:
-    with socket.create_server(("127.0.0.1", 0), backlog=0) as full:
-        port = full.getsockname()[1]
-        waiting = [socket.socket() for _ in range(3)]  # nobody takes them: the next one hears nothing
-        for one in waiting:
-            one.setblocking(False)
-            one.connect_ex(("127.0.0.1", port))
-        began = time.monotonic()
-        error = not_sent(f"http://127.0.0.1:{port}/x", stop=Stop(SOON))
-        assert "time" in error.reason and SOON / 2 < time.monotonic() - began < 5
-        for one in waiting:
-            one.close()
+@pytest.fixture
+def deaf_port() -> Iterator[int]:
+    """A port at which a connection is neither made nor refused: nobody takes those that wait there."""
+    with contextlib.ExitStack() as stack:
+        port: int = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0)).getsockname()[1]
+        for _ in range(3):
+            waiting = stack.enter_context(socket.socket())
+            waiting.setblocking(False)
+            waiting.connect_ex(("127.0.0.1", port))
+        yield port
+
+
+def test_a_connection_is_tried_no_longer_than_the_time_that_is_left(deaf_port: int) -> None:
+    began = time.monotonic()
+    error = not_sent(f"http://127.0.0.1:{deaf_port}/x", stop=Stop(SOON))
+    assert "time" in error.reason and SOON / 2 < time.monotonic() - began < 5
+
+
+def test_an_address_that_does_not_answer_leaves_time_for_the_next(
+    server: FaultServer, deaf_port: int, names: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wire, "CONNECT_TIMEOUT", SOON)
+    assert "timed out" in not_sent(f"http://127.0.0.1:{deaf_port}/x").reason
+    names[NAME] = [("127.0.0.1", deaf_port), ("127.0.0.1", server.port)]
+    server.play("/x", Answer(body=b"ok"))
+    assert asked(f"http://{NAME}/x").body == b"ok"
 
 
 def test_a_connection_sends_at_once_and_gives_up_with_its_time(server: FaultServer) -> None:
     stop = Stop(5)
-    wire = Wire(HttpCall("GET", f"{server.root}/x", {}), stop, "service")
-    with wire.open("127.0.0.1", server.port, by_proxy=False) as connection:
+    wired = Wire(HttpCall("GET", f"{server.root}/x", {}), stop, "service")
+    with wired.open("127.0.0.1", server.port, by_proxy=False) as connection:
         assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         timeout = connection.gettimeout()
         assert timeout is not None and 0 < timeout <= 5
-        assert wire.connecting and not wire.connected
-    wire.close()
+        assert wired.connecting and not wired.connected
+    wired.close()
 
 
 @pytest.mark.parametrize(
@@ -496,9 +533,10 @@ def test_chunks_without_their_end_are_not_whole(server: FaultServer) -> None:
     assert (answer.body, answer.whole) == (b"x" * 50, False)
 
 
-def test_a_reset_within_an_answer_leaves_what_had_come(server: FaultServer) -> None:
-    answer = answered(server, Answer(body=b"x" * 50, claimed_length=60, framing="length"))
-    assert (answer.body, answer.whole) == (b"x" * 50, False)
+@pytest.mark.parametrize("framing", ["length", "close"])
+def test_a_reset_is_no_end_of_an_answer(server: FaultServer, framing: Any) -> None:
+    answer = answered(server, Answer(body=b"x" * 50, claimed_length=60, framing=framing, reset=True))
+    assert (answer.status, answer.body, answer.whole) == (200, b"x" * 50, False)
 
 
 @pytest.mark.parametrize("framing", ["length", "close"])
@@ -523,7 +561,7 @@ def test_a_redirect_is_told_and_neither_followed_nor_read(server: FaultServer, s
     assert len(server.requests) == 1
 
 
-@pytest.mark.parametrize("status", [201, 400])
+@pytest.mark.parametrize("status", [201, 299, 400])
 def test_what_is_no_redirect_is_read_whatever_it_names(server: FaultServer, status: int) -> None:
     assert answered(server, Answer(status=status, headers=(("Location", "/y"),), body=b"ok")).body == b"ok"
 

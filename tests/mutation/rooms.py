@@ -8,6 +8,8 @@ from typing import NamedTuple
 ONE_PICTURE = ("tests/test_cli.py", "tests/test_recovery.py", "tests/test_interruption.py")
 FAULTS = ("tests/test_faults.py", "-k", "not bomb and not nested and not megabyte and not without_an_end")
 PROVIDERS = ("tests/test_providers.py", "-k", "not diffusers")
+TRUST = ("tests/test_entitled.py", "tests/test_trust.py")
+EXCHANGE = ("tests/test_exchange.py",)
 BATCH_FIRST = ("tests/test_batch_results.py",)
 BATCH_QUICK = ("tests/test_batch_state.py", "tests/test_batch_results.py")
 BATCH_SLOW = (
@@ -20,11 +22,11 @@ SEAM_MANY = ("tests/test_seam.py", "-k", "earlier_run or of_a_row or collides or
 ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "make": (("tests/test_paid.py",), ONE_PICTURE, FAULTS, SEAM_ONE, PROVIDERS),
     "settle": (("tests/test_settle.py",), ONE_PICTURE, FAULTS, BATCH_QUICK),
-    "plan": (("tests/test_request.py", "tests/test_trust.py"), ONE_PICTURE, PROVIDERS),
-    "trust": (("tests/test_trust.py", "tests/test_credentials.py"), ("tests/test_strangers.py",), FAULTS, PROVIDERS),
-    "keys": (("tests/test_credentials.py", "tests/test_trust.py"), PROVIDERS),
-    "transport": (("tests/test_trust.py", "tests/test_recovery.py"), FAULTS, ONE_PICTURE, PROVIDERS),
-    "wire": (("tests/test_trust.py", "tests/test_recovery.py"), FAULTS, ONE_PICTURE, PROVIDERS),
+    "plan": (("tests/test_plan.py",), ("tests/test_request.py", "tests/test_trust.py"), ONE_PICTURE, PROVIDERS),
+    "trust": (TRUST, ("tests/test_credentials.py", "tests/test_strangers.py"), FAULTS, PROVIDERS),
+    "keys": (("tests/test_keys.py",), ("tests/test_credentials.py", "tests/test_trust.py"), PROVIDERS),
+    "transport": (EXCHANGE, FAULTS, ("tests/test_trust.py", "tests/test_recovery.py"), ONE_PICTURE, PROVIDERS),
+    "wire": (EXCHANGE, FAULTS, ("tests/test_trust.py", "tests/test_recovery.py"), ONE_PICTURE, PROVIDERS),
     "batch/work": (("tests/test_batch_work.py",), BATCH_FIRST, BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
     "batch/plan": (("tests/test_batch_plan.py",), BATCH_QUICK, ("tests/test_batch_input.py",), BATCH_SLOW, SEAM_MANY),
     "batch/journal": (("tests/test_batch_journal.py",), BATCH_FIRST, BATCH_QUICK, BATCH_SLOW, SEAM_MANY),

@@ -102,8 +102,7 @@ def _read_answer(response: Any, limit: int) -> HttpAnswer:
     response.raw.enforce_content_length = False
     # And it unpacks what was packed, as often as the server says.
     coding = response.raw.headers.pop("content-encoding", "").strip().lower()
-    announced = headers.get("content-length", "")
-    if is_good and announced.isdecimal() and len(announced) < 19 and int(announced) > limit:
+    if is_good and (response.raw.length_remaining or 0) > limit:  # what is announced, where that is a number
         raise AnswerTooLarge
     try:
         for chunk in response.raw.stream(64 * 1024, decode_content=False):

@@ -1,0 +1,401 @@
+"""Where a call goes and whether the key goes along, in this process: a promise a provider, with no run between.
+
+What a base URL may look like, and that the program connects to nothing else, is held by test_trust.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from conftest import TEST_KEY
+from zimage import outside
+from zimage.endpoint import IN_PROCESS, Endpoint
+from zimage.errors import Failure
+from zimage.keys import NO_KEY, Key, KeyPlaces
+from zimage.provider import Provider
+from zimage.registry import provider_named
+from zimage.trust import (
+    Home,
+    Own,
+    check_trust,
+    choose_endpoint,
+    home_of,
+    home_of_record,
+    key_for,
+    naming_flags,
+    parse_base_url,
+    recorded_endpoint,
+    telling_of_withheld,
+    trusted_hosts,
+    unnamed,
+)
+
+VENDOR, OPEN, LOCAL = (provider_named(name) for name in ("dashscope", "openai", "diffusers"))
+OURS = "https://gpu.example/v1"
+NOBODY: frozenset[str] = frozenset()
+KEYS = {"DASHSCOPE_API_KEY": TEST_KEY, "OPENAI_API_KEY": TEST_KEY}
+
+
+@pytest.fixture(autouse=True)
+def nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No key but those that are handed in."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(outside, "_secrets", set())
+
+
+def at(url: str, provider: Provider = OPEN) -> Endpoint:
+    return parse_base_url(url, "x", provider)
+
+
+def code_of(caught: pytest.ExceptionInfo[Failure]) -> str:
+    assert caught.value.fault.billed == "no"
+    return caught.value.code
+
+
+# Which calls carry the key --------------------------------------------------------------------------------------------
+
+
+def test_who_says_nothing_of_it_needs_a_key() -> None:
+    assert not KeyPlaces("X").optional
+    for provider in (provider_named("zimageturbo"), VENDOR):
+        with pytest.raises(Failure) as caught:
+            key_for(provider, at("127.0.0.1", provider), NOBODY, {})
+        assert code_of(caught) == "key_missing"
+
+
+def test_what_works_in_this_process_needs_none() -> None:
+    assert key_for(LOCAL, Endpoint("", IN_PROCESS, "", "local"), NOBODY, KEYS) == NO_KEY
+
+
+@pytest.mark.parametrize(
+    ("url", "trusted", "env"),
+    [
+        ("http://127.0.0.1:8000", (), {}),
+        ("http://localhost:8000/v1", (), {}),
+        ("http://[::1]:8000/v1", (), {}),
+        (OURS, (), {"OPENAI_BASE_URL": OURS}),
+        (OURS, (), {"OPENAI_BASE_URL": "gpu.example:443"}),
+        (OURS, ("gpu.example",), {}),
+        ("https://gpu.example:8443/v1", ("gpu.example",), {}),
+    ],
+)
+def test_an_optional_key_goes_where_the_user_has_named_a_server(
+    url: str, trusted: tuple[str, ...], env: dict[str, str]
+) -> None:
+    key = key_for(OPEN, at(url), frozenset(trusted), KEYS | env)
+    assert (key.value, key.warning) == (TEST_KEY, "")
+
+
+@pytest.mark.parametrize(
+    ("url", "trusted", "env", "how"),
+    [
+        (OURS, (), {}, "--trust-host gpu.example"),
+        (OURS, ("other.example",), {"OPENAI_BASE_URL": "https://other.example/v1"}, "--trust-host gpu.example"),
+        (OURS, (), {"OPENAI_BASE_URL": "https://gpu.example:8443"}, "--trust-host gpu.example"),
+        ("http://gpu.example/v1", ("gpu.example",), {}, "https"),
+        ("http://gpu.example/v1", (), {"OPENAI_BASE_URL": "http://gpu.example/v1"}, "https"),
+        ("http://10.0.0.1:8000/v1", ("10.0.0.1",), {}, "tunnel"),
+    ],
+)
+def test_an_optional_key_goes_nowhere_else_and_the_user_is_told(
+    url: str, trusted: tuple[str, ...], env: dict[str, str], how: str
+) -> None:
+    key = key_for(OPEN, at(url), frozenset(trusted), KEYS | env)
+    assert key.value == "" and TEST_KEY not in repr(tuple(key))
+    assert "OPENAI_API_KEY" in key.warning and how in key.warning
+    assert ("--trust-host" in key.warning) is how.startswith("--trust-host")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:8000", OURS])
+def test_who_has_no_optional_key_goes_without(url: str) -> None:
+    assert key_for(OPEN, at(url), NOBODY, {}) == NO_KEY
+
+
+def test_an_optional_key_that_is_malformed_is_told_where_it_would_go() -> None:
+    env = {"OPENAI_API_KEY": "<your key>"}
+    with pytest.raises(Failure) as caught:
+        key_for(OPEN, at("http://127.0.0.1:8000"), NOBODY, env)
+    assert code_of(caught) == "key_malformed"
+    assert key_for(OPEN, at(OURS), NOBODY, env) == NO_KEY
+
+
+@pytest.mark.parametrize(
+    ("url", "trusted"),
+    [
+        ("https://dashscope.aliyuncs.com", ()),
+        ("http://127.0.0.1:1", ()),
+        ("https://gpu.example", ("gpu.example",)),
+    ],
+)
+def test_a_key_goes_to_its_owner_to_this_machine_and_to_whom_the_user_trusts(url: str, trusted: Any) -> None:
+    check_trust(at(url, VENDOR), "x", VENDOR, frozenset(trusted))
+
+
+@pytest.mark.parametrize(
+    ("url", "trusted", "code"),
+    [
+        ("https://gpu.example", (), "host_not_trusted"),
+        ("https://gpu.example", ("example", "a.gpu.example"), "host_not_trusted"),
+        ("http://gpu.example", ("gpu.example",), "invalid_base_url"),
+        ("http://dashscope.aliyuncs.com", (), "invalid_base_url"),
+    ],
+)
+def test_a_key_goes_nowhere_else(url: str, trusted: Any, code: str) -> None:
+    with pytest.raises(Failure, match=r"^--base-url: ") as caught:
+        check_trust(at(url, VENDOR), "--base-url", VENDOR, frozenset(trusted))
+    assert code_of(caught) == code
+
+
+@pytest.mark.parametrize(("provider", "url"), [(OPEN, "http://gpu.example"), (OPEN, OURS)])
+def test_where_calls_may_go_without_a_key_any_host_may_be_asked(provider: Provider, url: str) -> None:
+    check_trust(at(url, provider), "x", provider, NOBODY)
+
+
+def test_trusted_hosts_are_exact_names() -> None:
+    named = {"ZIMAGE_TRUSTED_HOSTS": "b.example, C.example\td.example,,"}
+    hosts, problems = trusted_hosts(["A.example"], named)
+    assert (sorted(hosts), problems) == (["a.example", "b.example", "c.example", "d.example"], [])
+    assert not any(trusted_hosts([], {}))
+
+
+@pytest.mark.parametrize("name", ["https://a.example", "a.example:443", "*.example", "", "a/b", "a@b"])
+def test_what_is_no_bare_host_name_is_trusted_by_nobody(name: str) -> None:
+    hosts, (problem,) = trusted_hosts([name], {})
+    assert not hosts and problem.code == "usage" and problem.text.startswith("--trust-host:")
+    if name:
+        hosts, (problem,) = trusted_hosts([], {"ZIMAGE_TRUSTED_HOSTS": f"a.example {name}"})
+        assert hosts == {"a.example"} and problem.text.startswith("ZIMAGE_TRUSTED_HOSTS:")
+
+
+# Which endpoint is asked ----------------------------------------------------------------------------------------------
+
+
+def chosen(provider: Provider = VENDOR, **given: Any) -> Endpoint:
+    none: dict[str, Any] = {"flag": None, "request_url": None, "region": None, "env": {}, "trusted": NOBODY}
+    return choose_endpoint(provider, **none | given)
+
+
+def test_flag_request_region_and_environment_count_in_this_order() -> None:
+    env = {"DASHSCOPE_HTTP_BASE_URL": "http://127.0.0.1:4"}
+    assert chosen().url.startswith("https://dashscope.aliyuncs.com/")
+    assert chosen(env=env).root == "http://127.0.0.1:4/api/v1"
+    env["DASHSCOPE_BASE_URL"] = "http://127.0.0.1:3"
+    assert chosen(env=env).root == "http://127.0.0.1:3/api/v1"
+    assert chosen(env=env | {"DASHSCOPE_BASE_URL": ""}).root == "http://127.0.0.1:4/api/v1"
+    assert chosen(env=env, region="singapore").host == "dashscope-intl.aliyuncs.com"
+    assert chosen(env=env, region="singapore", request_url="http://127.0.0.1:2").root == "http://127.0.0.1:2/api/v1"
+    named: dict[str, Any] = {"flag": "http://127.0.0.1:1", "request_url": "http://127.0.0.1:2", "region": "singapore"}
+    assert (chosen(env=env, **named).root, chosen(**named).region) == ("http://127.0.0.1:1/api/v1", "singapore")
+
+
+def test_the_region_of_a_known_host_is_its_own() -> None:
+    assert chosen(flag="dashscope-intl.aliyuncs.com").region == "singapore"
+    assert chosen(flag="127.0.0.1").region == chosen().region == "beijing"
+    with pytest.raises(Failure, match="--base-url") as caught:
+        chosen(flag="dashscope-intl.aliyuncs.com", region="beijing")
+    assert code_of(caught) == "region_mismatch" and "singapore" in caught.value.message
+    assert chosen(flag="dashscope-intl.aliyuncs.com", region="singapore").region == "singapore"
+
+
+@pytest.mark.parametrize(("name", "given"), [("--base-url", "flag"), ("base_url", "request_url")])
+def test_a_foreign_host_is_refused_by_where_it_was_named(name: str, given: str) -> None:
+    with pytest.raises(Failure, match=rf"^{name}: ") as caught:
+        chosen(provider_named("zimageturbo"), **{given: "https://gpu.example/api"})
+    assert code_of(caught) == "host_not_trusted"
+
+
+def test_where_no_server_is_named_the_user_is_told_how_to_name_one() -> None:
+    with pytest.raises(Failure, match="no server is named for openai") as caught:
+        chosen(OPEN)
+    hint = caught.value.fault.hint
+    assert code_of(caught) == "invalid_base_url" and "OPENAI_BASE_URL" in hint and "--base-url http://127.0.0.1" in hint
+    with pytest.raises(Failure, match=r"^--base-url: ") as caught:
+        chosen(OPEN, flag="")
+    assert code_of(caught) == "invalid_base_url"
+
+
+def test_what_works_in_this_process_is_called_at_no_url() -> None:
+    for given in ({}, {"flag": IN_PROCESS}, {"request_url": IN_PROCESS}):
+        assert chosen(LOCAL, **given) == Endpoint("", IN_PROCESS, "", "local")
+    for name, given in (
+        ("--base-url", {"flag": OURS}),
+        ("base_url", {"request_url": OURS}),
+        ("--base-url", {"flag": ""}),
+    ):
+        with pytest.raises(Failure, match=f"^{name}: diffusers ") as caught:
+            chosen(LOCAL, **given)
+        assert code_of(caught) == "invalid_base_url" and caught.value.fault.hint == "leave it out"
+
+
+def test_a_base_url_of_another_api_is_told_the_right_forms() -> None:
+    with pytest.raises(Failure) as caught:
+        at("https://dashscope.aliyuncs.com:8443/compatible-mode/v1", VENDOR)
+    assert code_of(caught) == "invalid_base_url" and "/compatible-mode/v1" in caught.value.message
+    root = "https://dashscope.aliyuncs.com:8443"
+    assert caught.value.fault.hint == f"use {root}/api/v1 or {root}"
+
+
+@pytest.mark.parametrize(
+    ("url", "root"),
+    [
+        ("gpu.example", "https://gpu.example/v1"),
+        ("localhost:8000", "http://localhost:8000/v1"),
+        ("127.0.0.1:8000/v1/images/generations", "http://127.0.0.1:8000/v1"),
+        ("HTTP://[::1]:8000/v1/", "http://[::1]:8000/v1"),
+        ("GPU.example:8443", "https://gpu.example:8443/v1"),
+        ("https://gpu.example/openai/v1", "https://gpu.example/openai/v1"),
+    ],
+)
+def test_a_base_url_may_be_the_host_the_root_or_the_whole(url: str, root: str) -> None:
+    endpoint = at(url)
+    assert (endpoint.root, endpoint.url) == (root, f"{root}/images/generations")
+
+
+# What a file names ----------------------------------------------------------------------------------------------------
+
+
+def own(base_url: str | None = None, trusted: tuple[str, ...] = (), **env: str) -> Own:
+    return Own(base_url, frozenset(trusted), env)
+
+
+@pytest.mark.parametrize(
+    ("mine", "url", "named"),
+    [
+        (own(OURS), OURS, True),
+        (own("gpu.example"), "https://gpu.example:443/elsewhere", True),
+        (own(OPENAI_BASE_URL=OURS), OURS, True),
+        (own(DASHSCOPE_BASE_URL=OURS), OURS, False),
+        (own(OURS), "https://gpu.example:8443/v1", False),
+        (own(OURS), "http://gpu.example:443/v1", False),
+        (own(OURS), "https://a.gpu.example/v1", False),
+        (own("nonsense://x", OPENAI_BASE_URL=OURS), OURS, True),
+        (own("nonsense://x"), "nonsense://x", False),
+        (own(""), "", False),
+        (own(), "no url", False),
+        (own(trusted=("gpu.example",)), OURS, False),
+    ],
+)
+def test_a_setting_of_the_user_names_one_server_with_its_port(mine: Own, url: str, named: bool) -> None:
+    assert mine.names(url, OPEN) is named
+
+
+@pytest.mark.parametrize(
+    ("provider", "url", "mine"),
+    [
+        (VENDOR, "https://dashscope.aliyuncs.com/api/v1", own()),
+        (VENDOR, "https://gpu.example/api/v1", own(trusted=("gpu.example",))),
+        (VENDOR, "http://127.0.0.1:1/api/v1", own(DASHSCOPE_BASE_URL="http://127.0.0.1:1")),
+        (VENDOR, "http://127.0.0.1:1/api/v1", own("http://127.0.0.1:1")),
+        (OPEN, OURS, own(trusted=("gpu.example",))),
+        (OPEN, OURS, own(OPENAI_BASE_URL=OURS)),
+        (OPEN, "http://gpu.example/v1", own("http://gpu.example")),
+    ],
+)
+def test_a_file_leads_to_its_provider_and_to_what_the_user_names(provider: Provider, url: str, mine: Own) -> None:
+    assert recorded_endpoint(url, provider, mine).root == url
+
+
+@pytest.mark.parametrize(
+    ("provider", "url", "mine"),
+    [
+        (VENDOR, "https://gpu.example/api/v1", own()),
+        (VENDOR, "http://127.0.0.1:1/api/v1", own()),
+        (VENDOR, "http://127.0.0.1:1/api/v1", own("http://127.0.0.1:2")),
+        (VENDOR, "http://127.0.0.1:1/api/v1", own(trusted=("127.0.0.1",))),
+        (OPEN, OURS, own()),
+        (OPEN, "http://gpu.example/v1", own(trusted=("gpu.example",))),
+    ],
+)
+def test_a_file_leads_nowhere_else(provider: Provider, url: str, mine: Own) -> None:
+    with pytest.raises(Failure) as caught:
+        recorded_endpoint(url, provider, mine)
+    assert code_of(caught) == "host_not_trusted"
+
+
+def test_the_user_is_asked_for_the_server_that_a_file_alone_names() -> None:
+    fault = unnamed("http://gpu.example/v1", OPEN).fault
+    assert fault.code == "host_not_trusted" and "http://gpu.example:80" in fault.message
+    assert "ask the user" in fault.hint and "--base-url or OPENAI_BASE_URL" in fault.hint
+    nowhere = unnamed("a b", LOCAL).fault
+    assert "no plain host" in nowhere.message and nowhere.hint.endswith("--base-url")
+
+
+@pytest.mark.parametrize(
+    ("provider", "url", "trusted", "flags"),
+    [
+        (VENDOR, "https://dashscope.aliyuncs.com", [], []),
+        (VENDOR, "https://gpu.example", ["gpu.example"], ["--base-url", "https://gpu.example/api/v1"]),
+        (VENDOR, "https://dashscope.aliyuncs.com", ["dashscope.aliyuncs.com"], []),
+        (OPEN, OURS, [], ["--base-url", OURS]),
+    ],
+)
+def test_a_later_command_names_what_this_one_was_told(
+    provider: Provider, url: str, trusted: list[str], flags: list[str]
+) -> None:
+    endpoint = at(url, provider)
+    trust = [word for host in trusted for word in ("--trust-host", host)]
+    assert naming_flags(endpoint, provider, own(trusted=tuple(trusted))) == trust + flags
+    then = own(flags[1] if flags else None, tuple(trusted))
+    assert recorded_endpoint(endpoint.url, provider, then) == endpoint  # with these it is let through
+
+
+def test_what_works_in_this_process_is_named_by_nothing() -> None:
+    assert naming_flags(Endpoint("", IN_PROCESS, "", "local"), LOCAL, own()) == []
+
+
+# Where a picture may be fetched from ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("home", "link", "holds"),
+    [
+        (Home(), "http://127.0.0.1:1/a.png", False),
+        (Home(), "", False),
+        (Home(), "no url", False),
+        (Home(loopback=True), "http://127.0.0.1:1/a.png", True),
+        (Home(loopback=True), "http://localhost/a.png", True),
+        (Home(loopback=True), "http://10.0.0.1/a.png", False),
+        (Home(origin="http://10.0.0.1:80"), "http://10.0.0.1/a.png", True),
+        (Home(origin="http://10.0.0.1:80"), "http://10.0.0.1:81/a.png", False),
+        (Home(origin="http://10.0.0.1:80"), "http://127.0.0.1/a.png", False),
+    ],
+)
+def test_a_picture_lies_on_the_internet_or_at_home(home: Home, link: str, holds: bool) -> None:
+    assert home.holds(link) is holds
+
+
+def test_home_is_where_the_user_has_sent_the_call() -> None:
+    assert home_of("https://dashscope.aliyuncs.com/api/v1", VENDOR) == Home()
+    assert home_of("http://127.0.0.1:1/api/v1", VENDOR) == Home(loopback=True)
+    assert home_of("http://10.0.0.1/v1", OPEN) == Home(origin="http://10.0.0.1:80")
+
+
+@pytest.mark.parametrize(
+    ("link", "mine", "home"),
+    [
+        ("http://10.0.0.1/a.png", own("http://10.0.0.1"), Home(origin="http://10.0.0.1:80")),
+        ("http://10.0.0.1/a.png", own(), Home()),
+        ("http://10.0.0.1:81/a.png", own("http://10.0.0.1:81"), Home()),
+    ],
+)
+def test_home_of_a_file_is_what_the_user_names_too(link: str, mine: Own, home: Home) -> None:
+    assert home_of_record(link, "http://10.0.0.1/v1", OPEN, mine) == home
+
+
+@pytest.mark.parametrize(
+    ("warning", "code", "told"),
+    [
+        ("it is withheld", "key_rejected", True),
+        ("it is withheld", "access_denied", True),
+        ("it is withheld", "rate_limited", False),
+        ("", "key_rejected", False),
+    ],
+)
+def test_a_service_that_misses_a_withheld_key_does_not_refuse_it(warning: str, code: str, told: bool) -> None:
+    with pytest.raises(Failure) as caught, telling_of_withheld(Key("", "", warning)):
+        raise Failure(code, "no")
+    assert caught.value.code == code and (caught.value.fault.hint == "it is withheld") is told
