@@ -5,10 +5,11 @@ from __future__ import annotations
 import heapq
 import random
 from collections import deque
+from typing import NamedTuple
 
 import pytest
 
-from zimage.batch.pacer import Pacer
+from zimage.batch.pacer import Pacer, Window
 
 
 class Limit:
@@ -96,3 +97,74 @@ def test_starts_that_were_missed_are_not_made_up_for() -> None:
     pacer.take(0.0)
     pacer.take(50.0)
     assert pacer.next_start == pytest.approx(50.0 + pacer.spacing)
+
+
+# How many at once -----------------------------------------------------------------------------------------------------
+
+
+class Served(NamedTuple):
+    """How a simulated batch went, all times in its own seconds."""
+
+    seconds: float
+    lost: int  # calls given up after their patience: the server has worked for nothing
+    used: float  # of the server's capacity
+
+
+def serve(slots: int, service: float, pictures: int, *, most: int = 64, patience: float = 80.0) -> Served:
+    """A batch on a server that works on `slots` calls at once; the others wait in line, also where nobody waits."""
+    window, now = Window(most, patience), 0.0
+    free = [0.0] * slots  # when each slot is free again
+    out: list[tuple[float, float, bool]] = []  # when the call ends, when it left, whether with a picture
+    done = lost = 0
+    while done < pictures:
+        while done + len(out) < pictures and len(out) < window.limit:
+            ready = max(now, heapq.heappop(free)) + service
+            heapq.heappush(free, ready)
+            heapq.heappush(out, (min(ready, now + patience), now, ready <= now + patience))
+        at_once = len(out)
+        now, sent, good = heapq.heappop(out)
+        window.heard(None if good else "outcome_unknown", now, sent, kind="1024*1024", out=at_once)
+        done += good
+        lost += not good
+    return Served(now, lost, pictures * service / slots / now)
+
+
+@pytest.mark.smoke
+@pytest.mark.parametrize("slots", [1, 2, 3, 4, 8, 16, 32])
+@pytest.mark.parametrize("service", [0.5, 10.0, 30.0])
+def test_a_server_is_filled_and_never_given_more_than_it_answers_in_time(slots: int, service: float) -> None:
+    served = serve(slots, service, 100 * slots)
+    assert served.lost == 0
+    assert served.used >= 0.85
+
+
+@pytest.mark.parametrize(("service", "patience"), [(10, 80), (20, 80), (35, 80), (60, 80), (79, 80), (0.1, 0.8)])
+def test_thirty_pictures_one_by_one_lose_none(service: float, patience: float) -> None:
+    served = serve(1, service, 30, patience=patience)
+    assert served.lost == 0
+    assert served.seconds == pytest.approx(30 * service)
+
+
+def test_no_more_are_out_than_the_user_allows() -> None:
+    assert serve(8, 1.0, 80, most=3).seconds == pytest.approx(80 / 3, rel=0.1)
+
+
+def test_pictures_of_another_size_are_measured_by_their_own() -> None:
+    window = Window(64, 80.0)
+    for number in range(8):
+        window.heard(None, 10.0 * number + 1, 10.0 * number, kind="512*512", out=1)
+    known = window.limit
+    window.heard(None, 104.0, 100.0, kind="2048*2048", out=1)
+    assert window.limit >= known > 0
+    window.heard(None, 114.0, 110.0, kind="512*512", out=1)
+    assert window.limit < known
+
+
+def test_what_was_out_together_halves_once() -> None:
+    window = Window(64, 80.0)
+    for number in range(7):
+        window.heard(None, 2.0 * number + 1, 2.0 * number, kind="x", out=64)
+    before = window.limit
+    for late in range(5):
+        window.heard("outcome_unknown", 100.0 + late, 90.0, kind="x", out=5)
+    assert window.limit == before // 2

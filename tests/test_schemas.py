@@ -30,7 +30,7 @@ PARTS = EVIDENCE_SCHEMA["properties"]
 )
 def test_a_type_has_the_fields_of_its_schema(kind: Any, schema: dict[str, Any]) -> None:
     assert set(kind.__annotations__) == set(schema["properties"])
-    always = {"started_at", "attempts"} if kind is facts.Content else set()
+    always = {"started_at", "attempts", "billable", "request", "payload"} if kind is facts.Content else set()
     assert {*kind.__required_keys__, *always} == set(schema.get("required", ()))
 
 
@@ -39,7 +39,8 @@ def test_a_normalized_request_has_fields_of_the_request() -> None:
 
 
 def test_a_row_remembers_what_its_type_says() -> None:
-    assert set(KEPT_FACTS) == set(facts.Facts.__annotations__) == set(facts.Changes.__annotations__) - {"status"}
+    changed = {"status", "request", "payload"}  # of the evidence alone
+    assert set(KEPT_FACTS) == set(facts.Facts.__annotations__) == set(facts.Changes.__annotations__) - changed
 
 
 def test_an_error_tells_all_facts_of_a_fault() -> None:

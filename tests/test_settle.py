@@ -40,6 +40,7 @@ ERRORS_MD = (SKILL / "references" / "errors.md").read_text(encoding="utf-8")
 STATUSES = ("submitting", "submitted", "generated", "saved", "failed", "unknown")
 LINK = "https://x.aliyuncs.com/1.png"
 NOTHING = Have("no", "submitting", task=False, link="", held=False, billable=True)
+FREE = NOTHING._replace(billable=False)
 
 
 def every_have() -> list[Have]:
@@ -63,7 +64,8 @@ def test_what_is_paid_never_becomes_unpaid(code: str) -> None:
         if known == "yes":
             assert left in (Left.PAID, Left.SPENT, Left.OPEN), (billed, have)
         if known == "unknown":
-            assert left in (Left.UNKNOWN, Left.SPENT, Left.OPEN), (billed, have)
+            is_free = not have.billable and not have.task
+            assert left in (Left.ANEW if is_free else Left.UNKNOWN, Left.SPENT, Left.OPEN), (billed, have)
         assert (left is Left.OPEN) == (have.is_task_open and code not in TASK_ENDS), (billed, have)
 
 
@@ -75,6 +77,10 @@ ROWS = [  # code, what is known before, what is left, how it can be had
     ("rejected_by_service", NOTHING, Left.REFUSED, Way.NONE),
     ("outcome_unknown", NOTHING, Left.UNKNOWN, Way.NONE),
     ("no_image", NOTHING, Left.UNKNOWN, Way.NONE),
+    ("outcome_unknown", FREE, Left.ANEW, Way.NONE),
+    ("no_image", FREE, Left.ANEW, Way.NONE),
+    ("rejected_by_service", FREE, Left.REFUSED, Way.NONE),
+    ("outcome_unknown", FREE._replace(billed="unknown", status="submitted", task=True), Left.UNKNOWN, Way.ASK),
     ("disk", NOTHING._replace(billed="yes", status="generated", link=LINK), Left.PAID, Way.FETCH),
     ("disk", NOTHING._replace(billed="yes", status="generated", held=True), Left.PAID, Way.FETCH),
     ("paid_not_downloaded", NOTHING._replace(billed="yes", status="generated", link=LINK), Left.PAID, Way.FETCH),
@@ -308,6 +314,33 @@ def test_a_call_is_sent_again_only_where_that_is_free_and_may_help(
     wait = retry_wait(Failure(code, "x", **facts), attempt, retries, stop)
     assert (wait is not None) == waits
     assert wait is None or wait >= facts.get("retry_after_s", 0.1)
+
+
+PAGE = {"http_status": 503}
+
+
+@pytest.mark.parametrize(
+    ("code", "facts", "attempt", "retries", "waits"),
+    [
+        ("outcome_unknown", {}, 0, None, True),
+        ("outcome_unknown", {}, 3, None, True),
+        ("outcome_unknown", {}, 4, None, False),
+        ("outcome_unknown", {}, 0, 0, False),
+        ("outcome_unknown", PAGE, 30, None, True),  # as long as there is time
+        ("outcome_unknown", PAGE, 2, 2, False),  # but where the user says how often
+        ("service_failing", {"http_status": 502, "retryable": False}, 30, None, True),  # its JSON in a gateway's page
+        ("outcome_unknown", {"http_status": 302}, 0, None, False),
+        ("no_image", {"http_status": 200}, 0, None, False),
+        ("key_rejected", {"http_status": 401}, 0, None, False),
+        ("unreachable", {"retryable": False}, 0, None, False),
+    ],
+)
+def test_where_nothing_costs_what_is_lost_is_sent_again(
+    code: str, facts: dict[str, Any], attempt: int, retries: int | None, waits: bool
+) -> None:
+    failure = Failure(code, "x", **facts)
+    assert (retry_wait(failure, attempt, retries, Stop(600), billable=False) is not None) == waits
+    assert retry_wait(failure, attempt, retries, Stop(600)) is None or failure.fault.retryable
 
 
 def test_a_failure_is_never_changed() -> None:

@@ -98,7 +98,7 @@ def test_every_provider_says_what_it_cannot_do(raw: Any) -> None:
         if not problems:
             request = normalize(raw, with_seed=provider.takes_seed)
             plain_json(provider.payload(request))
-            assert provider.price(request, provider.default_region).estimate >= 0
+            assert provider.price(request, provider.default_region).counted >= 0
 
 
 encodings = st.sampled_from(["utf-8", "utf-8-sig", "utf-16", "utf-16-le", "utf-16-be", "utf-32", "latin-1"])

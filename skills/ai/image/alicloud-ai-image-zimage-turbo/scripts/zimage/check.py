@@ -45,7 +45,7 @@ def dry_run(plan: Plan, trusted: frozenset[str], env: Mapping[str, str]) -> dict
         "payload": plan.payload,
         "settings": plan.provider.known_settings,
         "output": str(plan.output),
-        "billable": plan.provider.billable,
+        "billable": plan.billable,
         "estimated_cost": plan.price.estimate,
         "cost_basis": plan.price.basis,
         "key_source": key.source or None,

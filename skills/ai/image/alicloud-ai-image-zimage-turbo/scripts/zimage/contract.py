@@ -192,7 +192,7 @@ RESPONSE_SCHEMA = DRAFT | record(
         "region": TEXT,
         "image_path": ABSOLUTE,
         "evidence_path": ABSOLUTE,
-        "estimated_cost": described("US$ by the price list.", "number"),
+        "estimated_cost?": described("US$ by the price list; none where the price is not known.", "number"),
         "paid_before?": {"const": True, "description": "Of a recovery: the cost is that of an earlier command."},
         "warnings?": TEXTS | {"minItems": 1},
     },
@@ -236,7 +236,14 @@ IMAGE_SCHEMA = record(
         "warnings?": TEXTS,
     },
 )
-COST_SCHEMA = record({"estimate": NUMBER, "currency": {"const": "USD"}, "basis": TEXT, "price_list_date": TEXT})
+COST_SCHEMA = record(
+    {
+        "estimate?": described("None where it is not known.", "number"),
+        "currency": {"const": "USD"},
+        "basis": TEXT,
+        "price_list_date": TEXT,
+    }
+)
 
 EVIDENCE_SCHEMA = DRAFT | record(
     {
@@ -251,6 +258,8 @@ EVIDENCE_SCHEMA = DRAFT | record(
         "request": described("Normalized: itself a valid request.", "object"),
         "payload": described("The body that was sent.", "object"),
         "settings?": described("The provider's own options.", "object"),
+        "unused?": TEXTS
+        | {"description": "What was asked for and is not used: the server ignores it, or it was left out."},
         "output": described("Absolute path that was asked for."),
         "started_at": MOMENT,
         "generated_at?": MOMENT,
@@ -272,7 +281,7 @@ RESULT_SCHEMA: dict[str, Any] = {
     "title": "line of a batch's results.jsonl",
     "description": "One picture of the input, or of an earlier one that was paid for. It holds no link.",
     "type": "object",
-    "required": ["number", "state", "prompt", "size", "prompt_extend", "output", "estimated_cost", "attempts"],
+    "required": ["number", "state", "prompt", "size", "prompt_extend", "output", "attempts"],
     "properties": {
         "number": {"type": "integer", "minimum": 0, "description": "Names the picture, its thumbnail and evidence."},
         "id": {"type": "string", "description": "The row's own."},
@@ -292,7 +301,10 @@ RESULT_SCHEMA: dict[str, Any] = {
         "sha256": {"type": "string"},
         "evidence_path": {"type": "string", "description": "Absolute."},
         "request_id": {"type": "string"},
-        "estimated_cost": {"type": "number", "description": "US$ of all tries that were, or may have been, billed."},
+        "estimated_cost": {
+            "type": "number",
+            "description": "US$ of all tries that were, or may have been, billed; none where the price is not known.",
+        },
         "attempts": {"type": "integer", "minimum": 0},
         "finished_at": {"type": "string", "format": "date-time"},
         "warnings": {"type": "array", "items": {"type": "string"}, "minItems": 1},

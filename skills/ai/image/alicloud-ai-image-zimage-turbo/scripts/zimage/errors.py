@@ -46,6 +46,7 @@ class Left(Enum):
     PAID = "paid"  # it can be fetched, free
     SPENT = "spent"  # paid, and past help
     UNKNOWN = "unknown"  # it may have been billed
+    ANEW = "anew"  # it may have been made, which cost nothing: it may be sent as it is
 
 
 class Kind(NamedTuple):

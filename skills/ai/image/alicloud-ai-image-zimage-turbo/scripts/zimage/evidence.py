@@ -332,7 +332,7 @@ def response_of(evidence: Evidence, image: Image) -> dict[str, Any]:
         "region": data["region"],
         "image_path": image["path"],
         "evidence_path": str(evidence.path),
-        "estimated_cost": data["cost"]["estimate"],
+        "estimated_cost": data["cost"].get("estimate"),
         "warnings": [*data.get("warnings", ()), *image.get("warnings", ())] or None,
     }
     return {name: value for name, value in response.items() if value is not None}

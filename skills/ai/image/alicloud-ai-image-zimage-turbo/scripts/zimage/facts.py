@@ -71,11 +71,14 @@ class Timings(TypedDict, total=False):
     total: float
 
 
-class Cost(TypedDict):
-    estimate: float
+class _Cost(TypedDict):
     currency: Literal["USD"]
     basis: str
     price_list_date: str
+
+
+class Cost(_Cost, total=False):
+    estimate: float
 
 
 class _Error(TypedDict):
@@ -113,6 +116,8 @@ class _Lasting(TypedDict, total=False):
     finished_at: str
     timings_ms: Timings
     attempts: list[Attempt]
+    billable: bool
+    unused: list[str]
     settings: dict[str, Any]
     task_id: str
     image: Image
@@ -129,6 +134,8 @@ class Facts(_Lasting, total=False):
 class Changes(_Lasting, total=False):
     """What `Evidence.update` takes; None removes."""
 
+    request: Request
+    payload: dict[str, Any]
     status: State
     response: Response | None
     warnings: list[str] | None
@@ -148,12 +155,15 @@ class _Content(TypedDict):
     region: str
     endpoint: str
     operation: Literal["image.generate"]
-    billable: bool
-    request: Request
-    payload: dict[str, Any]
     output: str
     cost: Cost
 
 
 class Content(_Content, Facts):
-    """What an evidence file holds; `started_at` and `attempts` are always there."""
+    """What an evidence file holds.
+
+    `started_at`, `attempts`, `billable`, `request` and `payload` are always there.
+    """
+
+    request: Request
+    payload: dict[str, Any]

@@ -73,7 +73,9 @@ def get_ready(provider: Provider, stop: Stop) -> None:
         in_time(lambda until: provider.prepare(), stop.generating)
 
 
-def make(plan: Plan, key: Key, record: Record, stop: Stop, max_retries: int, console: Console | None = None) -> Image:
+def make(
+    plan: Plan, key: Key, record: Record, stop: Stop, max_retries: int | None, console: Console | None = None
+) -> Image:
     """One picture, from the paid call to the saved file; returns the `image` of the evidence.
 
     Raises:
@@ -85,7 +87,7 @@ def make(plan: Plan, key: Key, record: Record, stop: Stop, max_retries: int, con
         try:
             made = attempt(plan, key, record, stop.generating, console if not tries else None)
         except Failure as failure:
-            wait = retry_wait(failure, tries, max_retries, stop.generating)
+            wait = retry_wait(failure, tries, max_retries, stop.generating, billable=plan.billable)
             tries += 1
             if wait is None:
                 raise failure.but(message=failure.message + f" (tried {tries} times)" * (tries > 1)) from None

@@ -254,7 +254,8 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
             Problem("usage", f"--schema: must be one of {', '.join(SCHEMAS)}, got {shown(arguments.schema)}")
         )
     timeout = read_value("timeout", given, number(float, *TIMEOUT_RANGE), DEFAULT_TIMEOUT, problems)
-    max_retries = read_value("max_retries", given, number(int, *MAX_RETRIES_RANGE), DEFAULT_MAX_RETRIES, problems)
+    retries: Callable[[str], int | None] = number(int, *MAX_RETRIES_RANGE)
+    max_retries = read_value("max_retries", given, retries, None, problems)
     settings = read_settings(asked, given, problems) if asked else {}
     provider, region = None, None
     with noting(problems):

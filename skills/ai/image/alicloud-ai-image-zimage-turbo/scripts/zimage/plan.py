@@ -40,7 +40,7 @@ class Options(NamedTuple):
     overwrite: bool
     dry_run: bool
     timeout: float
-    max_retries: int
+    max_retries: int | None  # None: as often as the table of `settle` says
     trusted: frozenset[str]
     problems: tuple[Problem, ...]  # of the arguments, to be told together with those of the request
 
@@ -59,6 +59,11 @@ class Plan(NamedTuple):
     evidence_path: Path
     warnings: tuple[str, ...]
 
+    @property
+    def billable(self) -> bool:
+        """Whether the call can cost money or quota, also where nobody knows how much."""
+        return self.provider.is_billable_at(self.endpoint)
+
     @classmethod
     def of(cls, provider: Provider, endpoint: Endpoint, request: ImageRequest, **decided: Any) -> Plan:
         """The plan of a request; `decided` are the fields that do not follow from it."""
@@ -67,7 +72,7 @@ class Plan(NamedTuple):
             endpoint=endpoint,
             request=request,
             payload=provider.payload(request),
-            price=provider.price(request, endpoint.region),
+            price=provider.price_at(request, endpoint),
             warnings=request_warnings(request, provider),
             **decided,
         )
@@ -82,22 +87,22 @@ class Plan(NamedTuple):
             "region": self.endpoint.region,
             "endpoint": self.endpoint.url,
             "operation": "image.generate",
-            "billable": self.provider.billable,
+            "billable": self.billable,
             "request": self.request.as_dict(),
             "payload": self.payload,
-            "settings": self.provider.known_settings,
             "output": str(self.output),
             "started_at": timestamp(now),
             "attempts": [],
             "cost": {
-                "estimate": self.price.estimate,
                 "currency": "USD",
                 "basis": self.price.basis,
                 "price_list_date": self.price.price_list_date,
             },
         }
-        if not content["settings"]:
-            del content["settings"]
+        if self.price.estimate is not None:
+            content["cost"]["estimate"] = self.price.estimate
+        if settings := self.provider.known_settings:
+            content["settings"] = settings
         return content
 
 

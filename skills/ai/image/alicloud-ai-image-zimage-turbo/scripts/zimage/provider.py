@@ -83,11 +83,16 @@ class Submitted(NamedTuple):
 
 
 class Price(NamedTuple):
-    """US$ for one picture, and what the number rests on."""
+    """US$ for one picture, and what the number rests on. `estimate` is None where a picture may cost something."""
 
-    estimate: float
+    estimate: float | None
     basis: str
     price_list_date: str
+
+    @property
+    def counted(self) -> float:
+        """US$ to sum up: what is not known cannot be counted."""
+        return self.estimate or 0.0
 
 
 class Setting(NamedTuple):
@@ -141,8 +146,8 @@ class Provider:
     max_answer_bytes: ClassVar[int] = MAX_ANSWER_BYTES
     https_links_under: ClassVar[str | None] = None  # http links below this domain work over https too
     links_to_itself: ClassVar[bool] = False  # a link may lead to the server that is asked, and name only its path
-    billable: ClassVar[bool] = True
-    takes_seed: ClassVar[bool] = True
+    billable: ClassVar[bool] = True  # a picture can cost money or quota
+    takes_seed: bool = True
     sizes_are_ratios: ClassVar[bool] = False  # of a size only the ratio can be asked for
     long_prompt: ClassVar[int] = LONG_PROMPT  # characters; longer ones may be cut
     own_settings: ClassVar[tuple[Setting, ...]] = ()
@@ -196,9 +201,17 @@ class Provider:
             Failure: as `preflight`.
         """
 
+    def is_billable_at(self, endpoint: Endpoint) -> bool:
+        """`billable`, where it depends on who is asked."""
+        return self.billable
+
     def price(self, request: ImageRequest, region: str) -> Price:
         """What one picture costs."""
         raise NotImplementedError
+
+    def price_at(self, request: ImageRequest, endpoint: Endpoint) -> Price:
+        """`price`, where it depends on who is asked."""
+        return self.price(request, endpoint.region)
 
     def payload(self, request: ImageRequest) -> dict[str, Any]:
         """The JSON body that asks for the picture."""

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sys
 from collections.abc import Mapping, Sequence
 from enum import Enum
 from typing import TYPE_CHECKING, NamedTuple
 
-from zimage.contract import EXIT_SIGNAL, EXIT_UNKNOWN, GENERATE_IMAGE, LONG_PROMPT, UNREACHABLE_RETRIES
+from zimage.contract import (
+    DEFAULT_MAX_RETRIES,
+    EXIT_SIGNAL,
+    EXIT_UNKNOWN,
+    GENERATE_IMAGE,
+    LONG_PROMPT,
+    UNREACHABLE_RETRIES,
+)
 from zimage.errors import (
     ASK_BEFORE_PAYING,
     BILLED,
@@ -42,12 +50,14 @@ STATES: dict[Left, tuple[State, State | None]] = {
     Left.PAID: ("generated", "generated"),
     Left.SPENT: ("generated", "failed"),
     Left.UNKNOWN: ("unknown", "unknown"),
+    Left.ANEW: ("unknown", None),
 }
 
 # Failures that say how a task has ended. All others say something of the question, and the task goes on.
 TASK_IS_DONE = ("task_failed", "blocked", "no_image")
 TASK_ENDS = (*TASK_IS_DONE, "outcome_unknown")  # what was lost may be found again
 DEAD_LINK = ("link_expired", "link_refused")
+GATEWAY_STATUSES = (502, 503, 504)
 NO_SECOND_TRY = ("link_expired", "hop_refused", "image_too_large")
 
 
@@ -87,7 +97,10 @@ def left_by(fault: Fault, have: Have) -> Left:
     kind = KINDS[fault.code]
     if kind.leaves is Left.SPENT:
         return Left.SPENT
-    return {"yes": Left.PAID, "unknown": Left.UNKNOWN, "no": kind.leaves}[most_billed(fault.billed, have.billed)]
+    known = most_billed(fault.billed, have.billed)
+    if known == "unknown" and not have.billable and not have.task:
+        return Left.ANEW
+    return {"yes": Left.PAID, "unknown": Left.UNKNOWN, "no": kind.leaves}[known]
 
 
 def way_back(fault: Fault, have: Have) -> Way:
@@ -169,7 +182,7 @@ def settle(
     """
     have = record.evidence.have
     left = left_by(failure.fault, have)
-    if left is Left.AGAIN and record.forgets_tries:
+    if left in (Left.AGAIN, Left.ANEW) and record.forgets_tries:
         record.settled(left, failure.fault)
         return left, failure
     told = explained(record.evidence, failure, flags, place, hints)
@@ -205,6 +218,7 @@ def explained(
     request, billed = evidence.data["request"], most_billed(fault.billed, have.billed)
     return failure.but(
         billed=billed,
+        retryable=fault.retryable or (left is Left.ANEW and may_go_again(fault, billable=False)),
         hint=BY_HAND if reachable and command is None else hint,
         evidence_path=path,
         image_url=have.link or fault.image_url,
@@ -246,12 +260,35 @@ def interrupted(stopped: Stopped, have: Have) -> Failure:
     )
 
 
-def retry_wait(failure: Failure, attempt: int, max_retries: int, stop: Stop) -> float | None:
+def is_gateway_page(fault: Fault) -> bool:
+    """Whether a gateway has answered whose server is away: it may be back in a while."""
+    return fault.http_status in GATEWAY_STATUSES and (fault.code == "outcome_unknown" or KINDS[fault.code].retryable)
+
+
+def may_go_again(fault: Fault, *, billable: bool) -> bool:
+    """Whether the same call may be sent again unasked: it was surely not billed, or there is nothing to be billed."""
+    is_redirect = 300 <= (fault.http_status or 0) < 400
+    if not billable and (is_gateway_page(fault) or (fault.code == "outcome_unknown" and not is_redirect)):
+        return True
+    return fault.retryable and fault.code not in TASK_ENDS  # which may have been billed, or would fail again
+
+
+def most_retries(fault: Fault, max_retries: int | None, *, billable: bool) -> float:
+    """How often a call may be sent again. `max_retries` is the user's word; None leaves it to this table."""
+    most: float = DEFAULT_MAX_RETRIES if max_retries is None else max_retries
+    if fault.code == "unreachable":
+        return min(most, UNREACHABLE_RETRIES)
+    if max_retries is None and not billable and is_gateway_page(fault):
+        return math.inf  # as long as there is time
+    return most
+
+
+def retry_wait(
+    failure: Failure, attempt: int, max_retries: int | None, stop: Stop, *, billable: bool = True
+) -> float | None:
     """Seconds to wait before the call is sent again; None where it must not be."""
     fault = failure.fault
-    if not fault.retryable or fault.code in TASK_ENDS:
-        return None  # it may have been billed, or would fail again
-    if attempt >= (min(max_retries, UNREACHABLE_RETRIES) if fault.code == "unreachable" else max_retries):
+    if not may_go_again(fault, billable=billable) or attempt >= most_retries(fault, max_retries, billable=billable):
         return None
     wait = wait_before(attempt, fault.retry_after_s)
     return wait if stop.room_for_attempt_after(wait) else None  # else it might be paid for in vain

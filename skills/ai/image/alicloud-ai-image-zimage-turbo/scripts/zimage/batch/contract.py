@@ -109,6 +109,8 @@ KEPT_FACTS = (
     "finished_at",
     "timings_ms",
     "attempts",
+    "billable",
+    "unused",
     "settings",
     "task_id",
     "response",

@@ -14,8 +14,11 @@ from zimage.errors import Billed, Failure
 UNKNOWN_IN_A_ROW, FAILURES_IN_A_ROW = 5, 10
 
 
-def incomplete(database: sqlite3.Connection, bound: str | None) -> Failure | None:
-    """The failure of a run that ended by itself and left pictures of the input unsaved; None where all are saved."""
+def incomplete(database: sqlite3.Connection, bound: str | None, *, costs: bool = True) -> Failure | None:
+    """The failure of a run that ended by itself and left pictures of the input unsaved; None where all are saved.
+
+    `costs`: a picture of the service that is asked now can cost something.
+    """
     rows = database.execute(
         "SELECT state, count(*) FROM pictures WHERE position IS NOT NULL OR state IN ('submitted', 'generated') "
         "GROUP BY state"
@@ -24,7 +27,7 @@ def incomplete(database: sqlite3.Connection, bound: str | None) -> Failure | Non
     if not left:
         return None
     why = {
-        "failed": f"failed ones: {RESULTS} says why; --retry-failed makes them again (costs)",
+        "failed": f"failed ones: {RESULTS} says why; --retry-failed makes them again" + " (costs)" * costs,
         "unknown": ASK_ABOUT_UNKNOWN,
         "submitted": "submitted ones are being made: run the same command again to wait for them, free",
         "generated": "generated ones are paid: run the same command again to download them, free",

@@ -67,7 +67,7 @@ class Job:
         return f"{row} ({outside_text(self.id)})" if self.line and self.id else row
 
     def take_back(self, fault: Fault) -> State:
-        """Forget a try that surely was not billed; returns the state from before it, which stays true."""
+        """Forget a try that cost nothing; returns the state from before it, which stays true."""
         if self.state_before == "pending":
             self.evidence.update(error=fault.as_json())
         else:
@@ -353,7 +353,7 @@ class JournalRow:
 
     def ended(self, fault: Fault) -> None:
         self.evidence.end_failed_attempt(fault)
-        self._job.paid -= fault.billed == "no"
+        self._job.paid -= fault.billed == "no" or not self.evidence.have.billable
 
     def keep(self) -> None:
         if self.evidence.status == "saved":

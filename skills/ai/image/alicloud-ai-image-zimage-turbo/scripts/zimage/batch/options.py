@@ -49,7 +49,7 @@ class BatchOptions(NamedTuple):
     base_url: str | None
     trusted: frozenset[str]
     timeout: float
-    max_retries: int
+    max_retries: int | None  # None: as often as the table of `settle` says
     retry_failed: bool
     retry_unknown: bool
     accept_changes: bool
@@ -165,6 +165,7 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> BatchOptions:
     with noting(problems):
         if name is not None:
             check_folder_name(flag(mode) if looking else "--output-dir", name, folder)
+    retries: Callable[[str], int | None] = number(int, *MAX_RETRIES_RANGE)
     options = BatchOptions(
         mode={"status": "status", "gallery_only": "gallery"}.get(mode, "make"),
         input=arguments.input,
@@ -181,7 +182,7 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> BatchOptions:
         base_url=arguments.base_url,
         trusted=trusted,
         timeout=value("timeout", number(float, *TIMEOUT_RANGE), DEFAULT_TIMEOUT),
-        max_retries=value("max_retries", number(int, *MAX_RETRIES_RANGE), DEFAULT_MAX_RETRIES),
+        max_retries=value("max_retries", retries, None),
         retry_failed=arguments.retry_failed,
         retry_unknown=arguments.retry_unknown,
         accept_changes=arguments.accept_changes,

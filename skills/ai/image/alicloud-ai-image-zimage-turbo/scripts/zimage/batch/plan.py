@@ -150,7 +150,7 @@ class Stage:
         """US$ for a picture, worked out once for all that are alike."""
         kind = (request.size, request.prompt_extend)
         if kind not in self._prices:
-            self._prices[kind] = self.provider.price(request, self.endpoint.region).estimate
+            self._prices[kind] = self.provider.price_at(request, self.endpoint).counted
         return self._prices[kind]
 
     def _fingerprint(self, of_row: str) -> str:

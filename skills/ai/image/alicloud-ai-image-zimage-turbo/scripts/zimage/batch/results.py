@@ -15,7 +15,7 @@ from zimage.errors import Failure, os_reason
 from zimage.files import aside
 
 if TYPE_CHECKING:
-    from zimage.facts import Error
+    from zimage.facts import Error, Facts
 
 
 def totals(database: sqlite3.Connection) -> tuple[dict[str, int], float]:
@@ -55,7 +55,7 @@ def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict
             "prompt": row["prompt"],
             "rewritten_prompt": said.get("rewritten_prompt"),
             "size": row["size"],
-            "seed": row["seed"] if row["seed"] != NO_SEED else None,
+            "seed": row["seed"] if row["seed"] != NO_SEED and "seed" not in facts.get("unused", ()) else None,
             "prompt_extend": bool(row["prompt_extend"]),
             "output": row["output"],
             "image_path": path_in(folder, row["output"]) if image else None,
@@ -65,7 +65,7 @@ def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict
             "sha256": image.get("sha256"),
             "evidence_path": path_in(folder, evidence_name(row["number"])) if has_evidence else None,
             "request_id": said.get("request_id"),
-            "estimated_cost": round(row["price"] * row["paid"], 6),
+            "estimated_cost": None if is_unpriced(row, facts) else round(row["price"] * row["paid"], 6),
             "attempts": len(facts.get("attempts", [])),
             "finished_at": facts.get("finished_at") if row["state"] != "pending" else None,
             "warnings": [*facts.get("warnings", ()), *image.get("warnings", ())] or None,
@@ -73,6 +73,11 @@ def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict
             "in_input": None if row["position"] is not None else False,
         }
         yield {name: value for name, value in entry.items() if value is not None}
+
+
+def is_unpriced(row: sqlite3.Row, facts: Facts) -> bool:
+    """Whether a picture was asked for at a price that nobody knew."""
+    return row["paid"] > 0 and row["price"] == 0 and facts.get("billable", False)
 
 
 def without_link(error: Error | None) -> dict[str, Any] | None:

@@ -115,9 +115,11 @@ def close_submitting(database: sqlite3.Connection, folder: Path, stop: Stop) -> 
         stop.check()
         job = job_of(row, folder, services, None)
         adopted = adopt(job, folder)
+        if row["state"] == "unknown" and not adopted and is_free(job):
+            database.execute("UPDATE pictures SET state = 'pending' WHERE number = ?", (job.number,))
         if row["state"] != "submitting" and not adopted:
             continue
-        if not adopted and job.plan.provider.in_process:  # whatever it was making died with it
+        if not adopted and is_free(job):  # what it was making cost nothing
             job.paid -= 1
             database.execute("UPDATE pictures SET state = 'pending', paid = ? WHERE number = ?", (job.paid, job.number))
             continue
@@ -130,6 +132,11 @@ def close_submitting(database: sqlite3.Connection, folder: Path, stop: Stop) -> 
             (job.evidence.status, job.facts, job.number),
         )
     return unknown
+
+
+def is_free(job: Job) -> bool:
+    """Whether a picture cost nothing when it was asked for, and has no task to ask after."""
+    return not job.facts_before.get("billable", job.plan.billable) and not job.facts_before.get("task_id")
 
 
 def adopt(job: Job, folder: Path) -> bool:

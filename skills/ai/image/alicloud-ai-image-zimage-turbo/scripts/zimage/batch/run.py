@@ -18,15 +18,16 @@ from zimage.batch.folder import check_same_database, open_database
 from zimage.batch.forecast import Forecast
 from zimage.batch.journal import Job, Jobs, Journal, JournalRow, Place, RunRow
 from zimage.batch.options import BatchOptions
-from zimage.batch.pacer import Pacer
+from zimage.batch.pacer import Pacer, Window
 from zimage.batch.progress import Progress, Tally
 from zimage.batch.results import totals
 from zimage.batch.tasks import OpenTasks
 from zimage.batch.work import Outcome, Worker, own_fault
 from zimage.console import Console
-from zimage.contract import EXIT_DISK, EXIT_UNAVAILABLE, MIB, MIN_FREE_BYTES
+from zimage.contract import EXIT_DISK, EXIT_UNAVAILABLE, GENERATE_SHARE, MIB, MIN_FREE_BYTES
 from zimage.errors import Failure, Left
 from zimage.files import check_space
+from zimage.settle import may_go_again, most_retries
 from zimage.waiting import Crew, Stop, wait_before
 
 POLLS_AT_ONCE = 8
@@ -52,6 +53,7 @@ class Run:
         self._database_file = os.stat(self.folder / DATABASE).st_ino
         self.database.row_factory = sqlite3.Row
         self._jobs = Jobs(self.database, self.folder, place)
+        self._costs = place.provider.is_billable_at(place.endpoint)
         self._journal = Journal(self.folder)
         self._row = RunRow(self.database, self._journal)
         states, spent = totals(self.database)
@@ -68,6 +70,9 @@ class Run:
         self._savers = Crew(DOWNLOADS_AT_ONCE, "save")
         self._tasks = OpenTasks(options.timeout)
         self._pacer = Pacer(options.rpm, start=self._row.first_start(options.rpm))
+        # A service with a published rate works on as many as come in it; any other may be one card.
+        most = 0 if place.provider.requests_per_minute else options.concurrency or CONCURRENCY_RANGE[1]
+        self._window = Window(most, GENERATE_SHARE * options.timeout) if most else None
         self._forecast = Forecast(self._row.latency_before, self.deadline)
         self._out: dict[int, float] = {}  # number -> when its request left
         self._saving: set[int] = set()
@@ -188,7 +193,7 @@ class Run:
         limit, ceiling = self.options.limit, self.options.max_cost
         if limit is not None and job.number not in self.tally.sent and len(self.tally.sent) >= limit:
             self._bound = "limit"
-        elif ceiling is not None and self.tally.spent + job.plan.price.estimate > ceiling + 1e-9:
+        elif ceiling is not None and self.tally.spent + job.plan.price.counted > ceiling + 1e-9:
             self._bound = "cost"
         else:
             self._bound = None
@@ -203,7 +208,7 @@ class Run:
     def _start(self, job: Job, now: float) -> None:
         self._out[job.number] = now
         self.tally.sent.add(job.number)
-        self.tally.spent += job.plan.price.estimate
+        self.tally.spent += job.plan.price.counted
         self.tally.move(job, job.state, "submitting")
         self._generators.do(self._work, self._worker.generate, "generate", job)
 
@@ -232,7 +237,8 @@ class Run:
 
     def _most_out(self, now: float) -> int:
         """How many requests may be out."""
-        return self.options.concurrency or self._forecast.concurrency(self._pacer.base, now, self._out.values())
+        asked = self._window.limit if self._window else self.options.concurrency
+        return asked or self._forecast.concurrency(self._pacer.base, now, self._out.values())
 
     def _halt_for_time(self) -> None:
         limit = self.options.time_limit or 0.0
@@ -255,12 +261,15 @@ class Run:
             self._behind[job.number] = outcome.record
         now = time.monotonic()
         if outcome.step == "generate":
+            if self._window is not None:
+                code, out = failure.code if failure else None, len(self._out)
+                self._window.heard(code, now, self._out[job.number], kind=job.plan.request.size, out=out)
             sent = self._out.pop(job.number)
             if failure is not None and failure.code == "too_slow":
                 self._forecast.answered(2 * outcome.seconds)  # at least: the next run needs more time than this one
             elif outcome.seconds and (failure is None or failure.fault.billed != "no"):
                 self._forecast.answered(outcome.seconds)
-            if failure is None or failure.code != "rate_limited":
+            if not outcome.holds:
                 self._pacer.accepted(now, sent)
             before = "submitting"
         elif outcome.step == "find":
@@ -274,7 +283,7 @@ class Run:
             sent, before = outcome.began, "generated"
             if failure is None:
                 self._forecast.saved(outcome.seconds)
-        self.tally.spent -= job.plan.price.estimate * (failure is not None and failure.fault.billed == "no")
+        self.tally.spent -= job.plan.price.counted * (failure is not None and failure.fault.billed == "no")
         if outcome.step != "find" or job.state != before:
             self.tally.move(job, before, job.state)
         # Also where the database could not take it; once, whether this report or `_feed_savers` comes first.
@@ -294,23 +303,24 @@ class Run:
             return  # of an earlier run: says nothing of this one
         if now >= self.deadline:  # it was cut, which says nothing of service or network
             self._halt_for_time()
-        elif failure.code == "rate_limited":
-            self._hold(job, failure, now, sent)
+        elif outcome.holds:
+            self._hold(failure, now, sent)
         elif failure.fault.concerns == "run":
             self._halt(failure)
         elif failure.fault.billed == "unknown" or failure.fault.concerns == "service" or job.state == "generated":
             self._count_failure(outcome.step, failure)
         else:  # the row's own fault: the service works
             self._storms.calm(outcome.step)
-        if outcome.step == "generate" and outcome.left is Left.AGAIN and self._stop is None:
+        if outcome.step == "generate" and outcome.left in (Left.AGAIN, Left.ANEW) and self._stop is None:
             self._plan_retry(job, failure, now)
 
-    def _hold(self, job: Job, failure: Failure, now: float, sent: float) -> None:
+    def _hold(self, failure: Failure, now: float, sent: float) -> None:
         wait = failure.fault.retry_after_s
+        note = self._pacer.refused if failure.code == "rate_limited" else self._pacer.held
         if wait is not None and wait > self.options.timeout:
             self._halt(failure)
-        elif self._pacer.refused(now, sent, wait):
-            self._count_failure("generate", failure)
+        elif note(now, sent, wait):
+            self._count_failure("generate", failure.but(billed="no"))
 
     def _count_failure(self, step: str, failure: Failure) -> None:
         if too_many := self._storms.count(step, failure):
@@ -318,7 +328,9 @@ class Run:
 
     def _plan_retry(self, job: Job, failure: Failure, now: float) -> None:
         """Send a picture again after a wait, where its call surely was not billed and it has tries left."""
-        if not failure.fault.retryable or job.tries > self.options.max_retries:
+        fault, billable = failure.fault, job.plan.billable
+        most = most_retries(fault, self.options.max_retries, billable=billable)
+        if not may_go_again(fault, billable=billable) or job.tries > most:
             self._gave_up = failure
             return
         wait = wait_before(job.tries - 1, failure.fault.retry_after_s)
@@ -375,7 +387,7 @@ class Run:
             return self._stop
         if self._gave_up is not None and self._storms.failures["generate"]:
             return storm(self._gave_up, "pictures are left after their retries", EXIT_UNAVAILABLE)
-        ending = incomplete(self.database, self._bound)
+        ending = incomplete(self.database, self._bound, costs=self._costs)
         if ending is not None and time.monotonic() > self._forecast.last_save:  # it cut what was left to download
             self._halt_for_time()
             return self._stop

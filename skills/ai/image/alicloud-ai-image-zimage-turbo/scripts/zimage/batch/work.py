@@ -13,7 +13,7 @@ from zimage.errors import Billed, Failure, Left, internal_error
 from zimage.make import attempt, came, save
 from zimage.picture import Picture
 from zimage.provider import Generated, Submitted
-from zimage.settle import TASK_ENDS, settle
+from zimage.settle import TASK_ENDS, is_gateway_page, settle
 from zimage.task import Task
 from zimage.trust import home_of, home_of_record, naming_flags
 from zimage.waiting import Stop
@@ -29,6 +29,14 @@ class Outcome(NamedTuple):
     seconds: float = 0.0  # that a picture took to be made, or to be saved
     left: Left | None = None  # what the failure has left of the picture
     record: JournalRow | None = None  # where the step was noted, or could not be
+
+    @property
+    def holds(self) -> bool:
+        """Whether all calls are to wait: at a rate limit, or where a server that costs nothing is away."""
+        if self.failure is None or self.failure.code == "rate_limited":
+            return self.failure is not None
+        is_away = self.left is Left.ANEW or is_gateway_page(self.failure.fault)
+        return self.step == "generate" and is_away and not self.job.plan.billable
 
 
 def own_fault(error: Exception, billed: Billed) -> Failure:
