@@ -68,7 +68,7 @@ def exchange(call: HttpCall, stop: Stop, *, limit: int, reach: str) -> HttpAnswe
             response = adapter.send(request, stream=True, timeout=wire.remaining, proxies=proxies, verify=ca_bundle())
             with contextlib.closing(response):
                 answer = _read_answer(response, limit)
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError, ValueError) as error:
+    except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:  # those of requests are OSErrors
         if stop.reason:
             raise Stopped(stop.reason, request_left=wire.connected) from None
         raise _transport_failure(wire, error) from None
@@ -88,7 +88,6 @@ def ca_bundle() -> str | bool:
 
 
 def _read_answer(response: Any, limit: int) -> HttpAnswer:
-    import requests
     import urllib3
 
     headers = {name.lower(): value for name, value in response.headers.items()}
@@ -100,32 +99,31 @@ def _read_answer(response: Any, limit: int) -> HttpAnswer:
     whole = True
     # Left to itself, urllib3 throws away the beginning of a body that breaks off: it may hold the link.
     response.raw.enforce_content_length = False
-    # And it unpacks what was packed, as often as the server says.
-    coding = response.raw.headers.pop("content-encoding", "").strip().lower()
     if is_good and (response.raw.length_remaining or 0) > limit:  # what is announced, where that is a number
         raise AnswerTooLarge
     try:
-        for chunk in response.raw.stream(64 * 1024, decode_content=False):
+        for chunk in response.raw.stream(64 * 1024, decode_content=False):  # else as often as the server says
             body.write(chunk)
             if body.tell() > limit and is_good:
                 raise AnswerTooLarge
             if body.tell() > limit:
                 break
         whole = not response.raw.length_remaining
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError) as error:
+    except (urllib3.exceptions.HTTPError, OSError) as error:
         body.write(_begun_chunk(error))
         whole = False
     if not body.tell() and not {"content-length", "transfer-encoding"} & headers.keys():
         whole = False  # nothing announced and nothing sent: the headers broke off
-    return _unpacked(HttpAnswer(response.status_code, headers, body.getvalue(), whole), coding, limit)
+    return _unpacked(HttpAnswer(response.status_code, headers, body.getvalue(), whole), limit)
 
 
-def _unpacked(answer: HttpAnswer, coding: str, limit: int) -> HttpAnswer:
+def _unpacked(answer: HttpAnswer, limit: int) -> HttpAnswer:
     """The answer without the one layer of gzip that some gateways add unasked: behind it is what was paid for.
 
     Raises:
         AnswerTooLarge, AnswerEncoded.
     """
+    coding = answer.headers.get("content-encoding", "").strip().lower()
     is_gzip = coding in ("gzip", "x-gzip")
     if coding in ("", "identity") or (is_gzip and not answer.body.startswith(b"\x1f\x8b")):
         return answer  # some gateways unpack and leave the header
@@ -150,7 +148,7 @@ def _begun_chunk(error: BaseException | None) -> bytes:
     while error is not None:
         if isinstance(error, http.client.IncompleteRead) and isinstance(error.partial, bytes):  # of urllib3's, a number
             return error.partial
-        error = error.__cause__ or error.__context__
+        error = error.__context__
     return b""
 
 
@@ -164,7 +162,7 @@ def _transport_failure(wire: Wire, error: Exception) -> Exception:
         return NotSent("the URL, or that of the proxy, cannot be used", lasting=True)
     if not wire.connecting and isinstance(error, OSError) and not isinstance(error, requests.RequestException):
         return NotSent("the certificate bundle that the environment names cannot be read", lasting=True)
-    if wire.connecting and not wire.connected:
+    if not wire.connected:
         if wire.expired:
             return NotSent("no connection was made in time")
         certificate = "certificate" in str(error).lower()

@@ -113,7 +113,6 @@ class Wire:
         with self._lock:
             if self._socket is not None:
                 self._socket.close()
-                self._socket = None
 
 
 def request_target(url: str) -> str:
@@ -184,11 +183,9 @@ def wired_adapter() -> Any:
                 raise OSError("the deadline passed while connecting")
             self._wire.connected = True  # from here on the service may have seen the request
 
-        def putrequest(
-            self, method: str, url: str, skip_host: bool = False, skip_accept_encoding: bool = False
-        ) -> None:
+        def putrequest(self, method: str, url: str, *args: Any, **kwargs: Any) -> None:
             # The libraries rewrite a URL on its way here; a signature may hold for its very bytes only.
-            super().putrequest(method, self._wire.target, skip_host, skip_accept_encoding)  # type: ignore[misc]
+            super().putrequest(method, self._wire.target, *args, **kwargs)  # type: ignore[misc]
 
     class PlainConnection(Wired, HTTPConnection):
         pass
