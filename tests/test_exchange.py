@@ -29,11 +29,11 @@ from fault_server import Answer, FaultServer, Received
 from zimage import wire
 from zimage.contract import CONNECT_TIMEOUT, MAX_ANSWER_BYTES, MAX_ERROR_BYTES, MIB, SKILL, VERSION
 from zimage.endpoint import Endpoint
-from zimage.errors import Failure
+from zimage.errors import Failure, NotSent
 from zimage.provider import HttpAnswer, HttpCall, LocalCall
 from zimage.transport import AnswerEncoded, AnswerLost, AnswerTooLarge, ask, ca_bundle, exchange
 from zimage.waiting import WATCHER, Stop, Stopped
-from zimage.wire import NotSent, Wire, request_target
+from zimage.wire import Wire, request_target
 
 NAME = "images.example"
 LIMIT = 1000

@@ -181,7 +181,7 @@ def test_everything_wrong_is_told_at_once(refused: Refused, tmp_path: Path) -> N
     given = {"DASHSCOPE_WORKSPACE": "a b", "DASHSCOPE_BASE_URL": "https://x.example/api/v1"}
     code, *problems = refused(*words, **given)
     *told, taken = (problem.partition(":")[0] for problem in problems)
-    assert code == "invalid_request" and told == ["--timeout", "prompt", *given]
+    assert code == "host_not_trusted" and told == ["--timeout", "prompt", *given]  # the key outranks the rest
     assert "taken.png" in taken + problems[-1]
 
 

@@ -182,8 +182,8 @@ def goes_out(url: str) -> str:
         raise OSError("far enough")
 
     from zimage.contract import MIB
+    from zimage.errors import NotSent
     from zimage.transport import AnswerLost, exchange
-    from zimage.wire import NotSent
 
     with patch.object(Wire, "open", opened), contextlib.suppress(NotSent, AnswerLost):
         exchange(HttpCall("GET", url, {}), Stop(5), limit=MIB, reach="service")

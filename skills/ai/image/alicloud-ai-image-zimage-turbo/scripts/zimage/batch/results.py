@@ -75,7 +75,7 @@ def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict
         yield {name: value for name, value in entry.items() if value is not None}
 
 
-def is_unpriced(row: sqlite3.Row, facts: Facts) -> bool:
+def is_unpriced(row: Mapping[str, Any], facts: Facts) -> bool:
     """Whether a picture was asked for at a price that nobody knew."""
     return row["paid"] > 0 and row["price"] == 0 and facts.get("billable", False)
 
