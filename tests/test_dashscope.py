@@ -46,7 +46,9 @@ def answer(status: int, value: Any, **headers: str) -> HttpAnswer:
 
 
 def read(status: int, value: Any, request: ImageRequest = REQUEST) -> Generated:
-    return PROVIDER.read(answer(status, value), request, NOW)
+    made = PROVIDER.read(answer(status, value), request, NOW)
+    assert isinstance(made, Generated)
+    return made
 
 
 def failure(status: int, value: Any, **headers: str) -> Failure:
@@ -149,8 +151,9 @@ ERROR_ROWS = [  # HTTP status, code, exit, billed, sent again: facts of the vend
     (403, "AccessDenied.Unpurchased", 3, "no", False),
     (403, "Model.AccessDenied", 3, "no", False),
     (403, "AllocationQuota.FreeTierOnly", 4, "no", False),
-    (429, "Throttling.AllocationQuota", 4, "no", False),
-    (429, "insufficient_quota", 4, "no", False),
+    (403, "Throttling.AllocationQuota", 4, "no", False),
+    (429, "Throttling.AllocationQuota", 6, "no", True),  # of a second or a minute; the free one is told by its words
+    (429, "insufficient_quota", 6, "no", True),
     (404, "ModelNotFound", 2, "no", False),
     (404, "NotFound", 2, "no", False),
     (429, "Throttling", 6, "no", True),

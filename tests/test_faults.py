@@ -212,6 +212,7 @@ def content(value: object) -> Answer:
     return choices([{"finish_reason": "stop", "message": {"role": "assistant", "content": value}}])
 
 
+FREE_GONE = "Free allocated quota exceeded."
 STATUSES = [
     refused("400 of the service", error(400, "InvalidParameter"), 2, "rejected_by_service"),
     refused("400 of a gateway", html(400), 2, "rejected_by_service"),
@@ -226,7 +227,7 @@ STATUSES = [
     refused("404 of the service", error(404, "ModelNotFound"), 2, "not_found"),
     refused("404 of a gateway", html(404), 2, "not_found"),
     refused("405", error(405, "MethodNotAllowed"), 8, "refused_by_service"),
-    refused("408 of a gateway", html(408), 8, "refused_by_service"),
+    unknown("408 of a gateway", html(408)),
     refused("413", html(413), 8, "refused_by_service"),
     refused("418", html(418), 8, "refused_by_service"),
     refused("422", error(422, "Unprocessable"), 8, "refused_by_service"),
@@ -260,10 +261,10 @@ CODES = [
     refused("200 with DataInspectionFailed", error(200, "DataInspectionFailed"), 5, "blocked"),
     refused("400 with DataInspectionFailed", error(400, "DataInspectionFailed"), 5, "blocked"),
     refused("400 with Arrearage", error(400, "Arrearage"), 4, "balance"),
-    refused("400 with InternalError", error(400, "InternalError.Timeout"), 6, "service_failing"),
+    refused("400 with InternalError", error(400, "InternalError"), 6, "service_failing"),
     refused("403 with a used up quota", error(403, "AllocationQuota.FreeTierOnly"), 4, "quota"),
-    refused("429 with a used up quota", error(429, "Throttling.AllocationQuota"), 4, "quota", retries=3),
-    refused("429 with insufficient_quota", error(429, "insufficient_quota"), 4, "quota", retries=3),
+    refused("429 with a used up quota", error(429, "Throttling.AllocationQuota", FREE_GONE), 4, "quota", retries=3),
+    refused("429 with insufficient_quota", error(429, "insufficient_quota", FREE_GONE), 4, "quota", retries=3),
     refused("500 with InvalidApiKey", error(500, "InvalidApiKey"), 3, "key_rejected", retries=3),
     refused("500 with Arrearage", error(500, "Arrearage"), 4, "balance", retries=3),
     refused("503 with DataInspectionFailed", error(503, "DataInspectionFailed"), 5, "blocked", retries=3),
@@ -279,7 +280,7 @@ BODIES = [
     unknown("a list", json_answer([1, 2]), 8, "answer_unusable"),
     unknown("a number", json_answer(1), 8, "answer_unusable"),
     unknown("null", json_answer(None), 8, "answer_unusable"),
-    no_image("a task instead of a picture", json_answer({"output": {"task_id": "t", "task_status": "PENDING"}})),
+    no_image("a job instead of a picture", json_answer({"output": {"job_id": "t", "status": "PENDING"}})),
     no_image("output is null", json_answer({"request_id": "r", "output": None})),
     no_image("output is a list", json_answer({"request_id": "r", "output": [1]})),
     no_image("choices is an object", choices({"0": 1})),
@@ -288,12 +289,12 @@ BODIES = [
     no_image("choices of strings", choices(["picture"])),
     no_image("message is a string", choices([{"message": "https://example.com/a.png"}])),
     no_image("content is a string", content("https://example.com/a.png")),
-    no_image("content is an object", content({"image": "https://example.com/a.png"})),
+    no_image("content is an object", content({"image": "a.png"})),
     no_image("content is empty", content([])),
     no_image("content of a blocked picture", content([{"text": "I cannot draw that"}])),
     no_image("image is a number", content([{"image": 1}])),
     no_image("image is null", content([{"image": None}])),
-    no_image("image is a list", content([{"image": ["https://example.com/a.png"]}])),
+    no_image("image is a list", content([{"image": [["a.png"]]}])),
     no_image("image is empty", content([{"image": ""}])),
     no_image("image is blank", content([{"image": " \n"}])),
     no_image(

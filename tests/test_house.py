@@ -21,7 +21,8 @@ LAYERS = [
     ["outside"],
     ["errors"],
     ["provider", "paths", "waiting", "registry", "formats"],
-    ["files", "settle", "memory", "wire"],
+    ["files", "settle", "memory", "wire", "words", "traces"],
+    ["codes"],
     ["keys", "console", "request", "answers", "transport"],
     ["trust"],
     ["evidence", "picture"],
@@ -42,6 +43,7 @@ LONGEST = 400
 # What a provider may know of the house: nothing that waits, sends, keeps or decides.
 FOR_PROVIDERS = {
     "answers",
+    "codes",
     "contract",
     "endpoint",
     "errors",
@@ -51,6 +53,8 @@ FOR_PROVIDERS = {
     "quoting",
     "request",
     "task",
+    "traces",
+    "words",
 }
 
 ROOMS = {

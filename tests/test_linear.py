@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import json
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +15,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from conftest import SCRIPTS
-from zimage.answers import link_expiry, read_json, retry_after
+from zimage.answers import link_expiry, read_json, retry_after, service_failure
 from zimage.evidence import utc_now
 from zimage.files import to_json
 from zimage.outside import kept_text, outside_json, outside_text, remember_secret, told_line
@@ -127,6 +128,13 @@ READERS: dict[str, Callable[[str], object]] = {
     "slug_of": slug_of,
     "to_json": to_json,
     "retry_after": lambda text: retry_after(answer(text)),
+    "a failure in text": lambda text: service_failure(answer(text), is_own_json=False),
+    "a failure in a page": lambda text: service_failure(answer(f"<html>{text}"), is_own_json=False),
+    "a failure in XML": lambda text: service_failure(answer(f"<?xml{text}"), is_own_json=False),
+    "a failure in events": lambda text: service_failure(answer(f"data:{text}\ndata:{{}}"), is_own_json=False),
+    "a failure in JSON": lambda text: service_failure(
+        answer(json.dumps({"code": text, "message": text, "output": {"text": text, "url": text}})), is_own_json=False
+    ),
     "read_json": lambda text: read_json(answer(text)),
     "link_expiry": lambda text: link_expiry(f"https://x/?{text}", utc_now()),
     "request": lambda text: request_problems({"prompt": text, "size": text, "base_url": text, text: 1}),

@@ -10,7 +10,7 @@ from closed import CLOSED, assert_answer_closed
 from zimage import facts
 from zimage.batch.contract import KEPT_FACTS
 from zimage.contract import ERROR_SCHEMA, EVIDENCE_SCHEMA, REQUEST_SCHEMA
-from zimage.errors import Fault
+from zimage.errors import NOT_TOLD, Fault
 
 PARTS = EVIDENCE_SCHEMA["properties"]
 
@@ -22,6 +22,7 @@ PARTS = EVIDENCE_SCHEMA["properties"]
         (facts.Content, EVIDENCE_SCHEMA),
         (facts.Attempt, PARTS["attempts"]["items"]),
         (facts.Response, PARTS["response"]),
+        (facts.Unread, PARTS["answer"]),
         (facts.Image, PARTS["image"]),
         (facts.Cost, PARTS["cost"]),
         (facts.Error, ERROR_SCHEMA),
@@ -44,7 +45,7 @@ def test_a_row_remembers_what_its_type_says() -> None:
 
 
 def test_an_error_tells_all_facts_of_a_fault() -> None:
-    assert set(facts.Error.__annotations__) == set(Fault._fields) - {"lasting"}
+    assert set(facts.Error.__annotations__) == set(Fault._fields) - set(NOT_TOLD)
 
 
 ERROR = Fault.of("disk", "x").as_json()

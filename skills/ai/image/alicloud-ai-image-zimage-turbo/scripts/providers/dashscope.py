@@ -5,19 +5,60 @@ from __future__ import annotations
 import datetime as dt
 import re
 from typing import TYPE_CHECKING, Any, ClassVar
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
-from zimage.answers import bearer, json_post, link_expiry, read_begun_json, read_json, request_id, service_failure
+from zimage.answers import (
+    bearer,
+    found_elsewhere,
+    json_post,
+    link_expiry,
+    read_begun_json,
+    read_json,
+    request_id,
+    service_failure,
+)
+from zimage.codes import COMMON_CODES, Code
 from zimage.endpoint import _LABEL
+from zimage.errors import Failure
 from zimage.keys import KeyPlaces
 from zimage.outside import at, kept_text, outside_json
-from zimage.provider import Generated, HttpCall, Price, Provider
+from zimage.provider import Generated, HttpCall, Price, Provider, Submitted
+from zimage.task import is_task_id
+from zimage.traces import ENDED_BADLY, ENDED_WELL, traces_in
 
 if TYPE_CHECKING:
     from zimage.endpoint import Endpoint
-    from zimage.errors import Failure
     from zimage.provider import HttpAnswer
     from zimage.request import ImageRequest
+
+
+# The service's codes, native and in OpenAI's form, of the vendor's error pages (references/sources.md). The allocated
+# quota is the use of a second or a minute; only the free one comes to an end.
+CODES = (
+    Code("quota", "Throttling.AllocationQuota insufficient_quota", text="free allocated quota exceeded"),
+    Code("quota", "Throttling.AllocationQuota insufficient_quota", statuses=[403]),
+    Code("rate_limited", "Throttling LimitRequests limit_burst_rate insufficient_quota"),
+    Code("quota", "AllocationQuota FreeTierOnly"),
+    Code("balance", "Arrearage CommodityNotPurchased PrepaidBillOverdue PostpaidBillOverdue"),
+    Code("blocked", "DataInspectionFailed IPInfringementSuspect FaqRuleBlocked CustomRoleBlocked"),
+    Code("key_rejected", "InvalidApiKey NotAuthorized"),
+    Code("rejected_by_service", "AccessDenied", text="asynchronous"),
+    Code("quota", "AccessDenied", text="free (allocated )?quota|free tier"),
+    Code("access_denied", "AccessDenied NotAuthorised"),
+    Code("not_found", "ModelNotFound model_not_supported WorkSpaceNotFound NotFound"),
+    Code("outcome_unknown", "RequestTimeOut ResponseTimeout InternalError.Timeout GatewayTimeoutError"),
+    Code("outcome_unknown", "ClientDisconnect APIConnectionError"),
+    Code("rejected_by_service", "InvalidParameter invalid_parameter_error invalid_value BadRequest* InvalidURL*"),
+    Code("rejected_by_service", "invalid_request_error", statuses=[200, 400, 409, 413, 422]),
+    Code("rejected_by_service", "UnsupportedOperation InvalidSchema Conflict RequestTooLargeError"),
+    Code("rejected_by_service", "ServiceUnavailableError"),  # an empty input, or a wrong role
+    Code("rejected_by_service", "InternalError.Algo", statuses=range(400, 500)),
+    Code("service_failing", "InternalError SystemError ModelServiceFailed RewriteFailed"),
+    Code("service_failing", "ModelServingError ModelUnavailable ServiceUnavailable"),
+    Code("balance", text="account is in good standing|overdue"),
+    Code("blocked", text="inappropriate content", statuses=[400]),
+    *COMMON_CODES,
+)
 
 
 class DashScope(Provider):
@@ -55,28 +96,6 @@ class DashScope(Provider):
     own_hosts = re.compile(
         rf"dashscope\.aliyuncs\.com|dashscope-[a-z0-9]+\.aliyuncs\.com|(?:{_LABEL}\.)+(?:dashscope|maas)\.aliyuncs\.com"
     )
-    # Prefixes of the service's codes, folded to lower case without _ and -; the longest that fits counts,
-    # and outranks the HTTP status.
-    code_kinds: ClassVar = {
-        "invalidparameter": "rejected_by_service",
-        "badrequest": "rejected_by_service",
-        "invalidurl": "rejected_by_service",
-        "datainspectionfailed": "blocked",
-        "arrearage": "balance",
-        "invalidapikey": "key_rejected",
-        "accessdenied": "access_denied",
-        "model.accessdenied": "access_denied",
-        "allocationquota": "quota",
-        "throttling.allocationquota": "quota",
-        "insufficientquota": "quota",
-        "modelnotfound": "not_found",
-        "notfound": "not_found",
-        "throttling": "rate_limited",
-        "internalerror": "service_failing",
-        "serviceunavailable": "service_failing",
-        "modelservingerror": "service_failing",
-        "requesttimeout": "outcome_unknown",
-    }
 
     def region_of(self, host: str) -> str | None:
         for region, root in self.roots.items():
@@ -112,14 +131,43 @@ class DashScope(Provider):
     def _headers(self, key: str, workspace: str | None) -> dict[str, str]:
         return bearer(key) | ({"X-DashScope-WorkSpace": workspace} if workspace else {})
 
-    def read(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated:
+    def read(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated | Submitted:
         body = read_begun_json(answer)
+        if made := self._picture(answer, body, request, now):
+            return made
+        traces = traces_in(body)
+        task_id = str(at(body, "output", "task_id") or at(body, "task_id") or "")
+        is_open = 200 <= answer.status < 300 and traces.task_status not in (*ENDED_WELL, *ENDED_BADLY)
+        if is_open and task_id in traces.task_ids and is_task_id(task_id):  # a gateway may have asked for one
+            return Submitted(task_id, request_id(answer, body or {}))
+        raise self._failure(answer, read_json(answer), request.prompt)
+
+    def poll(self, task_id: str, endpoint: Endpoint, key: str) -> HttpCall:
+        """The free question of the vendor's services that work by tasks; this model's own calls name none."""
+        return HttpCall("GET", f"{endpoint.root}/tasks/{quote(task_id, safe='')}", bearer(key))
+
+    def read_poll(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated | None:
+        body = read_json(answer)
+        if made := self._picture(answer, body, request, now):
+            return made
+        status = traces_in(body).task_status
+        failure = self._failure(answer, body, request.prompt)
+        if body is None or not 200 <= answer.status < 300 or status == "UNKNOWN":
+            raise failure if status != "UNKNOWN" else Failure("not_found", failure.message)
+        if status in (*ENDED_WELL, *ENDED_BADLY):
+            raise failure
+        return None
+
+    def _picture(
+        self, answer: HttpAnswer, body: dict[str, Any] | None, request: ImageRequest, now: dt.datetime
+    ) -> Generated | None:
+        """The picture in an answer: one that is there was made, whatever status stands beside it."""
         choice = at(body, "output", "choices", 0) or {}
         items = at(choice, "message", "content")
         items = [item for item in items if isinstance(item, dict)] if isinstance(items, list) else []
         links = [item["image"] for item in items if isinstance(item.get("image"), str) and item["image"].strip()]
-        if body is None or not links:  # a picture that is there was made, whatever status stands beside it
-            raise self._failure(answer, read_json(answer))
+        if body is None or not links:
+            return found_elsewhere(answer, body, now + self.link_lifetime)
         text = next((item["text"] for item in items if isinstance(item.get("text"), str)), "")
         reasoning = at(choice, "message", "reasoning_content") or next(
             (item["reasoning_content"] for item in items if item.get("reasoning_content")), ""
@@ -142,20 +190,20 @@ class DashScope(Provider):
         models = at(body, "output", "models")
         return isinstance(models, list) and any(isinstance(m, dict) and self.model in m.values() for m in models)
 
-    def _failure(self, answer: HttpAnswer, body: dict[str, Any] | None) -> Failure:
+    def _failure(self, answer: HttpAnswer, body: dict[str, Any] | None, prompt: str = "") -> Failure:
         """What an answer without a picture means, by the service's code and else by the HTTP status."""
-        said = {name: value for name, value in (body or {}).items() if isinstance(value, str)}
-        code = said.get("code", "")
-        folded = re.sub("[_-]", "", code.lower())
-        prefixes = [prefix for prefix in self.code_kinds if folded.startswith(prefix)]
-        return service_failure(
+        body = body or {}
+        failure = service_failure(
             answer,
-            message=said.get("message"),
-            code=code,
-            kind=self.code_kinds[max(prefixes, key=len)] if prefixes else None,
-            is_own_json=bool(code),
-            request_id=request_id(answer, body or {}),
+            is_own_json=isinstance(body.get("code"), str) and body["code"] != "",
+            request_id=request_id(answer, body),
+            codes=CODES,
+            prompt=prompt,
         )
+        has_failed = traces_in(body).task_status in ENDED_BADLY
+        if has_failed and failure.code != "blocked" and 200 <= answer.status < 300:  # a task, which is not charged then
+            return Failure("task_failed", failure.message, service_code=failure.fault.service_code)
+        return failure
 
 
 PROVIDER = DashScope

@@ -12,7 +12,16 @@ import re
 from typing import Any, ClassVar
 from urllib.parse import unquote_to_bytes
 
-from zimage.answers import bearer, json_post, link_expiry, read_begun_json, read_json, request_id, service_failure
+from zimage.answers import (
+    bearer,
+    found_elsewhere,
+    json_post,
+    link_expiry,
+    read_begun_json,
+    read_json,
+    request_id,
+    service_failure,
+)
 from zimage.contract import MAX_IMAGE_BYTES, MIB
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure
@@ -21,16 +30,8 @@ from zimage.outside import at, kept_text, outside_json
 from zimage.provider import GUIDANCE, STEPS, Generated, HttpAnswer, HttpCall, OpenModel, Setting
 from zimage.request import ImageRequest
 
-LINK_LIFETIME = dt.timedelta(hours=1)  # OpenAI's own; engines that link to themselves say nothing
-BLOCKED = ("content_policy_violation", "moderation_blocked", "content_filter")
-CODE_KINDS = dict.fromkeys(BLOCKED, "blocked") | {
-    "insufficient_quota": "quota",
-    "billing_hard_limit_reached": "balance",
-    "invalid_api_key": "key_rejected",
-    "model_not_found": "not_found",
-    "rate_limit_exceeded": "rate_limited",
-}
 STATUS_KINDS = {402: "balance", 413: "rejected_by_service", 422: "rejected_by_service"}
+LINK_LIFETIME = dt.timedelta(hours=1)  # OpenAI's own; engines that link to themselves say nothing
 THIS_MODEL = re.compile("z-?image", re.IGNORECASE)
 
 
@@ -91,7 +92,10 @@ class OpenAI(OpenModel):
         pictures = [p for p in pictures if isinstance(p, dict)] if isinstance(pictures, list) else []
         pictures = [p for p in pictures if is_text(p.get("b64_json")) or is_text(p.get("url"))]
         if body is None or not pictures:  # a picture that is there was made, whatever status stands beside it
-            raise failure_of(answer, read_json(answer))
+            elsewhere = found_elsewhere(answer, body, now + LINK_LIFETIME)
+            if elsewhere is None:
+                raise failure_of(answer, read_json(answer), request.prompt)
+            return elsewhere
         picture, *more = pictures
         content = bytes_in(picture)
         link = "" if content else str(picture["url"]).strip()
@@ -162,19 +166,16 @@ def bytes_in(picture: dict[str, Any]) -> bytes:
         raise Failure("answer_unusable", "the picture in the answer is not whole base64") from None
 
 
-def failure_of(answer: HttpAnswer, body: dict[str, Any] | None) -> Failure:
+def failure_of(answer: HttpAnswer, body: dict[str, Any] | None, prompt: str = "") -> Failure:
     """What an answer without a picture means: OpenAI's error object, or what the engines' web framework says."""
-    error = at(body, "error")
-    codes = [value for value in (at(error, "code"), at(error, "type")) if is_text(value)]  # a number repeats the status
-    code = str(codes[0]) if codes else ""
-    message = at(error, "message") or error or at(body, "detail") or at(body, "message")
+    body = body or {}
+    is_own_json = any(body.get(name) for name in ("error", "errors", "detail", "message"))
     return service_failure(
         answer,
-        message=message if isinstance(message, (str, list, dict)) else None,
-        code=code,
-        kind=CODE_KINDS.get(code) or STATUS_KINDS.get(answer.status),
-        is_own_json=message is not None,
-        request_id=request_id(answer, body or {}),
+        is_own_json=is_own_json,
+        statuses=STATUS_KINDS,
+        request_id=request_id(answer, body),
+        prompt=prompt,
     )
 
 

@@ -15,6 +15,7 @@ from urllib.parse import quote
 
 from zimage.answers import (
     bearer,
+    found_elsewhere,
     json_post,
     link_expiry,
     read_begun_json,
@@ -24,12 +25,13 @@ from zimage.answers import (
     service_failure,
 )
 from zimage.endpoint import Endpoint
-from zimage.errors import Failure
+from zimage.errors import KINDS, Failure
 from zimage.keys import KeyPlaces
 from zimage.outside import at, kept_text, outside_json, outside_text, shown
 from zimage.provider import Generated, HttpAnswer, HttpCall, Price, Provider, Submitted
 from zimage.request import ImageRequest
 from zimage.task import is_task_id
+from zimage.words import said_in
 
 RATIOS = ("1:1", "4:3", "3:4", "16:9", "9:16")
 MAX_PROMPT = 1000  # characters
@@ -86,11 +88,14 @@ class ZImageTurbo(Provider):
         # A task that has a name exists, and may be charged, whatever fault is told beside it.
         exists = said not in (None, "") and (status < 300 or status == 429 or status >= 500)
         body = begun if exists else read_json(answer) or {}
-        if not exists and body and is_good(answer, body):
-            message = outside_text(body.get("message"))
-            raise Failure("answer_unusable", f"the service took the request and named no task: {message}")
+        if not exists and (made := found_elsewhere(answer, begun, now + LINK_LIFETIME)):
+            return made
         if not exists:
-            raise failure_of(answer, body)
+            failure = failure_of(answer, body)
+            if body and is_good(answer, body):
+                message = f"the service took the request and named no task: {failure.message}"
+                raise failure.but(code="answer_unusable", message=message, hint=KINDS["answer_unusable"].hint)
+            raise failure
         task_id = str(said) if isinstance(said, int) and not isinstance(said, bool) else said
         if not isinstance(task_id, str) or not is_task_id(task_id):
             raise Failure("answer_unusable", f"the service named its task {shown(said)}, which is no usable name")
@@ -172,16 +177,14 @@ def is_good(answer: HttpAnswer, body: dict[str, Any]) -> bool:
 
 def failure_of(answer: HttpAnswer, body: dict[str, Any]) -> Failure:
     """What an answer that is not a good one means."""
-    status, code = status_of(answer, body), code_of(body)
-    message = body.get("message")
-    message = message if isinstance(message, str) and message.lower() != "success" else None
-    unsafe = status == 400 and UNSAFE.search(message or "")
+    status = status_of(answer, body)
+    unsafe = status == 400 and UNSAFE.search(said_in(answer, body or None).message)
     return service_failure(
         answer,
-        message=message,
-        kind="balance" if status == 402 else "blocked" if unsafe else None,
-        is_own_json=code is not None,
+        kind="blocked" if unsafe else None,
+        is_own_json=code_of(body) is not None,
         status=status,
+        statuses={402: "balance"},
         request_id=request_id(answer, body),
     )
 

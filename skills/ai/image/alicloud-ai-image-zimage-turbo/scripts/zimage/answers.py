@@ -7,13 +7,17 @@ import datetime as dt
 import json
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
 
+from zimage.codes import COMMON_CODES, Code, kind_of
+from zimage.contract import MAX_KEPT_ANSWER, MAX_LINK_LENGTH, MAX_OTHER_LINKS, MAX_TASK_ID
 from zimage.errors import KINDS, Failure
-from zimage.outside import json_of, outside_text
-from zimage.provider import HttpCall
+from zimage.outside import json_of, kept_text, mask, outside_text, without_surrogates
+from zimage.provider import Generated, HttpCall
+from zimage.traces import ENDED_WELL, OF_A_PICTURE, Traces, traces_in
+from zimage.words import Said, said_in
 
 if TYPE_CHECKING:
     from zimage.errors import Side
@@ -26,12 +30,14 @@ STATUS_KINDS = {
     401: "key_rejected",
     403: "access_denied",
     404: "not_found",
+    408: "outcome_unknown",  # a gateway gave up, whatever goes on behind it
     429: "rate_limited",
 }
 SIDES: dict[Side, re.Pattern[str]] = {  # the words by which services name what content safety has refused
     "input": re.compile(r"\b(?:input|prompt)\b|输入|提示词", re.IGNORECASE),
     "output": re.compile(r"\b(?:output|generated)\b|输出|生成的", re.IGNORECASE),
 }
+NO_MORE_STATUSES: Mapping[int, str] = {}
 GATEWAY_STATUSES = (502, 504)  # whatever their body says, the call is not sent again on its own
 OWN_FAULT_STATUSES = (500, 503)  # not billed, but only where the service itself says so in its JSON
 UNSAID = {  # what an answer without a message lacks
@@ -41,36 +47,54 @@ UNSAID = {  # what an answer without a message lacks
 }
 
 
+LONGEST_WORDS = 20_000  # characters; more is not told anyhow
+_A_QUERY = re.compile(r"(https?://[^\s?]{1,2000}\?)[^\s)\"'>]+")  # of a link: it may be what opens a picture
+
+
 def service_failure(
     answer: HttpAnswer,
     *,
-    message: object,
+    message: object = None,
     code: str = "",
     kind: str | None = None,
     is_own_json: bool,
     status: int | None = None,
+    statuses: Mapping[int, str] = NO_MORE_STATUSES,
     request_id: str = "",
+    codes: Sequence[Code] = COMMON_CODES,
+    prompt: str = "",
 ) -> Failure:
     """What an answer without a picture means: one error table for all services.
 
-    `kind` is what the service's own code means, and outranks the status; `is_own_json`: the body is what this service
-    says, not a gateway. `status`: where the service names another one than HTTP did.
+    Code and message are read from the body, whatever its form, where they are not given. `kind` is what the service's
+    own code means, else the first row of `codes` that fits says it, and outranks the status; `is_own_json`: the body is
+    what this service says, not a gateway. `status`: where the service names another one than HTTP did; `statuses`: what
+    further ones mean to it. `prompt`: words that only repeat it say nothing.
     """
     status = status or answer.status
-    kind = _kind_of(answer, status, kind, is_own_json)
-    code = outside_text(code, 100)
-    redirect = "a redirect, which is not followed with the key" if 300 <= status < 400 else ""
-    what = outside_text(message) or redirect or UNSAID.get(kind, "")
+    body = read_json(answer)
+    said, traces = said_in(answer, body), traces_in(body)
+    kind = _kind_of(
+        answer, status, kind or kind_of(said, status, codes) or statuses.get(status), is_own_json, said, traces
+    )
+    code = outside_text(code or said.code, 100)
     doubtful = answer.status in GATEWAY_STATUSES and KINDS[kind].retryable
+    is_kept = KINDS[kind].billed != "no"
+    words = str(message or _words_beside(code, prompt, said))[:LONGEST_WORDS]
+    what = _what(status, kind, outside_text(_A_QUERY.sub(r"\1…", words) if is_kept else words))
     return Failure(
         kind,
-        " ".join(filter(None, ("the service answered", str(status), code))) + (f": {what}" if what else ""),
+        " ".join(filter(None, ("the service answered", str(status), code)))
+        + (f": {what}" if what else "")
+        + (_named(traces) if is_kept else ""),
         http_status=answer.status,
         service_code=code or None,
         request_id=request_id or None,
         retry_after_s=retry_after(answer),
         retryable=False if doubtful else None,
         refused=refused_side(what) if kind == "blocked" else None,
+        image_url=next(iter(_kept_links(traces)), None) if is_kept else None,
+        answer=kept_answer(answer, traces) if is_kept else None,
     )
 
 
@@ -80,11 +104,57 @@ def refused_side(said: str) -> Side | None:
     return named[0] if len(named) == 1 else None
 
 
-def _kind_of(answer: HttpAnswer, status: int, kind: str | None, is_own_json: bool) -> str:
-    if not answer.whole and not 400 <= status < 500:
+def _words_beside(code: str, prompt: str, said: Said) -> str:
+    return "" if said.message in (code, prompt, prompt.strip()) else said.message
+
+
+def _what(status: int, kind: str, words: str) -> str:
+    """What is told of an answer: its words, and what it lacks."""
+    if 300 <= status < 400 and not words:
+        return "a redirect, which is not followed with the key"
+    lacks = UNSAID.get(kind, "")
+    return ": ".join(filter(None, (lacks, words))) if kind != "outcome_unknown" else words or lacks
+
+
+def _named(traces: Traces) -> str:
+    """What an answer holds of a picture, to be told: the link itself stands in a field of its own."""
+    tasks = [outside_text(name, 100) for name in _kept_tasks(traces)[:3]]
+    named = f"; it names {'task' if len(tasks) == 1 else 'tasks'} {', '.join(tasks)}" if tasks else ""
+    return named + ("; it holds a link, which is image_url" if _kept_links(traces) else "")
+
+
+def _kept_tasks(traces: Traces) -> list[str]:
+    is_usable = [
+        name for name in traces.task_ids if len(name) <= MAX_TASK_ID and name == mask(without_surrogates(name))
+    ]
+    return is_usable[:MAX_OTHER_LINKS]
+
+
+def _kept_links(traces: Traces) -> list[str]:
+    return [link for link in traces.links if len(link) <= MAX_LINK_LENGTH][:MAX_OTHER_LINKS]
+
+
+def kept_answer(answer: HttpAnswer, traces: Traces) -> dict[str, Any]:
+    """An answer that was not understood, as the evidence keeps it (UNREAD_SCHEMA): bounded, without the key."""
+    kept = {
+        "http_status": answer.status,
+        "content_type": outside_text(answer.headers.get("content-type"), 100),
+        "task_ids": _kept_tasks(traces),
+        "links": _kept_links(traces),
+        "body": kept_text(answer.body[: 4 * MAX_KEPT_ANSWER].decode("utf-8-sig", "replace"))[:MAX_KEPT_ANSWER],
+    }
+    return {name: value for name, value in kept.items() if value}
+
+
+def _kind_of(answer: HttpAnswer, status: int, kind: str | None, is_own_json: bool, said: Said, traces: Traces) -> str:
+    refuses = 400 <= status < 500  # so nothing was made, whoever says it
+    if not answer.whole and not refuses:
         return "outcome_unknown"
-    if kind:
-        return kind
+    if traces.of_work and (not refuses or status == 429):
+        kind, is_own_json = (kind if kind and KINDS[kind].billed != "no" else None), False
+        status = status if status != 429 else 500
+    if kind and (refuses or said.form in ("json", "none") or KINDS[kind].billed != "no"):
+        return kind  # else a gateway's page speaks of what it does not know
     if status in STATUS_KINDS:
         return STATUS_KINDS[status]
     if status in OWN_FAULT_STATUSES and is_own_json:
@@ -97,6 +167,43 @@ def _kind_of(answer: HttpAnswer, status: int, kind: str | None, is_own_json: boo
         # What breaks off may have been the answer with the picture; what is of another kind is no answer at all.
         return "outcome_unknown" if looks_cut(answer.body) else "answer_unusable"
     return "outcome_unknown"
+
+
+def found_elsewhere(answer: HttpAnswer, body: dict[str, Any] | None, default: dt.datetime) -> Generated | None:
+    """A picture that is in an answer, though not where the service has agreed to put it; None where none is.
+
+    `default`: when its link dies, where that does not say so. An answer that says no is not searched, and one that
+    says that something failed only for what is called as a picture file is.
+    """
+    if not (answer.status < 300 or answer.status == 429 or answer.status >= 500):
+        return None
+    if answer.status < 300 and answer.whole and answer.body.startswith((b"\x89PNG\r\n", b"\xff\xd8\xff", b"RIFF")):
+        return Generated(content=answer.body, request_id=request_id(answer, {}))
+    traces = traces_in(body)
+    if traces.task_status not in ("", *ENDED_WELL):
+        return None
+    links = [link for link in traces.pictures if answer.status < 300 or OF_A_PICTURE.search(urlsplit(link).path)]
+    content = b"" if links else next(filter(None, map(_decoded, traces.contents)), b"")
+    if not links and not content:
+        return None
+    return Generated(
+        image_url=links[0] if links else "",
+        content=content,
+        expires_at=link_expiry(links[0], default) if links else None,
+        request_id=request_id(answer, body or {}),
+        other_urls=tuple(links[1:]),
+        warnings=("the picture stood in another place of the answer than is documented",),
+    )
+
+
+def _decoded(text: str) -> bytes:
+    """The bytes of base64, which may be a data: link; none where it is not whole."""
+    import base64
+
+    try:
+        return base64.b64decode(re.sub(r"\s", "", text[text.find(",") + 1 :]), validate=True)
+    except ValueError:
+        return b""
 
 
 def bearer(key: str) -> dict[str, str]:
@@ -130,7 +237,19 @@ def read_begun_json(answer: HttpAnswer) -> dict[str, Any] | None:
     return body if body is not None or not 200 <= answer.status < 300 else _object_in(_completed(answer))
 
 
+_AN_EVENT = re.compile(r"\s{0,99}(?:data|event|id|retry|):")
+
+
 def _object_in(text: str) -> dict[str, Any] | None:
+    """The JSON object that a text is; of a stream of events the last, and those before it as `events`."""
+    if _AN_EVENT.match(text):
+        lines = (line[5:] for line in text.splitlines() if line.startswith("data:"))
+        *earlier, last = [None, *filter(None, map(_plain_object_in, lines))]
+        return last and (last | {"events": earlier[1:]} if earlier[1:] else last)
+    return _plain_object_in(text)
+
+
+def _plain_object_in(text: str) -> dict[str, Any] | None:
     try:
         body = json_of(text, _LENIENT)
     except ValueError:

@@ -51,6 +51,8 @@ MAX_EVIDENCE_BYTES = 16 * MIB  # more than what is written: a prompt of 1 MiB tw
 MAX_SAVED_BYTES = 512 * MIB  # the largest picture that is decoded, saved without compression
 MAX_JSON_VALUES, MAX_JSON_DEPTH = 100_000, 600  # of JSON that somebody else wrote: `{},{},` takes 30 times its size
 MAX_LINK_LENGTH, MAX_OTHER_LINKS = 8192, 20  # characters of a link; links beside the first that are kept
+MAX_TASK_ID = 500  # characters of the name that a service gives to a task
+MAX_KEPT_ANSWER = 4000  # characters of an answer in which no picture was found
 MAX_USAGE_BYTES = 64 * 1024  # of what a service says of its own usage
 MAX_DECODED_PIXELS = 50_000_000  # ten times the largest picture the model makes: more is a bomb
 DECODER_BYTES = 1024 * MIB  # for all pictures that are decoded, converted and made small at the same time
@@ -223,6 +225,16 @@ ANSWER_SCHEMA = record(
         "reasoning?": TEXT,
     },
 )
+UNREAD_SCHEMA = record(
+    {
+        "http_status": INTEGER,
+        "content_type?": TEXT,
+        "task_ids?": TEXTS,
+        "links?": TEXTS,
+        "body?": described(f"Its first {MAX_KEPT_ANSWER} characters, without the key."),
+    },
+    description="The answer in which no picture was found, where it does not prove that none was billed.",
+)
 IMAGE_SCHEMA = record(
     {
         "path": TEXT,
@@ -268,6 +280,7 @@ EVIDENCE_SCHEMA = DRAFT | record(
         "attempts": {"type": "array", "items": ATTEMPT_SCHEMA},
         "task_id?": TEXT | {"minLength": 1},
         "response?": ANSWER_SCHEMA,
+        "answer?": UNREAD_SCHEMA,
         "image?": IMAGE_SCHEMA,
         "cost": COST_SCHEMA,
         "warnings?": TEXTS,

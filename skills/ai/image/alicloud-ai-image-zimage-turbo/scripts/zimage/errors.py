@@ -182,7 +182,7 @@ KINDS: dict[str, Kind] = {
 }
 
 
-NOT_TOLD = ("lasting", "everywhere")
+NOT_TOLD = ("lasting", "everywhere", "answer")  # fields of Fault
 
 
 class Fault(NamedTuple):
@@ -211,6 +211,7 @@ class Fault(NamedTuple):
     refused: Side | None = None
     lasting: bool = False  # what is free now will not help later either; not told
     everywhere: bool = False  # it would end so for every other picture too; not told
+    answer: Mapping[str, Any] | None = None  # of the service, for the evidence (UNREAD_SCHEMA); not told
 
     @classmethod
     def of(cls, code: str, message: str, **given: Any) -> Fault:

@@ -24,7 +24,7 @@ from zimage.waiting import Late
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from zimage.facts import AttemptEnd, Changes, Content, Image, Response, State, Timings
+    from zimage.facts import AttemptEnd, Changes, Content, Image, Response, State, Timings, Unread
     from zimage.provider import Generated, Submitted
     from zimage.waiting import Stop
 
@@ -104,6 +104,7 @@ class Evidence:
             link=self.said.get("image_url", ""),
             held=self.held.exists(),
             billable=self.data["billable"],
+            lead=next(iter(self.data.get("answer", {}).get("links", [])), ""),
         )
 
     @property
@@ -144,6 +145,7 @@ class Evidence:
         self.end_attempt(
             http_status=fault.http_status, service_code=fault.service_code, billed=fault.billed, outcome=fault.code
         )
+        self.update(answer=cast("Unread | None", fault.answer))
 
     def submitted(self, submitted: Submitted) -> None:
         """The id of a task is known."""
@@ -269,7 +271,7 @@ class EvidenceFile:
     @property
     def _places(self) -> tuple[str, str, bool]:
         have = self.evidence.have
-        return have.link, self.evidence.task_id, have.held
+        return have.link or have.lead, self.evidence.task_id, have.held
 
     def begin(self) -> None:
         evidence = self.evidence

@@ -50,6 +50,17 @@ class Response(TypedDict, total=False):
     reasoning: str
 
 
+class _Unread(TypedDict):
+    http_status: int
+
+
+class Unread(_Unread, total=False):
+    content_type: str
+    task_ids: list[str]
+    links: list[str]
+    body: str
+
+
 class _Image(TypedDict):
     path: str
     sha256: str
@@ -127,6 +138,7 @@ class Facts(_Lasting, total=False):
     """What a row of a batch remembers (KEPT_FACTS)."""
 
     response: Response
+    answer: Unread
     warnings: list[str]
     error: Error
 
@@ -138,6 +150,7 @@ class Changes(_Lasting, total=False):
     payload: dict[str, Any]
     status: State
     response: Response | None
+    answer: Unread | None
     warnings: list[str] | None
     error: Error | None
 

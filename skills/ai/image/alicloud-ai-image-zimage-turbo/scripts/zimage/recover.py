@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,7 +52,8 @@ def recover(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, A
         return recovered(evidence, evidence.data["image"])
     here = bool(have.link) or have.held or have.billed == "yes"
     task_is_open = not here and have.task and have.status != "failed"
-    if not here and not task_is_open:
+    is_led = not here and not task_is_open and bool(have.lead) and have.billed == "unknown"
+    if not here and not task_is_open and not is_led:
         failure = unrecoverable(evidence, provider)
         raise explained(evidence, failure, have=have._replace(billed=failure.fault.billed))
     flags = ["--output", str(output)] if options.output else []
@@ -69,9 +70,12 @@ def recover(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, A
         raise explained(evidence, failure.but(billed="unknown"), flags, place) from None
     # Only an answer that comes now, from a place that the user names, may lead where a file alone may not.
     endpoint = evidence.data["endpoint"]
-    home = home_of(endpoint, provider) if task else home_of_record(have.link, endpoint, provider, own)
+    home = home_of(endpoint, provider) if task else home_of_record(have.link or have.lead, endpoint, provider, own)
     import_libraries()
     record = EvidenceFile(evidence)
+    if is_led:
+        follow_lead(evidence, provider, stop, home, flags, place)
+        record.keep()
     warnings = evidence.data.get("warnings", ())
     with settling(record, flags=[*flags, *["--overwrite"] * options.overwrite], place=place, saved=saved):
         if task is not None:
@@ -99,6 +103,28 @@ def recover(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, A
 def recovered(evidence: Evidence, image: Image) -> dict[str, Any]:
     """The response of a recovery, whose cost must not be taken for a second payment."""
     return response_of(evidence, image) | ({"paid_before": True} if evidence.data["billable"] else {})
+
+
+def follow_lead(
+    evidence: Evidence, provider: Provider, stop: Stop, home: Home, flags: Sequence[str], place: Sequence[str]
+) -> None:
+    """Take the link of an answer that was not understood for the picture's, once a picture has come from it.
+
+    Raises:
+        Failure: outcome_unknown, host_not_trusted; nothing is on record then.
+    """
+    lead = evidence.have.lead
+    found = Evidence(evidence.path, {**evidence.data, "response": {"image_url": lead}})
+    try:
+        fetch_source(found, provider, stop, home).close()
+    except Failure as failure:
+        if failure.code != "host_not_trusted":
+            message = f"the link in the answer leads to no picture: {failure.message}"
+            is_final = failure.code != "paid_not_downloaded"
+            failure = Failure("outcome_unknown", message, image_url=lead, lasting=is_final)
+        raise explained(evidence, failure.but(billed="unknown"), flags, place) from None
+    others = evidence.data["answer"]["links"][1:]
+    evidence.generated(Generated(image_url=lead, other_urls=tuple(others)), evidence.data.get("warnings", ()), 0.0)
 
 
 def one_more_copy(
@@ -174,4 +200,6 @@ def unrecoverable(evidence: Evidence, provider: Provider) -> Failure:
         told = error["message"] if error else "it ended before the service made a picture"
         return Failure("nothing_to_recover", f"this request was not billed: {outside_text(told)}", hint=hint)
     message = "the request left and no link came back: whether a picture was made and billed is not known"
+    tasks = ", ".join(outside_text(name, 100) for name in evidence.data.get("answer", {}).get("task_ids", [])[:3])
+    message += f"; the answer, which the evidence holds, names task {tasks}" if tasks else ""
     return Failure("outcome_unknown", message, request_id=error.get("request_id") if error else None)

@@ -70,6 +70,7 @@ class Have(NamedTuple):
     link: str
     held: bool  # its bytes lie beside the evidence
     billable: bool
+    lead: str = ""  # a link in an answer that was not understood: it may be the picture's
 
     @property
     def is_task_open(self) -> bool:
@@ -110,7 +111,7 @@ def way_back(fault: Fault, have: Have) -> Way:
     link_is_dead = fault.code in DEAD_LINK and not fault.lasting
     if have.task and fault.code not in TASK_IS_DONE and (link_is_dead or not have.link):
         return Way.ASK
-    if (have.link or have.held) and fault.code not in NO_SECOND_TRY and not fault.lasting:
+    if (have.link or have.held or have.lead) and fault.code not in NO_SECOND_TRY and not fault.lasting:
         return Way.FETCH
     return Way.NONE
 
@@ -154,6 +155,8 @@ ADVICE = (  # the first that fits
     Advice("run next_command once, free: it asks after the task again; else {hint}",
            code="outcome_unknown", way=Way.ASK),
     Advice("run next_command once, free: the service may name a new link for its task", way=Way.ASK, has_link=True),
+    Advice("run next_command once, free: it tries the link that came in the answer; else {hint}",
+           way=Way.FETCH, left=Left.UNKNOWN),
     Advice(MAKE_ANEW, code="outcome_unknown", billable=False),
     Advice(f"the picture is lost: no disk took it; free space, then {ASK_BEFORE_PAYING}",
            code="disk_after_paying", way=Way.NONE),
@@ -213,7 +216,7 @@ def explained(
     hint = hint.replace("EVIDENCE", "{named}").format(
         named=named, hint=own.replace("EVIDENCE", named) if own in OWN_HINTS else own
     )
-    reachable = way is not Way.NONE and (written or not (have.link or left is Left.OPEN))
+    reachable = way is not Way.NONE and (written or not (have.link or have.lead or left is Left.OPEN))
     command = own_command("--recover", path, *place, *flags, "--print-response") if reachable else None
     request, billed = evidence.data["request"], most_billed(fault.billed, have.billed)
     return failure.but(

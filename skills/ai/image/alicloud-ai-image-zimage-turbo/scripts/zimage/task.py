@@ -8,6 +8,7 @@ from zimage.contract import (
     EXIT_KEY,
     LAST_POLL,
     LOST_AFTER,
+    MAX_TASK_ID,
     POLL_FIRST,
     POLL_GROWTH,
     POLL_LONGEST,
@@ -109,7 +110,7 @@ class Task:
 
 def is_task_id(text: str) -> bool:
     """Whether a name that a service gave to its task can be kept and sent back; a key in it must not be kept."""
-    return 0 < len(text) <= 500 and text == without_surrogates(text) == mask(text)
+    return 0 < len(text) <= MAX_TASK_ID and text == without_surrogates(text) == mask(text)
 
 
 TASK_IS_STRANGE = ("not_found", "rejected_by_service", "refused_by_service")

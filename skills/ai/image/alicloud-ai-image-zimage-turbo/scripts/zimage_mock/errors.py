@@ -31,7 +31,7 @@ ERRORS = {
     "401": ErrorRow("the key is wrong", "Invalid API-key provided."),
     "403": ErrorRow("no permission for the model", "Model access denied."),
     "quota": ErrorRow("403, the free quota is used up", "The free tier of the model has been exhausted."),
-    "quota-429": ErrorRow("429, the quota is used up", "Allocated quota exceeded, please increase your quota."),
+    "quota-429": ErrorRow("429, the quota is used up", "Free allocated quota exceeded."),
     "404": ErrorRow("no such model", "Model not exist."),
     "429": TOO_MANY,
     "429-wait": TOO_MANY._replace(help="rate limit, Retry-After: 1", retry_after_s=1),

@@ -114,6 +114,7 @@ KEPT_FACTS = (
     "settings",
     "task_id",
     "response",
+    "answer",
     "image",
     "warnings",
     "error",
