@@ -568,6 +568,11 @@ def test_of_a_refusal_the_beginning_is_enough(server: FaultServer, status: int) 
     assert answered(server, Answer(status=status, body=b"no" * 100), limit=10).body == b"no" * 100
 
 
+def test_a_refusal_is_told_whatever_length_it_announces(server: FaultServer) -> None:
+    answer = answered(server, Answer(status=503, body=b"busy", claimed_length=2 * MAX_ERROR_BYTES))
+    assert (answer.status, answer.body, answer.whole) == (503, b"busy", False)
+
+
 def test_a_good_status_is_below_300(server: FaultServer) -> None:
     with pytest.raises(AnswerTooLarge):
         answered(server, Answer(status=299, body=b"x" * 11), limit=10)

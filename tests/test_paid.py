@@ -412,6 +412,15 @@ def test_every_check_comes_before_the_call(
     assert not sent and not plan.evidence_path.exists()
 
 
+def test_nothing_is_paid_where_too_little_time_is_left_for_it(env: dict[str, str], plan: Plan, sent: list[Key]) -> None:
+    slept = Stop(60)
+    slept.start -= 50
+    with pytest.raises(Failure) as caught:
+        generate(plan, read_options(["--prompt", "a fox"], env), slept, Console(json_mode=False), env)
+    assert (caught.value.code, caught.value.fault.billed) == ("too_slow", "no")
+    assert not sent and not plan.evidence_path.exists()
+
+
 @pytest.mark.parametrize("in_process", [False, True])
 def test_only_what_works_in_this_process_is_loaded_before(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, in_process: bool

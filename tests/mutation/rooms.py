@@ -55,4 +55,10 @@ EXPLAINED: tuple[Explained, ...] = (
         None,
         "the table of the reference is of what a failure leaves, and that does not look at these",
     ),
+    Explained(
+        "transport",
+        "PIECE = 64 * 1024  # bytes of an answer that are read at once",
+        None,
+        "an answer is the same in smaller and in larger pieces",
+    ),
 )

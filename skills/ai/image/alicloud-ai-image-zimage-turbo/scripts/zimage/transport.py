@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from zimage.endpoint import Endpoint
     from zimage.provider import HttpCall
 
+PIECE = 64 * 1024  # bytes of an answer that are read at once
+
 
 class AnswerLost(Exception):
     """The request left, and no whole answer came back."""
@@ -102,7 +104,7 @@ def _read_answer(response: Any, limit: int) -> HttpAnswer:
     if is_good and (response.raw.length_remaining or 0) > limit:  # what is announced, where that is a number
         raise AnswerTooLarge
     try:
-        for chunk in response.raw.stream(64 * 1024, decode_content=False):  # else as often as the server says
+        for chunk in response.raw.stream(PIECE, decode_content=False):  # else as often as the server says
             body.write(chunk)
             if body.tell() > limit and is_good:
                 raise AnswerTooLarge

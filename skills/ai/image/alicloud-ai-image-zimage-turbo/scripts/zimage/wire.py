@@ -56,7 +56,7 @@ class Wire:
         self.connecting = True
         try:
             connection = self._connect(self._resolve(host, port), by_proxy)
-            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, True)
             connection.settimeout(self.remaining)
             return connection
         except Exception as error:
