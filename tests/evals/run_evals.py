@@ -380,6 +380,12 @@ def evidence(after: Aftermath, wanted: Json) -> Verdict:
     return tallied(Counter(data["status"] for data in after.evidence), wanted)
 
 
+def endpoints(after: Aftermath, wanted: list[str]) -> Verdict:
+    """Whatever left, left for a place that one of these patterns matches."""
+    found = sorted({str(data["endpoint"]) for data in after.evidence})
+    return Verdict(all(any(re.search(pattern, place) for pattern in wanted) for place in found), found)
+
+
 def cost(after: Aftermath, wanted: Any) -> Verdict:
     """What the evidence of the project says was paid, in US$."""
     found = round(sum(data["cost"]["estimate"] for data in after.evidence if data["status"] in PAID), 6)
@@ -452,7 +458,7 @@ CHECKS: dict[str, Callable[[Aftermath, Any], Verdict]] = {
         name: counter(name)
         for name in ("billed", "generate_requests", "model_queries", "status_queries", "downloads", "throttled")
     },
-    **{check.__name__: check for check in (errors, sent, sent_once, seeds, pictures, evidence, cost, rows)},
+    **{check.__name__: check for check in (errors, sent, sent_once, seeds, pictures, evidence, endpoints, cost, rows)},
     **{check.__name__: check for check in (files, new_files, untouched, key_kept, whole)},
     "json": json_files,
 }
