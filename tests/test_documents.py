@@ -303,6 +303,7 @@ def shell_examples() -> Iterator[tuple[str, str]]:
 @pytest.mark.parametrize(("name", "script"), list(shell_examples()), ids=lambda value: value if len(value) < 40 else "")
 def test_every_shell_example_runs_against_the_mock(clone: Shell, mock: MockServer, name: str, script: str) -> None:
     clone.use(mock)
+    (clone.folder / "products.csv").write_text('name,colour\nTeapot,"blue, glazed"\n', encoding="utf-8")  # a user's own
     script = script.replace(
         "https://dashscope.aliyuncs.com/api/v1/services/aigc/multimodal-generation/generation", mock.endpoint
     )

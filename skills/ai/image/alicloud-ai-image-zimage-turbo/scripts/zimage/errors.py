@@ -128,7 +128,7 @@ KINDS: dict[str, Kind] = {
     ),
     "key_rejected": _stops(
         EXIT_KEY,
-        "tell the user which endpoint refused the key; of which region or account it is, they know: try no other",
+        "tell the user which endpoint refused the key: they know whether it is of another region; try no other",
     ),
     "access_denied": _stops(
         EXIT_KEY, "tell the user to activate the model and check permissions in the provider's console"

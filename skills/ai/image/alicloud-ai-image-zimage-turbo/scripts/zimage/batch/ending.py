@@ -55,7 +55,10 @@ def billed_in(states: Mapping[str, int]) -> Billed:
     return "yes" if states.get("generated", 0) else "no"
 
 
-ASK_ABOUT_UNKNOWN = "unknown ones may have been billed: ask the user before --retry-unknown, which pays for them again"
+ASK_ABOUT_UNKNOWN = (
+    "unknown ones may have been billed (--dry-run tells lines and price): ask the user before "
+    "--retry-unknown, which pays for them again"
+)
 
 
 def after_all(states: Mapping[str, int], cut_off: int) -> str:
