@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 from conftest import TEST_KEY
 from zimage.batch.contract import DATABASE
 from zimage.batch.folder import create_database, open_database
+from zimage.batch.inputs import Reading
 from zimage.batch.journal import Job, Jobs, Journal, Place, job_of, read_services
 from zimage.batch.moves import settle_moves
 from zimage.batch.plan import Stage, Survey
@@ -53,7 +54,8 @@ class Folder:
         """The rows, checked and not held against anything yet; a line each. Raises as `Stage.load`."""
         stage = Stage(self.place.provider, self.place.endpoint, variants, self.path, stop or Stop(60))
         fields = [{"prompt": row} if isinstance(row, str) else dict(row) for row in rows]
-        stage.load(checked_row(line, {"size": SMALL} | row) for line, row in enumerate(fields, 1) if row != BLANK)
+        given = (checked_row(line, {"size": SMALL} | row) for line, row in enumerate(fields, 1) if row != BLANK)
+        stage.load(given, Reading())
         return stage
 
     def survey(self, stage: Stage, *, failed: bool = False, unknown: bool = False, looks: bool = False) -> Survey:

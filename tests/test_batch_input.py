@@ -73,8 +73,8 @@ FORMATS: dict[str, tuple[str, bytes, list[str]]] = {
     "text with a mark and lines of Windows": ("r.txt", BOM + b"a fox\r\n\r\nan owl", ["a fox", "an owl"]),
     "text that looks like more": (
         "r.txt",
-        b'# no\n{"prompt": 1}\na,b',
-        ["# no", '{"prompt": 1}', "a,b"],
+        b"# no\n{a fox}\na,b\n[owl: a]\n\\# 1\n\\a",
+        ["{a fox}", "a,b", "[owl: a]", "# 1", "\\a"],
     ),
     "columns": ("r.csv", b"prompt,size\na,512*512\nb,512x512\n", ["a", "b"]),
     "columns in any order": ("r.csv", b"size,prompt\n512*512,a\n", ["a"]),

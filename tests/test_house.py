@@ -31,6 +31,8 @@ LAYERS = [
     ["check", "make"],
     ["recover"],
     ["batch.contract"],
+    ["batch.tables", "batch.workbook"],
+    ["batch.inputs"],
     ["batch.rows", "batch.names", "batch.folder", "batch.pacer", "batch.forecast", "batch.ending", "batch.options"],
     ["batch.examine", "batch.moves"],
     ["batch.plan", "batch.journal", "batch.results"],

@@ -332,11 +332,17 @@ def missing_packages(requirements: Mapping[str, str] = REQUIREMENTS, script: Pat
         raise missing_package(", ".join(requirements[name] for name in missing), requirements, script)
 
 
-def missing_package(what: str, requirements: Mapping[str, str], script: Path) -> Failure:
+def missing_package(what: str, requirements: Mapping[str, str], script: Path, beyond: Sequence[str] = ()) -> Failure:
+    """The failure that says how to install what is required; `beyond` is what the script's own list does not name."""
     packages = [name for name in map(quoted, requirements.values()) if name]
     name = quoted(str(script)) or script.name
     # In an archive uv finds no list of packages.
-    how = ["--script"] if script.suffix == ".py" else ["--no-project", *(f"--with {p}" for p in packages), "python"]
+    more = [word for package in beyond for word in ("--with", quoted(package) or package)]
+    how = (
+        [*more, "--script"]
+        if script.suffix == ".py"
+        else ["--no-project", *(f"--with {p}" for p in packages), "python"]
+    )
     hint = INSTALL_HINT.format(how=" ".join([*how, name]), packages=" ".join(packages))
     return Failure("missing_package", f"missing Python package: {what}", hint=hint)
 

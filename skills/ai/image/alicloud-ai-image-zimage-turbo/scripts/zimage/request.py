@@ -13,7 +13,7 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple, NoReturn, TypeVar, cast
 
 from zimage.contract import (
     DEFAULT_SIZE,
@@ -237,6 +237,9 @@ def _no_constants(name: str) -> NoReturn:
 _STRICT = json.JSONDecoder(object_pairs_hook=_no_repeats, parse_constant=_no_constants, parse_int=_bounded)
 
 
+Piece = TypeVar("Piece")  # of what is read: its bytes, a line, a row
+
+
 def read_input(option: str, name: str, limit: int, stop: Stop) -> bytes:
     """The bytes of the file that an option names; what does not arrive in time is an error.
 
@@ -253,12 +256,12 @@ def read_input(option: str, name: str, limit: int, stop: Stop) -> bytes:
 def incoming(
     label: str,
     name: str,
-    read: Callable[[BinaryIO], Iterator[bytes]],
+    read: Callable[[BinaryIO], Iterator[Piece]],
     stop: Stop,
     wait: float | None = None,
     *,
     hint: str | None = None,
-) -> Iterator[bytes]:
+) -> Iterator[Piece]:
     """The pieces that `read` makes of a file, `-` for standard input; a pipe may take `wait` seconds for each.
 
     Raises:
@@ -294,12 +297,9 @@ def incoming(
         raise Failure("file_unreadable", f"{label}: cannot be read: {os_reason(error)}", hint=hint) from None
 
 
-Pieces = queue.Queue[bytes | Exception | None]
-
-
-def _piped(source: str | int, read: Callable[[BinaryIO], Iterator[bytes]]) -> Pieces:
+def _piped(source: str | int, read: Callable[[BinaryIO], Iterator[Piece]]) -> queue.Queue[Piece | Exception | None]:
     """Read a descriptor, or the file of that name, in a thread: one that nobody writes to must not hang the command."""
-    pieces = Pieces(maxsize=1000)
+    pieces: queue.Queue[Piece | Exception | None] = queue.Queue(maxsize=1000)
 
     def work() -> None:
         try:
@@ -315,7 +315,7 @@ def _piped(source: str | int, read: Callable[[BinaryIO], Iterator[bytes]]) -> Pi
     return pieces
 
 
-def _in_time(pieces: Pieces, stop: Stop) -> bytes | None:
+def _in_time(pieces: queue.Queue[Piece | Exception | None], stop: Stop) -> Piece | None:
     """The next piece, None at the end. Raises Late, Stopped, and what reading raised."""
     while True:
         with contextlib.suppress(queue.Empty):

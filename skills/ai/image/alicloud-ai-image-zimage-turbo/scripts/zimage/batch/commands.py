@@ -11,7 +11,7 @@ import sqlite3
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,11 @@ from zimage.batch.examine import examine
 from zimage.batch.folder import FolderLock, create_database, database_failures, open_database
 from zimage.batch.forecast import duration
 from zimage.batch.gallery import write_gallery
+from zimage.batch.inputs import Reading
 from zimage.batch.journal import Place
 from zimage.batch.options import BatchOptions
 from zimage.batch.plan import Stage
-from zimage.batch.quote import extended_rows, first_of, next_step, saved_before, staying_unknown
+from zimage.batch.quote import extended_rows, first_of, first_prompts, next_step, saved_before, staying_unknown
 from zimage.batch.results import counts, totals, write_results
 from zimage.batch.resume import check_outputs_are_free, clean_up, prepare_folder
 from zimage.batch.rows import Row, WrongRow, checked_row, read_rows
@@ -50,11 +51,14 @@ def make(options: BatchOptions, stop: Stop, console: Console, env: Mapping[str, 
     locked = folder.is_dir() and not options.dry_run
     if locked:
         take_lock(lock, folder, stop)
-    stage, workspace = staged(options, stop, env, began)
+    reading = Reading()
+    stage, workspace = staged(options, reading, stop, env, began)
+    for text in reading.remarks:
+        console.note(f"warning: {text}")
     if options.dry_run:
         if os.path.lexists(folder / DATABASE):
             examine(folder, stop.part(options.timeout))
-        console.answer(dry_run(options, stage, env))
+        console.answer(dry_run(options, stage, env) | ({"warnings": reading.remarks} if reading.remarks else {}))
         return None
     key = key_for(options.provider, stage.endpoint, options.trusted, env)
     if key.warning:
@@ -90,7 +94,7 @@ def make(options: BatchOptions, stop: Stop, console: Console, env: Mapping[str, 
         own = Own(options.base_url, options.trusted, env)
         run = Run(options, Place(options.provider, stage.endpoint, workspace, key, own), stop, began, console)
         failure = run()
-        conclude(run, failure, console)
+        conclude(run, failure, console, reading.remarks)
     lock.release()
     return failure
 
@@ -103,7 +107,9 @@ def is_anything_to_send(options: BatchOptions) -> bool:
         return database.execute(query, options.sends).fetchone() is not None
 
 
-def staged(options: BatchOptions, stop: Stop, env: Mapping[str, str], began: float) -> tuple[Stage, str | None]:
+def staged(
+    options: BatchOptions, reading: Reading, stop: Stop, env: Mapping[str, str], began: float
+) -> tuple[Stage, str | None]:
     """The input, validated as a whole, and the workspace.
 
     Raises:
@@ -123,8 +129,8 @@ def staged(options: BatchOptions, stop: Stop, env: Mapping[str, str], began: flo
     rows: Iterable[Row | WrongRow] = [checked_row(1, {"prompt": options.prompt})]
     if options.prompt is None:
         seconds = began + (options.time_limit or math.inf) - time.monotonic()
-        rows = read_rows(options.input or "", options.timeout, stop.part(seconds))
-    stage.load(with_flags(row, options.prompt_extend) for row in rows)
+        rows = read_rows(options.input or "", options.timeout, stop.part(seconds), reading, options.sheet)
+    stage.load((with_flags(row, options.prompt_extend) for row in rows), reading)
     return stage, workspace
 
 
@@ -144,7 +150,7 @@ def take_lock(lock: FolderLock, folder: Path, stop: Stop) -> None:
         raise Failure("already_running", f"another batch works on {folder}", progress=progress)
 
 
-def conclude(run: Run, failure: Failure | None, console: Console) -> None:
+def conclude(run: Run, failure: Failure | None, console: Console, remarks: Sequence[str]) -> None:
     """Write the results and print the summary; what cannot be written now does not undo what is saved."""
     folder, database = run.folder, run.database
     warnings = []
@@ -169,8 +175,8 @@ def conclude(run: Run, failure: Failure | None, console: Console) -> None:
         **files,
         "this_run": this_run,
     }
-    if warnings:
-        summary["warnings"] = warnings
+    if remarks or warnings:
+        summary["warnings"] = [*remarks, *warnings]
     if failure is not None:
         failure = failure.but(billed=billed_in(states)) if failure.code in OF_THE_FOLDER else failure
         console.tell(failure)
@@ -209,6 +215,7 @@ def dry_run(options: BatchOptions, stage: Stage, env: Mapping[str, str]) -> dict
         "variants": options.variants,
         "pictures": survey.rows * options.variants,
         "to_make": pictures,
+        "first_prompts": first_prompts(stage, with_changed=options.accept_changes) or None,
         "prices": [alike._asdict() for alike in made],
         "rows_with_prompt_extend": extended_rows(stage),
         "estimated_cost": round(sum(alike.pictures * alike.price for alike in made), 6),

@@ -8,6 +8,7 @@ from typing import Any
 from zimage.contract import MIB, REQUEST_SCHEMA, REQUIREMENTS, SKILL
 
 BATCH_REQUIREMENTS = REQUIREMENTS | {"tqdm": "tqdm>=4.66,<5"}
+OPENPYXL = "openpyxl>=3.1.2,<4"  # for .xlsx alone
 
 DATABASE, LOCK, RESULTS, GALLERY = "batch.sqlite3", "batch.lock", "results.jsonl", "index.html"
 IMAGES, THUMBS, EVIDENCE, REPLACED = "images", "thumbs", "evidence", "replaced"
@@ -22,7 +23,10 @@ OWN_NAMES = re.compile(rf"{OWN_FILES.pattern}|({IMAGES}|{REPLACED})/(\d{{4,}}/)?
 MAX_LINE_BYTES = 1 * MIB
 MAX_ID_LENGTH = 200
 PROBLEMS_TOLD = 50
-INPUTS = (".jsonl", ".csv", ".txt")
+NAMES_A_HOST = "base_url: leave it out, rows do not say where they go; tell the user that the file names a host"
+OWN_COLUMNS = "to make prompts of columns of your own, write rows into a new file: references/batch.md shows how"
+PROMPTS_TOLD, LONGEST_PROMPT_TOLD = 3, 2000  # of a dry run; characters
+MAX_JSON_BYTES, MAX_WORKBOOK_BYTES = 16 * MIB, 64 * MIB  # of an input that is read whole
 
 SPACING = 1.035  # of the published limit: services count in sliding windows, and calls arrive a little unevenly
 

@@ -36,6 +36,7 @@ class BatchOptions(NamedTuple):
 
     mode: str  # make | status | gallery
     input: str | None
+    sheet: str | None
     prompt: str | None
     folder: Path
     variants: int
@@ -67,8 +68,9 @@ DESCRIPTION = "Turn a list of prompts into pictures with Z-Image Turbo. Run it a
 
 
 EPILOG = """\
-input: .jsonl (an object a line: prompt, size or aspect_ratio, seed, prompt_extend, id, output), .csv (the same
-names as columns), .txt (a prompt a line), or - for JSON lines on standard input.
+input: .jsonl or .ndjson (an object a line: prompt, size or aspect_ratio, seed, prompt_extend, id, output), .json (an
+array of such), .csv, .tsv or .xlsx (the same names as columns), .txt (a prompt a line; # begins a comment), or - for
+JSON lines on standard input.
 
 exit codes:
   0  every picture saved                 6  rate limited, failing or not reachable
@@ -86,12 +88,13 @@ def build_parser(provider: type[Provider] | None = None) -> Parser:
     """The command line of the contract. Values stay text here: `read_options` checks them all at once."""
     parser = Parser("generate_batch.py", DESCRIPTION, EPILOG)
     mode = parser.add_argument_group("what to do (exactly one)")
-    mode.add_argument("--input", metavar="FILE", help="the rows: .jsonl, .csv or .txt; - for JSON lines on stdin")
+    mode.add_argument("--input", metavar="FILE", help="the rows: .jsonl, .json, .csv, .xlsx, .txt; - is JSON on stdin")
     mode.add_argument("--prompt", metavar="TEXT", type=argument_text, help="one row: this prompt (see --variants)")
     mode.add_argument("--status", metavar="DIR", help="how far the batch in this folder is; also while it runs")
     mode.add_argument("--gallery-only", metavar="DIR", help="write the gallery of this folder again")
 
     what = parser.add_argument_group("pictures")
+    what.add_argument("--sheet", metavar="NAME", help="of the workbook that --input names (default: the first)")
     what.add_argument("--output-dir", metavar="DIR", help="folder for state, images, results and gallery")
     what.add_argument("--variants", metavar="N", help="pictures of each row, with seed, seed+1, … (default 1)")
     what.add_argument(
@@ -169,6 +172,7 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> BatchOptions:
     options = BatchOptions(
         mode={"status": "status", "gallery_only": "gallery"}.get(mode, "make"),
         input=arguments.input,
+        sheet=arguments.sheet,
         prompt=arguments.prompt,
         folder=folder,
         variants=value("variants", number(int, 1, 10_000), 1),

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from zimage.batch.contract import DATABASE, DATABASE_SCHEMA, NO_SEED, PROBLEMS_TOLD
 from zimage.batch.folder import database_failures, database_uri, harden, heed
+from zimage.batch.inputs import Reading
 from zimage.batch.moves import settle_moves
 from zimage.batch.names import (
     LONGEST_DEFAULT_NAME,
@@ -80,6 +81,7 @@ class Stage:
         settings = provider.known_settings
         self._settings = json.dumps(settings, sort_keys=True) if settings else ""
         self._prices: dict[tuple[str, bool], float] = {}
+        self.unit = "line"  # what rows are counted in
         self.count = 0
         self.wrong = 0
         self.problems: list[Problem] = []
@@ -94,8 +96,8 @@ class Stage:
         self.db.executescript(STAGE_SCHEMA)
         self.db.executemany("INSERT INTO variants VALUES (?)", [(variant,) for variant in range(variants)])
 
-    def load(self, rows: Iterable[Row | WrongRow]) -> None:
-        """Take all rows.
+    def load(self, rows: Iterable[Row | WrongRow], reading: Reading) -> None:
+        """Take all rows, as they are read.
 
         Raises:
             Failure: invalid_rows, with the first problems and their count.
@@ -103,10 +105,11 @@ class Stage:
         with database_failures(Path("temporary database"), self._stop):
             self.db.execute("BEGIN")
             for row in rows:
+                self.unit = reading.unit
                 if sentences := row.sentences if isinstance(row, WrongRow) else self._add(row):
                     self.wrong += 1
                     room = PROBLEMS_TOLD - len(self.problems)
-                    texts = [f"line {row.line}: {text}" for text in sentences[: max(0, room)]]
+                    texts = [f"{self.unit} {row.line}: {text}" for text in sentences[: max(0, room)]]
                     self.problems += [Problem("invalid_rows", text) for text in texts]
             self._check_folders()
             self.db.execute("COMMIT")
@@ -143,7 +146,7 @@ class Stage:
             self.count += 1
         except sqlite3.IntegrityError:
             (line,) = self.db.execute("SELECT line FROM rows WHERE id = ?", (row.id,)).fetchone()
-            sentences.append(f"id: {shown(row.id)} is that of line {line} too")
+            sentences.append(f"id: {shown(row.id)} is that of {self.unit} {line} too")
         return sentences
 
     def _price(self, request: ImageRequest) -> float:
@@ -163,7 +166,7 @@ class Stage:
         key = output_key(output)
         taken = self.db.execute("SELECT line FROM outputs WHERE key = ?", (key,)).fetchone()
         if taken:
-            return [f"output: {outside_text(output, 100)} is that of line {taken[0]} too"]
+            return [f"output: {outside_text(output, 100)} is that of {self.unit} {taken[0]} too"]
         self.db.execute("INSERT INTO outputs VALUES (?, ?)", (key, line))
         while key := posixpath.dirname(key):
             self.db.execute("INSERT OR IGNORE INTO parents VALUES (?, ?)", (key, line))
@@ -174,7 +177,7 @@ class Stage:
         both = "SELECT parents.line, outputs.line FROM parents JOIN outputs USING (key) LIMIT ?"
         for line, other in self.db.execute(both, (PROBLEMS_TOLD,)).fetchall():
             self.wrong += 1
-            text = f"line {line}: output: its folder is a file of line {other}"
+            text = f"{self.unit} {line}: output: its folder is a file of {self.unit} {other}"
             self.problems += [Problem("invalid_rows", text)] * (len(self.problems) < PROBLEMS_TOLD)
 
     def _identify(self) -> None:
@@ -256,7 +259,7 @@ class Stage:
         return Failure(
             "changed_rows",
             f"{changed} picture{'s' * (changed != 1)} of this folder would be replaced, because rows "
-            f"{f'(line {where}) ' if lines else ''}or provider, region or endpoint are not those of before: "
+            f"{f'({self.unit} {where}) ' if lines else ''}or provider, region or endpoint are not those of before: "
             f"{again} would be made again for US${survey.cost['changed']:.5g}, {count} in all for US${cost:.5g}",
             changes={
                 "replaced": changed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from zimage.batch.contract import PROBLEMS_TOLD
+from zimage.batch.contract import LONGEST_PROMPT_TOLD, PROBLEMS_TOLD, PROMPTS_TOLD
 from zimage.batch.ending import ASK_ABOUT_UNKNOWN
 from zimage.batch.plan import Stage, made_kinds
 
@@ -39,6 +39,17 @@ def first_of(stage: Stage, limit: int, budget: float, *, with_changed: bool) -> 
         (limit, budget),
     )
     return [Alike(pictures, price, bool(extended)) for pictures, price, extended in groups]
+
+
+def first_prompts(stage: Stage, *, with_changed: bool) -> list[str]:
+    """The prompts of the first rows whose pictures would be made, as they are sent."""
+    kinds = made_kinds(with_changed=with_changed)
+    prompts = stage.db.execute(
+        "SELECT DISTINCT position, substr(prompt, 1, ?) FROM plan JOIN rows USING (position) "
+        f"WHERE kind IN {kinds} ORDER BY position LIMIT ?",
+        (LONGEST_PROMPT_TOLD + 1, PROMPTS_TOLD),
+    ).fetchall()
+    return [text if len(text) <= LONGEST_PROMPT_TOLD else text[:-1] + "…" for _, text in prompts]
 
 
 def extended_rows(stage: Stage) -> int:
