@@ -240,6 +240,31 @@ def test_a_base_url_of_another_api_is_told_the_right_forms() -> None:
 
 
 @pytest.mark.parametrize(
+    ("url", "what"),
+    [
+        ("https://gpu.example/v1 ", "blanks"),
+        ("https://gpu.example\t/v1", "control characters"),
+        ("https://gpu.exämple/v1", "beyond ASCII"),
+        ("https://me:secret@gpu.example/v1", "user info"),
+        ("https:\\\\gpu.example", "a backslash"),
+        ("https://gpu.example/v1?key=secret", "a query"),
+        ("https://gpu.example/v1#secret", "a fragment"),
+        ("https://gpu.example/%76%31", "percent-encoding"),
+        ("ftp://gpu.example/v1", "of the form https"),
+        ("https://gpu.example/a/../v1", "of the form https"),
+        ("https://gpu.example:0/v1", "its port"),
+        ("https://gpu.example./v1", "its host"),
+        ("https://[::1/v1", "its network location"),
+    ],
+)
+def test_what_is_wrong_with_a_base_url_is_told_without_repeating_it(url: str, what: str) -> None:
+    with pytest.raises(Failure, match=r"^--base-url: ") as caught:
+        parse_base_url(url, "--base-url", OPEN)
+    assert code_of(caught) == "invalid_base_url" and what in caught.value.message
+    assert "secret" not in caught.value.message
+
+
+@pytest.mark.parametrize(
     ("url", "root"),
     [
         ("gpu.example", "https://gpu.example/v1"),

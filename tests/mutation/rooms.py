@@ -24,7 +24,11 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "settle": (("tests/test_settle.py",), ONE_PICTURE, FAULTS, BATCH_QUICK),
     "plan": (("tests/test_plan.py",), ("tests/test_request.py", "tests/test_trust.py"), ONE_PICTURE, PROVIDERS),
     "trust": (TRUST, ("tests/test_credentials.py", "tests/test_strangers.py"), FAULTS, PROVIDERS),
-    "keys": (("tests/test_keys.py",), ("tests/test_credentials.py", "tests/test_trust.py"), PROVIDERS),
+    "keys": (
+        ("tests/test_keys.py", "tests/test_entitled.py"),
+        ("tests/test_credentials.py", "tests/test_trust.py"),
+        PROVIDERS,
+    ),
     "transport": (EXCHANGE, FAULTS, ("tests/test_trust.py", "tests/test_recovery.py"), ONE_PICTURE, PROVIDERS),
     "wire": (EXCHANGE, FAULTS, ("tests/test_trust.py", "tests/test_recovery.py"), ONE_PICTURE, PROVIDERS),
     "batch/work": (("tests/test_batch_work.py",), BATCH_FIRST, BATCH_QUICK, BATCH_SLOW, SEAM_MANY),

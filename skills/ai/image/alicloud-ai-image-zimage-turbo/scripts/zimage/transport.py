@@ -67,7 +67,7 @@ def exchange(call: HttpCall, stop: Stop, *, limit: int, reach: str) -> HttpAnswe
         request = requests.Request(call.method, call.url, headers=headers, data=call.body).prepare()
         adapter = wired_adapter()(wire)
         with contextlib.closing(adapter), WATCHER.cutting(stop, wire.cut):
-            response = adapter.send(request, stream=True, timeout=wire.remaining, proxies=proxies, verify=ca_bundle())
+            response = adapter.send(request, timeout=wire.remaining, proxies=proxies, verify=ca_bundle())
             with contextlib.closing(response):
                 answer = _read_answer(response, limit)
     except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:  # those of requests are OSErrors
