@@ -57,6 +57,7 @@ def test_a_picture_is_asked_for_as_its_row_says(folder: Folder) -> None:
         *_, job = work.jobs.to_send(("pending",), (-1, -1))
     assert (job.number, job.position, job.line, job.id, job.paid, job.tries) == (3, (1, 1), 2, "x", 2, 0)
     assert (job.state, job.state_before, job.task) == ("pending", "pending", None)
+    assert job.began == 0 and job.give_up_at > time.monotonic() + 1e9  # until somebody says when
     assert job.plan.request.as_dict() == {"prompt": "a fox", "size": "1024*512", "seed": 8, "prompt_extend": True}
     assert job.plan.provider is folder.place.provider and job.plan.endpoint == folder.place.endpoint
     assert job.plan.output == folder.path / "a" / "fox-2.png" and job.plan.workspace == "ws"
@@ -239,13 +240,13 @@ LOST: list[tuple[str, dict[str, Any], bool, bool]] = [
     # the state, the facts, whether it is looked for, whether it is where dead links are
     ("unknown", {"task_id": "t"}, True, True),
     ("unknown", {}, False, False),
-    ("unknown", {"response": {"rewritten_prompt": '"task_id"'}}, False, False),
+    ("unknown", {"response": {"usage": {"task_id": "t"}}}, False, False),
     ("failed", {"task_id": "t", "error": {"code": "link_expired"}}, False, True),
     ("failed", {"task_id": "t", "error": {"code": "link_refused"}}, False, True),
     ("failed", {"task_id": "t", "error": {"code": "blocked"}}, False, False),
     ("failed", {"task_id": "t", "error": {}}, False, False),
     ("failed", {"task_id": "t"}, False, False),
-    ("failed", {"error": {"code": "link_expired", "message": '"task_id"'}}, False, False),
+    ("failed", {"error": {"code": "link_expired"}, "response": {"usage": {"task_id": "t"}}}, False, False),
     ("pending", {"task_id": "t", "error": {"code": "link_expired"}}, False, False),
     ("saved", {"task_id": "t", "error": {"code": "link_expired"}}, False, False),
 ]
@@ -286,6 +287,7 @@ REACH = [  # where pictures were asked for, where this run asks, whether it fetc
     (("openai", LOCAL), ("openai", NEIGHBOUR), True),  # both are this machine
     (("openai", LOCAL), ("openai", PUBLIC), False),
     (("openai", LOCAL), ("dashscope", None), False),
+    (("openai", PUBLIC), ("openai", PUBLIC), True),
     (("openai", PUBLIC), ("openai", OTHER), False),  # it may link to itself, which need not be public
     (("openai", PUBLIC), ("openai", LOCAL), False),
     (("openai", PUBLIC), ("dashscope", None), False),
@@ -532,10 +534,11 @@ def test_only_what_surely_was_not_billed_does_not_count(work: AtWork, billed: st
 def test_a_link_is_on_disk_as_soon_as_it_is_known(folder: Folder, work: AtWork) -> None:
     _, row = row_of(work)
     row.begin()
-    made(row)
+    row.evidence.generated(Generated(image_url=LINK, rewritten_prompt="一只狐狸"), (), 1.0)
     row.keep()
     held = folder.picture(0)
     assert (held["state"], json.loads(held["facts"])["response"]["image_url"]) == ("generated", LINK)
+    assert "一只狐狸" in held["facts"]  # for whoever looks into it
     assert row.behind is None and row.leads_back and not row.evidence.path.exists()
 
 
@@ -598,7 +601,7 @@ def test_what_a_failure_leaves_is_on_disk(folder: Folder, work: AtWork, left: Le
 @pytest.mark.parametrize("state", ["failed", "unknown"])
 def test_a_try_that_was_not_billed_takes_back_nothing_that_is_known(folder: Folder, work: AtWork, state: str) -> None:
     facts = {"error": {"code": "blocked"}, "started_at": "2026-01-01T00:00:00.000Z", "task_id": "t"}
-    folder.put(0, state=state, paid=1, facts=facts)
+    folder.put(0, state=state, paid=1, facts=facts | {"attempts": [EARLIER]})
     job, row = row_of(work)
     row.begin()
     row.ended(Fault.of("rate_limited", "busy"))
@@ -607,7 +610,8 @@ def test_a_try_that_was_not_billed_takes_back_nothing_that_is_known(folder: Fold
     now = json.loads(held["facts"])
     assert (held["state"], held["paid"], job.state) == (state, 1, state)
     assert {name: now[name] for name in facts} == facts
-    assert [attempt["outcome"] for attempt in now["attempts"]] == ["rate_limited"]
+    assert now["attempts"][0] == EARLIER
+    assert [attempt["outcome"] for attempt in now["attempts"][1:]] == ["rate_limited"]
 
 
 def test_tries_are_forgotten_where_they_cost_nothing(work: AtWork) -> None:

@@ -242,6 +242,8 @@ def test_equal_rows_are_pictures_of_their_own_wherever_they_stand(folder: Folder
     assert kinds(folder.survey(folder.stage("b", "a", "a"))) == {"pending": 3}
     assert kinds(folder.survey(folder.stage("a", "b", "a", "a"))) == {"pending": 3, "new": 1}
     assert len({picture["identity"] for picture in folder.pictures()}) == 3
+    folder.plan(*["a"] * 6)
+    assert listed(folder, "number", "position") == [(number, number) for number in range(6)]
 
 
 def test_a_row_with_an_id_is_that_row_whatever_it_says_beside(folder: Folder) -> None:

@@ -65,4 +65,41 @@ EXPLAINED: tuple[Explained, ...] = (
         None,
         "an answer is the same in smaller and in larger pieces",
     ),
+    Explained(
+        "batch/plan",
+        'self.db = sqlite3.connect("", uri=True, isolation_level=None)',
+        'self.db = sqlite3.connect("", uri=False, isolation_level=None)',
+        "some builds of SQLite take a URI in ATTACH whatever is said here",
+    ),
+    Explained(
+        "batch/plan",
+        'self.db.execute("PRAGMA folder.synchronous = FULL")',
+        "pass",
+        "it is the default, but of some builds of SQLite",
+    ),
+    Explained(
+        "batch/plan",
+        'self.db.execute("CREATE INDEX plan_numbers ON plan (number) WHERE number IS NOT NULL")',
+        "pass",
+        "it changes how long a long plan takes, and no answer",
+    ),
+    Explained(
+        "batch/plan",
+        'self.db.create_function("pick_seed", 0, pick_seed if provider.takes_seed else lambda: NO_SEED)',
+        'self.db.create_function("pick_seed", -1, pick_seed if provider.takes_seed else lambda: NO_SEED)',
+        "any number of arguments, of which it gets none",
+    ),
+    Explained(
+        "batch/journal",
+        "self.latency_before: float | None = (database.execute(question).fetchone() or (None,))[0]",
+        "self.latency_before: float | None = (database.execute(question).fetchone() or (None,))[ -1]",
+        "the last of one is the first",
+    ),
+    Explained("batch/journal", "GROUP = 500  # statements a commit", None, "any number like it does"),
+    Explained(
+        "batch/journal",
+        "for (_, _, done), end in zip(entries, ends, strict=True):",
+        "for (_, _, done), end in zip(entries, ends):",
+        "there is an end for each",
+    ),
 )
