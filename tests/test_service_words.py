@@ -230,6 +230,7 @@ WRAPPED: Sequence[tuple[Provider, int, object, str, str]] = [
     (OWN_SERVER, 401, b'"Invalid token"', "key_rejected", "Invalid token"),
     (OWN_SERVER, 401, b"Invalid token", "key_rejected", "Invalid token"),
     (TASKS, 429, b"slow down, please", "rate_limited", "slow down"),
+    (NATIVE, 500, {"code": "500", "message": "a number is no code of the service's"}, "outcome_unknown", "a number"),
     (
         OWN_SERVER,
         403,
@@ -267,6 +268,9 @@ def test_words_are_cut_cleaned_and_told_once() -> None:
     long = failure(400, gateway("x", "a\x1b[31m\n" + "b" * 2000))
     assert len(long.message) < 560 and "\x1b" not in long.message and "\n" not in long.message
     assert failure(401, {"error": "Unauthorized"}).message == "the service answered 401 Unauthorized"
+    coded = failure(400, native("InternalError.Algo.InvalidParameter", "<400> InternalError.Algo.InvalidParameter: x"))
+    assert coded.message == "the service answered 400: <400> InternalError.Algo.InvalidParameter: x"
+    assert coded.fault.service_code == "InternalError.Algo.InvalidParameter"
     twice = failure(400, {"message": "once", "error": {"message": "once"}})
     assert twice.message == "the service answered 400: once"
     nothing = failure(400, b"\x00\x01\xff")
@@ -334,6 +338,12 @@ def test_a_picture_in_another_place_is_taken(form: str, provider: Provider) -> N
     found = made(ELSEWHERE[form], provider)
     assert found.image_url == LINK
     assert any("another place" in warning for warning in found.warnings)
+
+
+def test_a_finished_task_whose_picture_is_elsewhere_is_done() -> None:
+    data = {"task_id": "t", "status": "SUCCESS", "images": [{"url": LINK}]}
+    found = TASKS.read_poll(answered(200, {"code": 200, "data": data}), REQUEST, NOW)
+    assert found is not None and found.image_url == LINK
 
 
 def test_of_several_in_another_place_all_links_are_kept() -> None:
@@ -437,11 +447,8 @@ def test_the_services_words_are_shown_and_kept_whoever_says_them(lab: Lab, form:
 
 
 def test_what_only_repeats_the_prompt_says_nothing(ds: Lab) -> None:
-    ds.answers(json_answer(ds.case.empty()))
-    assert "it says" not in assert_error(ds.make(), 8, "unknown", code="no_image")["message"]
-    said = json_answer({"output": {"choices": [{"message": {"content": [{"text": "a fox"}]}}]}})
-    ds.answers(said)
-    error = assert_error(ds.call(*ds.request, "--overwrite"), 8, "unknown")
+    ds.answers(json_answer({"output": {"choices": [{"message": {"content": [{"text": "a fox"}]}}]}}))
+    error = assert_error(ds.make(), 8, "unknown", code="no_image")
     assert error["message"].endswith("no picture is in the answer")
 
 
@@ -460,7 +467,7 @@ def test_a_task_that_a_gateway_names_is_asked_after_and_its_picture_saved(ds: La
     path = "/api/v1/tasks/t-77"
     running = json_answer({"output": {"task_id": "t-77", "task_status": "RUNNING"}})
     ds.server.play(path, running)
-    error = assert_error(ds.make("--timeout", "2"), 7, "unknown", code="paid_not_downloaded")
+    error = assert_error(ds.make("--timeout", "4"), 7, "unknown", code="paid_not_downloaded")
     assert "t-77" in error["message"] and ds.shell.evidence()["task_id"] == "t-77"
 
     def done(request: Received) -> Answer:

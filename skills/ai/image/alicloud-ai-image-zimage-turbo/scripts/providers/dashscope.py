@@ -195,7 +195,7 @@ class DashScope(Provider):
         body = body or {}
         failure = service_failure(
             answer,
-            is_own_json=isinstance(body.get("code"), str) and body["code"] != "",
+            is_own_json=isinstance(body.get("code"), str) and re.search("[A-Za-z]", body["code"]) is not None,
             request_id=request_id(answer, body),
             codes=CODES,
             prompt=prompt,

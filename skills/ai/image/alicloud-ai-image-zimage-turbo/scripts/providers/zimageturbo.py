@@ -17,6 +17,7 @@ from zimage.answers import (
     bearer,
     found_elsewhere,
     json_post,
+    kept_answer,
     link_expiry,
     read_begun_json,
     read_json,
@@ -31,6 +32,7 @@ from zimage.outside import at, kept_text, outside_json, outside_text, shown
 from zimage.provider import Generated, HttpAnswer, HttpCall, Price, Provider, Submitted
 from zimage.request import ImageRequest
 from zimage.task import is_task_id
+from zimage.traces import traces_in
 from zimage.words import said_in
 
 RATIOS = ("1:1", "4:3", "3:4", "16:9", "9:16")
@@ -121,8 +123,11 @@ class ZImageTurbo(Provider):
             raise Failure(kind, told, billed="no", refused=side)
         if status != DONE:
             return None
+        if not links and (made := found_elsewhere(answer, body, now + LINK_LIFETIME)):
+            return made
         if not links:
-            raise Failure("no_image", f"the task succeeded, and no picture is in the answer{said and f': {said}'}")
+            message = f"the task succeeded, and no picture is in the answer{said and f': {said}'}"
+            raise Failure("no_image", message, answer=kept_answer(answer, traces_in(body)))
         drawn = at(data, "request", "prompt")
         usage = {name: outside_json(data[name]) for name in ("consumed_credits", "created_at") if data.get(name)}
         return Generated(

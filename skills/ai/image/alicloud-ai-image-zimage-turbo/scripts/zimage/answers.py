@@ -82,9 +82,10 @@ def service_failure(
     is_kept = KINDS[kind].billed != "no"
     words = str(message or _words_beside(code, prompt, said))[:LONGEST_WORDS]
     what = _what(status, kind, outside_text(_A_QUERY.sub(r"\1…", words) if is_kept else words))
+    named = code if code not in what else ""
     return Failure(
         kind,
-        " ".join(filter(None, ("the service answered", str(status), code)))
+        " ".join(filter(None, ("the service answered", str(status), named)))
         + (f": {what}" if what else "")
         + (_named(traces) if is_kept else ""),
         http_status=answer.status,
@@ -113,14 +114,16 @@ def _what(status: int, kind: str, words: str) -> str:
     if 300 <= status < 400 and not words:
         return "a redirect, which is not followed with the key"
     lacks = UNSAID.get(kind, "")
-    return ": ".join(filter(None, (lacks, words))) if kind != "outcome_unknown" else words or lacks
+    if kind == "outcome_unknown":
+        return words or lacks
+    return ("; it says: " if kind == "no_image" else ": ").join(filter(None, (lacks, words)))
 
 
 def _named(traces: Traces) -> str:
     """What an answer holds of a picture, to be told: the link itself stands in a field of its own."""
     tasks = [outside_text(name, 100) for name in _kept_tasks(traces)[:3]]
     named = f"; it names {'task' if len(tasks) == 1 else 'tasks'} {', '.join(tasks)}" if tasks else ""
-    return named + ("; it holds a link, which is image_url" if _kept_links(traces) else "")
+    return named + ("; it holds a link, which the evidence has" if _kept_links(traces) else "")
 
 
 def _kept_tasks(traces: Traces) -> list[str]:

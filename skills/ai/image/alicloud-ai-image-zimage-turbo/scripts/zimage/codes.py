@@ -34,8 +34,8 @@ class Code(NamedTuple):
 # What stands around the code of another part of the service: what it wraps says more.
 WRAPPERS = ("internalerror", "algo")
 
-# Of gateways, and of whatever speaks as OpenAI does. LiteLLM's names: its documentation, "Exception Mapping". What it
-# says of a failing backend does not prove that the backend made, and billed, nothing.
+# Of gateways, and of the images API that most servers speak. LiteLLM's names: its documentation, "Exception Mapping".
+# What it says of a failing backend does not prove that the backend made, and billed, nothing.
 COMMON_CODES = (
     Code("blocked", "content_policy_violation moderation_blocked content_filter content_policy data_inspection_failed"),
     Code("blocked", "litellm.ContentPolicyViolationError"),
