@@ -57,6 +57,7 @@ class Case(ABC):
     root: ClassVar[str]  # path of the API root
     paid: ClassVar[str]  # below it
     free: ClassVar[str]  # what --check asks, below it
+    limits: ClassVar[str] = ""  # what it asks then, below it; nothing where that is all
     key_variable: ClassVar[str]
     url_variable: ClassVar[str]
     cost: ClassVar[float]
@@ -78,6 +79,11 @@ class Case(ABC):
     @property
     def free_path(self) -> str:
         return self.root + self.free
+
+    @property
+    def free_paths(self) -> list[str]:
+        """All that --check asks."""
+        return [self.free_path, *([self.root + self.limits] if self.limits else [])]
 
     @abstractmethod
     def said(self, status: int, code: str, message: str) -> object:
@@ -116,6 +122,7 @@ class DashScopeCase(Case):
     root = "/api/v1"
     paid = "/services/aigc/multimodal-generation/generation"
     free = "/models"
+    limits = "/quotas"
     key_variable = "DASHSCOPE_API_KEY"
     url_variable = "DASHSCOPE_BASE_URL"
     cost = 0.01434
@@ -409,7 +416,7 @@ class Lab:
 def assert_keys_at(server: FaultServer, case: Case | None) -> None:
     """A server has seen the key of the case, in the one header of service calls, and no other key anywhere."""
     for request in server.requests:
-        calls = case is not None and request.path in (case.paid_path, case.free_path)
+        calls = case is not None and request.path in (case.paid_path, *case.free_paths)
         sent = f"{request.target} {request.body.decode('utf-8', 'replace')}"
         for name, value in request.headers:
             if name == "authorization" and calls and case is not None and value == f"Bearer {case.key}":

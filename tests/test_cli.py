@@ -193,7 +193,7 @@ def test_stdout_carries_the_path_alone(shell: Shell, mock: MockServer) -> None:
     shell.use(mock)
     result = shell.run(*SMALL)
     assert saved_path(result).parent == shell.folder / IMAGES
-    assert result.stderr == f"evidence: {shell.evidence_files()[0]}\n"
+    assert result.stderr.splitlines()[1:] == [f"evidence: {shell.evidence_files()[0]}"]  # the first is of the mock
 
 
 def test_stdout_carries_one_json_object_where_asked(shell: Shell, mock: MockServer) -> None:
@@ -254,6 +254,7 @@ def test_the_evidence_is_on_disk_and_named_before_the_request_leaves(shell: Shel
         shell.use(mock)
         process = shell.start(*SMALL)
         assert process.stderr is not None
+        assert process.stderr.readline().startswith(b"warning: DASHSCOPE_BASE_URL leads to 127.0.0.1")
         line = process.stderr.readline().decode()
         (path,) = shell.evidence_files()
         assert line == f"evidence: {path}\n"
@@ -360,18 +361,21 @@ def test_what_a_dry_run_promises_is_what_is_sent(shell: Shell, mock: MockServer)
 # -- --check -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_check_is_one_free_query(shell: Shell, mock: MockServer) -> None:
+def test_a_check_is_free_queries_only(shell: Shell, mock: MockServer) -> None:
     shell.use(mock)
-    assert shell.run("--check").json == {
+    found = shell.run("--check").json
+    assert len(found.pop("warnings")) == 1  # of the mock
+    assert found == {
         "ok": True,
         "provider": "dashscope",
-        "region": "beijing",
+        "region": "unknown",
         "endpoint": mock.endpoint,
+        "endpoint_source": "DASHSCOPE_BASE_URL",
         "key_source": "environment DASHSCOPE_API_KEY",
         "model_listed": True,
     }
-    (request,) = mock.stats()["requests"]
-    assert (request["method"], request["path"]) == ("GET", "/api/v1/models")
+    asked = [(request["method"], request["path"]) for request in mock.stats()["requests"]]
+    assert asked == [("GET", "/api/v1/models"), ("GET", "/api/v1/quotas")]
     assert shell.files() == []
 
 
@@ -593,7 +597,7 @@ def test_a_name_taken_meanwhile_is_not_replaced_and_the_picture_is_not_lost(shel
         shell.use(mock)
         process = shell.start(*SMALL, "--output", "cat.png", "--print-response")
         assert process.stderr is not None
-        assert process.stderr.readline().startswith(b"evidence: ")
+        assert any(line.startswith(b"evidence: ") for line in process.stderr)
         (shell.folder / "cat.png").write_text("mine")
         mock.go.set()
         result = shell.finish(process)
@@ -712,7 +716,7 @@ def test_the_evidence_holds_what_was_asked_paid_and_saved(shell: Shell, mock: Mo
     assert evidence["schema_version"] == 1
     assert evidence["tool"] == {"name": "alicloud-ai-image-zimage-turbo", "version": VERSION}
     assert evidence["status"] == "saved"
-    assert (evidence["provider"], evidence["region"], evidence["endpoint"]) == ("dashscope", "beijing", mock.endpoint)
+    assert (evidence["provider"], evidence["region"], evidence["endpoint"]) == ("dashscope", "unknown", mock.endpoint)
     assert (evidence["operation"], evidence["billable"]) == ("image.generate", True)
     assert evidence["request"] == {"prompt": "a cat", "size": "512*512", "seed": 5, "prompt_extend": True}
     assert evidence["payload"]["parameters"] == {"size": "512*512", "prompt_extend": True, "seed": 5}

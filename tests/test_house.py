@@ -22,7 +22,7 @@ LAYERS = [
     ["errors"],
     ["provider", "paths", "waiting", "registry", "formats"],
     ["files", "settle", "memory", "wire", "words", "traces"],
-    ["codes"],
+    ["codes", "account"],
     ["keys", "console", "request", "answers", "transport"],
     ["trust"],
     ["evidence", "picture"],

@@ -197,6 +197,18 @@ class TestPaths:
             assert requests.get(url, params=query, timeout=5).status_code == 401
             assert (mock.stats()["billed"], mock.stats()["model_queries"]) == (0, 3)
 
+    def test_the_quotas_query_tells_the_rate_limit_and_is_free(self) -> None:
+        with MockServer(rpm=90) as mock:
+            url, headers = f"{mock.base_url}/quotas", {"Authorization": f"Bearer {mock.api_key}"}
+            output = requests.get(url, params={"model": "z-image-turbo"}, headers=headers, timeout=5).json()["output"]
+            (quota,) = output.pop("quotas")
+            assert output == {"page_no": 1, "page_size": 1, "total": 1} and quota["model"] == "z-image-turbo"
+            assert quota["model_limit"] == {"request_limit": 90, "request_limit_period": 60, "usage_limit": None}
+            other = requests.get(url, params={"model": "other"}, headers=headers, timeout=5).json()["output"]
+            assert other["quotas"] == []
+            assert requests.get(url, timeout=5).status_code == 401
+            assert (mock.stats()["billed"], mock.stats()["quota_queries"]) == (0, 2)
+
     @pytest.mark.parametrize("path", ["/api/v1", "/api/v1/nothing", "/api/v1/models/", "/", "/favicon.ico"])
     def test_an_unknown_path_is_404_in_json(self, mock: MockServer, path: str) -> None:
         reply = requests.get(mock.base_url.removesuffix("/api/v1") + path, timeout=5)

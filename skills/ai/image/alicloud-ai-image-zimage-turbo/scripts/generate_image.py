@@ -87,7 +87,7 @@ from zimage.waiting import WATCHER, Stop
 
 
 def run(arguments: Sequence[str], stop: Stop, console: Console, env: Mapping[str, str]) -> Failure | None:
-    """Do what the arguments say and print its answer; returns a failure that is told in it."""
+    """Do what the arguments say and print its answer; returns a failure that has been told."""
     WATCHER.listen(stop)
     options = read_options(arguments, env)
     if options.mode == "schema":
@@ -97,12 +97,10 @@ def run(arguments: Sequence[str], stop: Stop, console: Console, env: Mapping[str
     missing_packages()
     check_working_folder()
     if options.mode == "check":
-        known, failure = check(options, stop, env)
-        if failure is None:
-            console.answer(known)
-        else:
+        findings, failure = check(options, stop, env)
+        if failure is not None:
             console.tell(failure)
-            console.data(known)
+        console.answer(findings)
         return failure
     if options.mode == "recover":
         response = recover(options, stop, env)

@@ -18,11 +18,11 @@ from zimage.answers import (
     service_failure,
 )
 from zimage.codes import COMMON_CODES, Code
-from zimage.endpoint import _LABEL
+from zimage.endpoint import _LABEL, UNKNOWN_REGION
 from zimage.errors import Failure
 from zimage.keys import KeyPlaces
 from zimage.outside import at, kept_text, outside_json
-from zimage.provider import Generated, HttpCall, Price, Provider, Submitted
+from zimage.provider import ConfigFile, Generated, HttpCall, Price, Provider, RateLimit, Submitted
 from zimage.task import is_task_id
 from zimage.traces import ENDED_BADLY, ENDED_WELL, traces_in
 
@@ -68,22 +68,32 @@ class DashScope(Provider):
     """
 
     name = "dashscope"
+    config_file = ConfigFile("DASHSCOPE_CONFIG", ".dashscope/config.toml")
     key_places = KeyPlaces(
         variable="DASHSCOPE_API_KEY",
         ini_file=".alibabacloud/credentials",
         ini_option="dashscope_api_key",
         ini_profile_variables=("ALIBABA_CLOUD_PROFILE", "ALICLOUD_PROFILE"),
         file_variable="DASHSCOPE_API_KEY_FILE_PATH",
+        config_file=config_file,
         file=".dashscope/api_key",
+        unfit={
+            "sk-sp-": "is one of a Coding Plan or Token Plan (sk-sp-…): these plans have other hosts, not this model, "
+            "and are for coding tools alone; a pay-as-you-go key is needed"
+        },
     )
     roots: ClassVar = {
         "beijing": "https://dashscope.aliyuncs.com/api/v1",
         "singapore": "https://dashscope-intl.aliyuncs.com/api/v1",
     }
-    region_aliases: ClassVar = {"cn-beijing": "beijing", "ap-southeast-1": "singapore"}
+    region_aliases: ClassVar = {"cn-beijing": "beijing", "ap-southeast-1": "singapore", "intl": "singapore"}
+    # Of the official client 2.0.2; the model's page of 2026-10 names the two above.
+    other_regions = ("cn-hongkong", "us-east-1", "eu-central-1", "ap-northeast-1")
     default_region = "beijing"
     base_url_variables = ("DASHSCOPE_BASE_URL", "DASHSCOPE_HTTP_BASE_URL")
+    region_variables = ("DASHSCOPE_REGION", "DASHSCOPE_API_REGION")
     workspace_variable = "DASHSCOPE_WORKSPACE"
+    workspace_id_variable = "DASHSCOPE_WORKSPACE_ID"
     default_root = "/api/v1"
     generate_path = "/services/aigc/multimodal-generation/generation"
     requests_per_minute = 120.0
@@ -105,12 +115,21 @@ class DashScope(Provider):
         label = word or re.fullmatch(rf"(?:.*\.)?({_LABEL})\.(?:dashscope|maas)\.aliyuncs\.com", host)
         return self.region_aliases.get(label[1], label[1]) if label else None
 
+    def workspace_root(self, workspace: str, region: str) -> str:
+        name = next(name for name, own in self.region_aliases.items() if own == region)  # the first is the host's
+        return f"https://{workspace}.{name}.maas.aliyuncs.com{self.default_root}"
+
     def owns(self, host: str) -> bool:
         return self.own_hosts.fullmatch(host) is not None
 
     def price(self, request: ImageRequest, region: str) -> Price:
-        listed = self.prices.get(region) or max(self.prices.values())
-        basis = f"{region} list price" if region in self.prices else f"highest list price; none is known for {region}"
+        if region == UNKNOWN_REGION:
+            listed = self.prices[self.default_region]
+            basis = f"{self.default_region} list price of the vendor, what this server charges is not known"
+        else:
+            listed = self.prices.get(region) or max(self.prices.values())
+            known = region in self.prices
+            basis = f"{region} list price" if known else f"highest list price; none is known for {region}"
         extended = " with prompt_extend" if request.prompt_extend else ""
         return Price(listed[request.prompt_extend], f"{basis}, one picture{extended}", self.price_list_date)
 
@@ -189,6 +208,20 @@ class DashScope(Provider):
             raise self._failure(answer, body)
         models = at(body, "output", "models")
         return isinstance(models, list) and any(isinstance(m, dict) and self.model in m.values() for m in models)
+
+    def limits(self, endpoint: Endpoint, key: str, workspace: str | None) -> HttpCall:
+        url = f"{endpoint.root}/quotas?model={self.model}&page_no=1&page_size=20"
+        return HttpCall("GET", url, self._headers(key, workspace))
+
+    def read_limits(self, answer: HttpAnswer, workspace: str | None) -> RateLimit | None:
+        """The strictest limit of the workspace, where it is listed, else of all that are."""
+        quotas = at(read_json(answer), "output", "quotas") if answer.status == 200 else None
+        listed = [q for q in quotas if at(q, "model") == self.model] if isinstance(quotas, list) else []
+        listed = [q for q in listed if workspace and at(q, "workspace_id") == workspace] or listed
+        said = [at(quota, name) for quota in listed for name in ("model_limit", "workspace_limit")]
+        numbers = [(at(limit, "request_limit"), at(limit, "request_limit_period")) for limit in said]
+        limits = [RateLimit(*pair) for pair in numbers if all(type(n) in (int, float) and 0 < n < 10**6 for n in pair)]
+        return min(limits, key=lambda limit: limit.per_minute, default=None)
 
     def _failure(self, answer: HttpAnswer, body: dict[str, Any] | None, prompt: str = "") -> Failure:
         """What an answer without a picture means, by the service's code and else by the HTTP status."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import contextlib
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from zimage.errors import KINDS, Failure, raise_problems
@@ -11,10 +12,12 @@ from zimage.keys import NO_KEY, Key
 from zimage.plan import planned_endpoint, planned_provider, workspace_of
 from zimage.settle import retry_wait
 from zimage.transport import ask
-from zimage.trust import key_for, telling_of_withheld
+from zimage.trust import key_for, telling_of_refused, telling_of_withheld
 
 if TYPE_CHECKING:
+    from zimage.endpoint import Endpoint
     from zimage.plan import Options, Plan
+    from zimage.provider import Provider, RateLimit
     from zimage.waiting import Stop
 
 
@@ -42,6 +45,7 @@ def dry_run(plan: Plan, trusted: frozenset[str], env: Mapping[str, str]) -> dict
         "provider": plan.provider.name,
         "region": plan.endpoint.region,
         "endpoint": plan.endpoint.url,
+        "endpoint_source": plan.endpoint.source,
         "payload": plan.payload,
         "settings": plan.provider.known_settings,
         "output": str(plan.output),
@@ -49,44 +53,44 @@ def dry_run(plan: Plan, trusted: frozenset[str], env: Mapping[str, str]) -> dict
         "estimated_cost": plan.price.estimate,
         "cost_basis": plan.price.basis,
         "key_source": key.source or None,
-        "warnings": [*plan.warnings, *filter(None, [key.warning])],
+        "warnings": [*plan.endpoint.warnings, *plan.warnings, *filter(None, [key.warning])],
         "problems": [failure.fault.as_json() for failure in problems],
     }
     return {name: value for name, value in plan_of_it.items() if value != {}}
 
 
 def check(options: Options, stop: Stop, env: Mapping[str, str]) -> tuple[dict[str, Any], Failure | None]:
-    """One free, read-only query that shows whether host, key and permission work; also what is known where it fails."""
-    known: dict[str, Any] = {"ok": False}
-    try:
-        for facts in checking(options, stop, env):
-            known |= facts
-    except Failure as failure:
-        return known | {"error": failure.fault.as_json()}, failure
-    return known | {"ok": True}, None
+    """Free, read-only queries that show whether host, key and permission work, and what the account may send.
 
-
-def checking(options: Options, stop: Stop, env: Mapping[str, str]) -> Iterator[dict[str, Any]]:
-    """The facts of a check, each as soon as it is known.
-
-    Raises:
-        Failure: never billed, so what would be unknown for a paid call is only a failing service here.
+    Returns what is known, and the failure, never billed, that kept the rest from being known.
     """
+    told: dict[str, Any] = {"ok": False}
+    try:
+        _look(options, stop, env, told)
+    except Failure as failure:
+        return told | {"error": failure.fault.as_json()}, failure
+    return told | {"ok": True}, None
+
+
+def _look(options: Options, stop: Stop, env: Mapping[str, str], told: dict[str, Any]) -> None:
+    """Add to what is told, step by step, until something fails."""
     provider = planned_provider(options, None)
+    told["provider"] = provider.name
     workspace, problems = workspace_of(provider, env)
-    yield {"provider": provider.name}
     raise_problems(problems)
     endpoint = planned_endpoint(options, None, None, provider, env)
-    yield {"region": endpoint.region, "endpoint": endpoint.url}
+    told |= {"region": endpoint.region, "endpoint": endpoint.url, "endpoint_source": endpoint.source}
     key = key_for(provider, endpoint, options.trusted, env)
-    yield {"key_source": key.source or None, **({"warnings": [key.warning]} if key.warning else {})}
+    told["key_source"] = key.source or None
+    if warnings := [*endpoint.warnings, *filter(None, [key.warning])]:
+        told["warnings"] = warnings
     provider.preflight()
     call = provider.query(endpoint, key.value, workspace)
     attempt = 0
     while True:
         try:
-            with telling_of_withheld(key):
-                listed = ask(call, provider.read_query, stop, endpoint)
+            with telling_of_withheld(key), telling_of_refused(key, endpoint, provider):
+                told["model_listed"] = ask(call, provider.read_query, stop, endpoint)
             break
         except Failure as error:
             failure = free_of_charge(error)
@@ -95,7 +99,25 @@ def checking(options: Options, stop: Stop, env: Mapping[str, str]) -> Iterator[d
                 raise failure from None
         stop.wait(wait)
         attempt += 1
-    yield {"model_listed": listed}
+    if limit := rate_limit(provider, endpoint, key, workspace, stop):
+        told["rate_limit"] = limit._asdict()
+
+
+LONGEST_LOOK = 5.0  # seconds for a question that may as well stay unanswered
+
+
+def rate_limit(provider: Provider, endpoint: Endpoint, key: Key, workspace: str | None, stop: Stop) -> RateLimit | None:
+    """What the account may send, as the service tells, asked once; None where it does not tell, whatever the reason.
+
+    Raises:
+        Stopped.
+    """
+    call = provider.limits(endpoint, key.value, workspace)
+    if call is None:
+        return None
+    with contextlib.suppress(Failure):
+        return ask(call, lambda answer: provider.read_limits(answer, workspace), stop.part(LONGEST_LOOK), endpoint)
+    return None
 
 
 def free_of_charge(failure: Failure) -> Failure:

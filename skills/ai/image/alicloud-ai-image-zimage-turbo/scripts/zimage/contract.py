@@ -265,6 +265,7 @@ EVIDENCE_SCHEMA = DRAFT | record(
         "provider": TEXT | {"pattern": "^[a-z][a-z0-9_]*$"},
         "region": TEXT,
         "endpoint": TEXT,
+        "endpoint_source?": described("What named it: an option, a field, variables, a file, or default."),
         "operation": {"const": "image.generate"},
         "billable": {"type": "boolean"},
         "request": described("Normalized: itself a valid request.", "object"),

@@ -13,6 +13,7 @@ _NETLOC = re.compile(r"(?P<host>[A-Za-z0-9._-]+|\[[0-9A-Fa-f:]+\])(?::(?P<port>[
 
 LOOPBACK_NAME = "localhost"
 IN_PROCESS = "in-process"  # the endpoint of a provider that makes no calls
+UNKNOWN_REGION = "unknown"  # of a server that is not the service's own, where no setting tells
 
 
 class Endpoint(NamedTuple):
@@ -22,6 +23,8 @@ class Endpoint(NamedTuple):
     url: str
     host: str
     region: str
+    source: str = ""  # what has named it: an option, a field, variables, a file; empty where that is not known
+    warnings: tuple[str, ...] = ()  # to be told before anything is sent there
 
     @property
     def is_loopback(self) -> bool:
@@ -118,3 +121,11 @@ def is_loopback_url(url: str) -> bool:
         return is_loopback_host(split_netloc(urlsplit(url).netloc)[0])
     except ValueError:
         return False
+
+
+def host_in(text: str) -> str:
+    """The host of a base URL in whatever form, also of one that is refused; empty where it is no plain one."""
+    try:
+        return split_netloc(urlsplit(text if "://" in text else f"https://{text}").netloc)[0]
+    except ValueError:
+        return ""

@@ -108,6 +108,9 @@ KINDS: dict[str, Kind] = {
     "host_not_trusted": _invalid(
         "tell the user: the key goes to the provider's hosts only; --trust-host is for one that they own and name"
     ),
+    "invalid_account": _invalid(
+        "tell the user which settings these are: variables and configuration file must name one account, readably"
+    ),
     "region_mismatch": _invalid("leave out --region; or ask the user which region the key belongs to"),
     "missing_package": _invalid(INSTALL_HINT),
     "invalid_evidence": _invalid("give the path of an evidence file that this tool wrote"),
@@ -289,6 +292,7 @@ MOST_TOLD = 100  # problems of one request: a stranger's may have any number
 
 def raise_problems(problems: Sequence[Problem]) -> None:
     """Raise all problems as one Failure; none raises nothing."""
+    problems = list(dict.fromkeys(problems))
     if not problems:
         return
     if len(problems) == 1:

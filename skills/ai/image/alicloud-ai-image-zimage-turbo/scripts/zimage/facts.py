@@ -168,15 +168,13 @@ class _Content(TypedDict):
     region: str
     endpoint: str
     operation: Literal["image.generate"]
+    request: Request
+    payload: dict[str, Any]
     output: str
     cost: Cost
 
 
-class Content(_Content, Facts):
-    """What an evidence file holds.
+class Content(_Content, Facts, total=False):
+    """What an evidence file holds; `started_at`, `attempts` and `billable` are always there."""
 
-    `started_at`, `attempts`, `billable`, `request` and `payload` are always there.
-    """
-
-    request: Request
-    payload: dict[str, Any]
+    endpoint_source: str

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import io
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
+from zimage.account import below_home, config_of, path_of, shown_place
 from zimage.errors import Failure, os_reason
 from zimage.files import open_regular
 from zimage.outside import outside_text, remember_secret
+
+if TYPE_CHECKING:
+    from zimage.provider import ConfigFile
 
 
 class KeyPlaces(NamedTuple):
@@ -22,8 +27,10 @@ class KeyPlaces(NamedTuple):
     ini_file: str | None = None  # below the home folder, INI
     ini_option: str | None = None
     ini_profile_variables: tuple[str, ...] = ()
+    config_file: ConfigFile | None = None  # its `api_key`
     file_variable: str | None = None  # names a file that holds the key alone
     file: str | None = None  # below the home folder, holds the key alone
+    unfit: Mapping[str, str] = {}  # how keys begin that are never sent, and why
 
 
 class Key(NamedTuple):
@@ -32,6 +39,7 @@ class Key(NamedTuple):
     value: str
     source: str
     warning: str = ""
+    others: Callable[[], Sequence[str]] = tuple  # what else is to be said of its places, should it be refused
 
     def __repr__(self) -> str:
         return f"Key(source={self.source!r})"
@@ -39,6 +47,7 @@ class Key(NamedTuple):
 
 NO_KEY = Key("", "")
 MOST_LINES = 5000  # of a credentials file
+LONGEST_KEY = 512  # characters
 
 
 def find_key(places: KeyPlaces, env: Mapping[str, str]) -> Key:
@@ -50,8 +59,8 @@ def find_key(places: KeyPlaces, env: Mapping[str, str]) -> Key:
     notes: list[str] = []
     for key in filter(None, _keys(places, env, notes)):
         remember_secret(key.value)
-        _check_key(key)
-        return key
+        _check_key(key, places)
+        return key._replace(others=functools.partial(_other_places, places, env, key))
     options = [f"the environment variable {places.variable}"]
     if places.ini_file:
         options.append(f"{places.ini_option} in ~/{places.ini_file}")
@@ -63,14 +72,26 @@ def find_key(places: KeyPlaces, env: Mapping[str, str]) -> Key:
     )
 
 
+def _other_places(places: KeyPlaces, env: Mapping[str, str], used: Key) -> Sequence[str]:
+    """Places that hold another key than the one that was used, and what is wrong with places, in words."""
+    notes: list[str] = []
+    others = []
+    with contextlib.suppress(Failure):  # a place that stops the search
+        found = [key for key in _keys(places, env, notes) if key and key.value != used.value]
+        others = [f"another key is in: {', '.join(key.source for key in found)}"] if found else []
+    return [*others, *notes]
+
+
 def _keys(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> Iterator[Key | None]:
     """What each place holds, looked at only when those before it hold nothing."""
     yield _key(env.get(places.variable, ""), f"environment {places.variable}")
     yield _key_in_dotenv(places, notes)
     yield _key_in_ini(places, env, notes)
+    config = config_of(places.config_file, env)
+    yield _key(config.get("api_key", ""), f"api_key in {shown_place(places.config_file, env)}")
     yield _key_in_named_file(places, env, notes)
     if places.file is not None:
-        yield _key(_read_text(_home(places.file, env), notes), f"~/{places.file}")
+        yield _key(_read_text(below_home(places.file, env), notes), f"~/{places.file}")
 
 
 def _key_in_dotenv(places: KeyPlaces, notes: list[str]) -> Key | None:
@@ -97,7 +118,7 @@ def _key_in_ini(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> 
     import configparser
 
     # The parser takes the square of the time for a long run of blanks, and for many lines that are none of an INI file.
-    text = re.sub(r"(?<=\S)[^\S\n]+", " ", _read_text(_home(places.ini_file, env), notes))
+    text = re.sub(r"(?<=\S)[^\S\n]+", " ", _read_text(below_home(places.ini_file, env), notes))
     parser = configparser.ConfigParser(interpolation=None, strict=False)
     try:
         if text.count("\n") > MOST_LINES:
@@ -107,17 +128,19 @@ def _key_in_ini(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> 
         notes.append(f"~/{places.ini_file} is not a valid INI file")
         return None
     profile = next((env[name] for name in places.ini_profile_variables if env.get(name)), "default")
-    if not parser.has_section(profile):
-        return None
+    named = f"[{outside_text(profile, 60)}]"
     value = parser.get(profile, places.ini_option, fallback="").strip("\"'")
-    return _key(value, f"~/{places.ini_file} [{outside_text(profile, 60)}]")
+    if text.strip() and not value:
+        lack = places.ini_option if parser.has_section(profile) else "such profile"
+        notes.append(f"~/{places.ini_file} {named} is looked at, and there is no {lack}")
+    return _key(value, f"~/{places.ini_file} {named}")
 
 
 def _key_in_named_file(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> Key | None:
     name = env.get(places.file_variable or "")
     if not name:
         return None
-    key = _key(_read_text(Path(os.path.expanduser(name)), notes), f"file that {places.file_variable} names")
+    key = _key(_read_text(path_of(name, env), notes), f"file that {places.file_variable} names")
     if key is None:
         # The user chose this file: another account's key must not step in for it.
         raise Failure("key_missing", f"{places.file_variable} names a file that holds no readable key")
@@ -128,22 +151,41 @@ def _key(value: str, source: str) -> Key | None:
     return Key(value.strip(), source) if value.strip() else None
 
 
-def _check_key(key: Key) -> None:
-    """Refuse what no header can carry and what is plainly a placeholder."""
-    if len(key.value) > 512:
-        raise Failure("key_malformed", f"the API key from {key.source} is longer than any key: 512 characters")
-    if not re.fullmatch(r"[!-~]+", key.value) or re.search("[\"'<>]", key.value):
-        raise Failure(
-            "key_malformed",
-            f"the API key from {key.source} has blanks, quotes, brackets or characters beyond ASCII in it",
+# What stands in examples and unfilled forms: words for a key, its last signs behind marks, the name of a variable.
+_PLACEHOLDER = re.compile(
+    "|".join(
+        (
+            r".*(?<![a-z])your(?:[^a-z]|[a-z]*key)",
+            r".*(?:placeholder|change[-_.]?me|replace[-_.]|(?:goes|key|token)[-_.]?here)",
+            r".*(?:x{5}|[*]{2}|[.]{3}|…)",
+            r"(?:sk[-_])?(?:[-_x]+|(.)\1+|(?:my[-_])?(?:api[-_]?)?key|none|null|nil|undefined|true|false)?\Z",
+            r"\$[({]?[a-z_]|%[a-z_]+%\Z|\{\{|[<\[].*[>\]]\Z",
         )
+    ),
+    re.IGNORECASE,
+)
 
 
-def _home(relative: str, env: Mapping[str, str]) -> Path:
-    try:
-        return Path(env.get("HOME") or Path.home()) / relative
-    except RuntimeError:  # no home folder is known
-        return Path(os.devnull)
+def _check_key(key: Key, places: KeyPlaces) -> None:
+    """Refuse what no header can carry, what is plainly a placeholder, and what the service's host never takes.
+
+    Where a key is optional any word is one: servers of users ask for none, and clients for something.
+    """
+
+    def refuse(what: str, hint: str | None = None) -> None:
+        raise Failure("key_malformed", f"the API key from {key.source} {what}", hint=hint)
+
+    if len(key.value) > LONGEST_KEY:
+        refuse(f"is longer than any key: {LONGEST_KEY} characters")
+    if not places.optional and (key.value.startswith(places.variable) or _PLACEHOLDER.match(key.value)):
+        refuse("is a placeholder, not a key", "tell the user to store their own key there, or to take this one away")
+    if re.match(r"bearer\s", key.value, re.IGNORECASE):
+        refuse("begins with the word Bearer", "tell the user to store the key alone; that word is added to each call")
+    if not re.fullmatch(r"[!-~]+", key.value) or re.search("[\"'<>]", key.value):
+        refuse("has blanks, quotes, brackets or characters beyond ASCII in it")
+    for start, why in places.unfit.items():
+        if key.value.lower().startswith(start):
+            refuse(why, "tell the user; another key of theirs may be stored in its place")
 
 
 def _read_text(path: Path, notes: list[str]) -> str:

@@ -20,7 +20,7 @@ from zimage.provider import Generated, Submitted
 from zimage.settle import TASK_ENDS, ended_early, explained, retry_wait, settle
 from zimage.task import Task
 from zimage.transport import ask
-from zimage.trust import Own, home_of, key_for, naming_flags, telling_of_withheld
+from zimage.trust import Own, home_of, key_for, naming_flags, telling_of_refused, telling_of_withheld
 from zimage.waiting import Stopped, in_time
 from zimage.wire import wired_adapter
 
@@ -56,7 +56,7 @@ def generate(plan: Plan, options: Options, stop: Stop, console: Console, env: Ma
     get_ready(plan.provider, stop)
     if key.warning:
         plan = plan._replace(warnings=(*plan.warnings, key.warning))
-    console.warn(plan.warnings)
+    console.warn((*plan.endpoint.warnings, *plan.warnings))
     if not stop.generating.room_for_attempt_after(0):  # the machine slept, or a model took long to load
         raise Failure("too_slow", "too little time was left for the paid call")
     record = EvidenceFile(Evidence(plan.evidence_path, plan.evidence(utc_now())))
@@ -149,7 +149,7 @@ def send(plan: Plan, key: Key, stop: Stop) -> Generated | Submitted:
     def read(answer: HttpAnswer) -> Generated | Submitted:
         return provider.read(answer, plan.request, utc_now())._replace(http_status=answer.status)
 
-    with telling_of_withheld(key):
+    with telling_of_withheld(key), telling_of_refused(key, plan.endpoint, provider):
         made = ask(call, read, stop, plan.endpoint, provider.max_answer_bytes)
     if isinstance(made, Generated) and provider.links_to_itself and made.image_url.startswith("/"):
         made = made._replace(image_url=urljoin(plan.endpoint.url, made.image_url))

@@ -310,11 +310,10 @@ def region_option(name: str | None, provider: type[Provider]) -> str | None:
     """
     if name is None:
         return None
-    region = provider.region_aliases.get(name.lower(), name.lower())
-    if region not in provider.roots:
-        known = ", ".join([*provider.roots, *provider.region_aliases])
-        raise Failure("usage", f"--region: must be one of {known}, got {shown(name)}")
-    return region
+    try:
+        return provider.region_named(name)
+    except ValueError as error:
+        raise Failure("usage", f"--region: {error}") from None
 
 
 def request_overrides(given: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import datetime as dt
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from zimage.account import Account
 from zimage.contract import FORMATS, MAX_REQUEST_BYTES, MAX_SIDE, MIB, REQUEST_SCHEMA, SKILL, VERSION
 from zimage.errors import Failure, Problem, noting, raise_problems
 from zimage.evidence import Evidence, Folders, new_evidence_id, timestamp, utc_now
@@ -103,6 +103,8 @@ class Plan(NamedTuple):
             content["cost"]["estimate"] = self.price.estimate
         if settings := self.provider.known_settings:
             content["settings"] = settings
+        if self.endpoint.source:
+            content["endpoint_source"] = self.endpoint.source
         return content
 
 
@@ -223,7 +225,8 @@ def planned_endpoint(
     if not isinstance(request_url, str) or not request_url:
         request_url = None  # where it is of another type or empty, the schema says so
     region = options.region
-    if recorded and recorded["provider"] == provider.name and region is None:
+    replayed = recorded is not None and recorded["provider"] == provider.name and region is None
+    if recorded and replayed:
         request_url = recorded["endpoint"]
         if not options.base_url and not provider.in_process:
             recorded_endpoint(request_url, provider, Own(None, options.trusted, env))
@@ -232,6 +235,7 @@ def planned_endpoint(
         provider,
         flag=options.base_url,
         request_url=request_url,
+        request_source="--replay" if replayed else "base_url",
         region=region,
         env=env,
         trusted=options.trusted,
@@ -239,12 +243,12 @@ def planned_endpoint(
 
 
 def workspace_of(provider: Provider, env: Mapping[str, str]) -> tuple[str | None, list[Problem]]:
-    name = env.get(provider.workspace_variable or "")
-    if not name:
-        return None, []
-    if re.fullmatch(r"[A-Za-z0-9._-]{1,128}", name):
-        return name, []
-    return None, [Problem("usage", f"{provider.workspace_variable}: must be a workspace id, letters, digits, . _ -")]
+    """The workspace that calls name in a header, and what is wrong with what the user's settings say of it."""
+    problems: list[Problem] = []
+    with noting(problems):
+        workspace = Account(provider, env).workspace
+        return workspace.value if workspace else None, []
+    return None, problems
 
 
 def default_output(raw: Any, evidence_id: str, env: Mapping[str, str]) -> Path:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from zimage.contract import LONG_PROMPT, MAX_ANSWER_BYTES, MAX_LINK_LENGTH, MAX_OTHER_LINKS, MAX_USAGE_BYTES
 from zimage.errors import Failure
+from zimage.outside import shown
 
 if TYPE_CHECKING:
     from zimage.endpoint import Endpoint
@@ -124,6 +125,25 @@ STEPS = Setting("steps", "N", "sampling steps", 8, number(int, 1, 200, "a whole 
 GUIDANCE = Setting("guidance", "X", "guidance scale; this model is made for 0", 0.0, number(float, 0, 100))
 
 
+class ConfigFile(NamedTuple):
+    """The TOML file of a service's own client, with texts at its top: key, base URL, workspace, region."""
+
+    variable: str  # names another file; set to nothing, there is none
+    path: str  # below the home folder
+    options: tuple[str, ...] = ("api_key", "base_url", "workspace", "region")
+
+
+class RateLimit(NamedTuple):
+    """What an account may send: so many requests in so many seconds."""
+
+    requests: float
+    seconds: float
+
+    @property
+    def per_minute(self) -> float:
+        return self.requests * 60 / self.seconds
+
+
 class Provider:
     """One way to the model: its key places, hosts, prices, limits, one call and what its answer means.
 
@@ -135,9 +155,13 @@ class Provider:
     key_places: ClassVar[KeyPlaces | None] = None  # None: there is no key
     roots: ClassVar[dict[str, str]]  # region -> API root; empty text where only the user can name one
     region_aliases: ClassVar[dict[str, str]] = {}
+    other_regions: ClassVar[tuple[str, ...]] = ()  # of the service, without the model
     default_region: ClassVar[str]
     base_url_variables: ClassVar[tuple[str, ...]] = ()
-    workspace_variable: ClassVar[str | None] = None
+    region_variables: ClassVar[tuple[str, ...]] = ()  # of one meaning
+    workspace_variable: ClassVar[str | None] = None  # for a header, and for the host where no base URL is set
+    workspace_id_variable: ClassVar[str | None] = None  # for the host alone, outside the default region
+    config_file: ClassVar[ConfigFile | None] = None
     default_root: ClassVar[str] = ""  # path of the API root
     generate_path: ClassVar[str] = ""  # below the root
     in_process: ClassVar[bool] = False  # there is no endpoint: calls are LocalCalls
@@ -174,6 +198,26 @@ class Provider:
             return self.default_root
         root = path.removesuffix(self.generate_path)
         return root if root.endswith(self.default_root) else None
+
+    @classmethod
+    def region_named(cls, text: str) -> str:
+        """The provider's own name of the region that a user names.
+
+        Raises:
+            ValueError: with a sentence.
+        """
+        name = text.lower()
+        region = cls.region_aliases.get(name, name)
+        if region in cls.roots:
+            return region
+        known = ", ".join([*cls.roots, *cls.region_aliases])
+        if region in cls.other_regions:
+            raise ValueError(f"the model is not offered in {region}; it is in {' and '.join(cls.roots)}")
+        raise ValueError(f"must be one of {known}, got {shown(text)}")
+
+    def workspace_root(self, workspace: str, region: str) -> str:
+        """The API root of a workspace of its own."""
+        raise NotImplementedError
 
     def region_of(self, host: str) -> str | None:
         """The region that a host belongs to; None where the host does not tell."""
@@ -254,6 +298,14 @@ class Provider:
         Raises:
             Failure: by the provider's error table.
         """
+        raise NotImplementedError
+
+    def limits(self, endpoint: Endpoint, key: str, workspace: str | None) -> HttpCall | None:
+        """A read-only call that costs nothing, for what the account may send; None where there is none."""
+        return None
+
+    def read_limits(self, answer: HttpAnswer, workspace: str | None) -> RateLimit | None:
+        """The limit that the answer to `limits` names for the model; None where it names none."""
         raise NotImplementedError
 
 

@@ -7,11 +7,14 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple, NoReturn
 
+from zimage.account import Account, Said
 from zimage.contract import EXIT_KEY
 from zimage.endpoint import (
     IN_PROCESS,
+    UNKNOWN_REGION,
     Endpoint,
     _is_loopback_netloc,
+    host_in,
     is_host_name,
     is_loopback_host,
     is_loopback_url,
@@ -180,42 +183,86 @@ def choose_endpoint(
     *,
     flag: str | None,
     request_url: str | None,
+    request_source: str = "base_url",
     region: str | None,
     env: Mapping[str, str],
     trusted: frozenset[str],
 ) -> Endpoint:
-    """The endpoint by precedence: flag, request, region, environment, the provider's default region.
+    """The endpoint by precedence: flag, request, region, variables and files of the user, the default region.
 
     Raises:
-        Failure: invalid_base_url, host_not_trusted, region_mismatch.
+        Failure: invalid_base_url, host_not_trusted, region_mismatch; as `Account`.
     """
-    candidates = [("--base-url", flag), ("base_url", request_url)]
+    given_urls = [("--base-url", flag), (request_source, request_url)]
     if provider.in_process:
-        for source, text in candidates:
+        for source, text in given_urls:
             if text not in (None, IN_PROCESS):
                 what = f"{provider.name} works in this process and is called at no URL"
                 raise Failure("invalid_base_url", f"{source}: {what}", hint="leave it out")
-        return Endpoint("", IN_PROCESS, "", provider.default_region)
-    if region is None:
-        candidates += [(name, env.get(name) or None) for name in provider.base_url_variables]
-    candidates.append(("--region", provider.roots[region or provider.default_region]))
-    source, text = next((source, text) for source, text in candidates if text is not None)
-    if not text and source == "--region":
+        return Endpoint("", IN_PROCESS, "", provider.default_region, source="--provider")
+    account = Account(provider, env)
+    given = [Said(text, source) for source, text in given_urls if text is not None]
+    given += [Said(provider.roots[region], "--region")] if region else []
+    text, source = given[0] if given else account.root or Said(provider.roots[provider.default_region], "default")
+    if not text and source in ("--region", "default"):
         variables = " or ".join(provider.base_url_variables)
         hint = f"set {variables}, or give --base-url http://127.0.0.1:PORT{provider.default_root}"
         raise Failure("invalid_base_url", f"no server is named for {provider.name}: {hint}", hint=hint)
     if source == "base_url":
         endpoint = requested_endpoint(text, provider, trusted)
     else:
-        endpoint = parse_base_url(text, source, provider)
+        try:
+            endpoint = parse_base_url(text, source, provider)
+        except Failure as failure:
+            raise failure if given else failure.but(hint=_past_settings(failure, text, provider)) from None
         check_trust(endpoint, source, provider, trusted)
     if region and endpoint.region and endpoint.region != region:
         raise Failure(
             "region_mismatch",
             f"--region {region} contradicts {source}, whose host {endpoint.host} is {endpoint.region}",
         )
-    known = endpoint.region or region or provider.default_region
-    return Endpoint(endpoint.root, endpoint.url, endpoint.host, known)
+    if not region and not endpoint.region and account.region:
+        region = account.region.value
+    only = provider.default_region if len(provider.roots) == 1 else UNKNOWN_REGION
+    endpoint = endpoint._replace(region=endpoint.region or region or only, source=source)
+    warnings = (_not_the_services(endpoint, provider), _not_as_set(endpoint, account) if source == "--region" else "")
+    return endpoint._replace(warnings=tuple(filter(None, warnings)))
+
+
+def _past_settings(failure: Failure, text: str, provider: Provider) -> str:
+    """The advice for a base URL that is set for other programs too, and unfit here.
+
+    Another region is not named, nor any where the URL leads elsewhere than to the service: its key stays with it.
+    """
+    host = host_in(text)
+    region = provider.region_of(host) if provider.owns(host) else None
+    if region not in provider.roots:
+        return failure.fault.hint
+    return f"{failure.fault.hint}; where other programs need it as it is: --region {region} goes before it"
+
+
+def _not_the_services(endpoint: Endpoint, provider: Provider) -> str:
+    """What is to be told of a server that is not the service's own, or of one without the model."""
+    if not provider.roots[provider.default_region]:
+        return ""  # there is no service, only servers of users
+    if not provider.owns(endpoint.host):
+        what = f"{endpoint.source} leads to {endpoint.host}, which is no host of {provider.name}"
+        return f"{what}: who answers there, and what a picture costs there, is not known"
+    if endpoint.region in provider.roots:
+        return ""
+    regions = " and ".join(provider.roots)
+    return f"{endpoint.source} leads to {endpoint.host}: the model is known to be offered in {regions} only"
+
+
+def _not_as_set(endpoint: Endpoint, account: Account) -> str:
+    """That a flag leads elsewhere than the settings of the user; also where they can be read no further."""
+    said = None
+    with contextlib.suppress(Failure):
+        said = account.root
+    host = host_in(said.value) if said else endpoint.host
+    if said is None or host == endpoint.host:
+        return ""
+    return f"--region leads to {endpoint.host}, and the key with it; {said.source} leads to {host or 'another place'}"
 
 
 class Own(NamedTuple):
@@ -302,3 +349,26 @@ def telling_of_withheld(key: Key) -> Iterator[None]:
         if key.warning and failure.fault.exit_code == EXIT_KEY:
             raise failure.but(hint=key.warning) from None
         raise
+
+
+@contextlib.contextmanager
+def telling_of_refused(key: Key, endpoint: Endpoint, provider: Provider) -> Iterator[None]:
+    """Say of a key that the service refuses which one it was, where others lie, and what may fit.
+
+    Another region is only named where the user has named none: else the key would be led away from their host.
+    """
+    try:
+        yield
+    except Failure as failure:
+        if failure.fault.exit_code != EXIT_KEY or not key.source:
+            raise
+        hint = failure.fault.hint
+        if failure.code == "key_rejected":
+            others = [region for region in provider.roots if region != endpoint.region]
+            if endpoint.source == "default" and others:
+                hint += f"; --check --region {others[0]} tries that one, free"
+            elif endpoint.source:
+                hint += f"; {endpoint.source} leads to {endpoint.host}: it must be a key of that server"
+            hint = "; ".join([hint, *key.others()])
+        message = f"{failure.message}; the key is that of {key.source}"
+        raise failure.but(message=message, hint=hint) from None

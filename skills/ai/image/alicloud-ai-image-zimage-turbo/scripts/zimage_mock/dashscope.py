@@ -14,6 +14,7 @@ from zimage_mock.exchange import Order, Reply, Request, json_reply
 from zimage_mock.provider import Provider, Studio
 from zimage_mock.rules import Rule
 
+Entry = Mapping[str, object]
 DEFAULT_SIZE = "1024*1536"
 REWRITES = (
     "in soft morning light, wide composition with a calm foreground, natural colors, fine detail",
@@ -41,7 +42,7 @@ DIALECT = Dialect(
 
 
 class DashScope(Provider):
-    """Alibaba Cloud Model Studio: generation in one synchronous call, and a free query of the models."""
+    """Alibaba Cloud Model Studio: generation in one synchronous call, and free queries of models and limits."""
 
     prefix = "/api/v1/"
     dialect = DIALECT
@@ -58,17 +59,32 @@ class DashScope(Provider):
         self._routes = {
             self.generation_path: {"POST": self._generate},
             f"{self.prefix}models": {"GET": self._models},
+            f"{self.prefix}quotas": {"GET": self._quotas},
         }
 
     def _models(self, request: Request) -> Reply:
+        listed, page = self._page(request, "model_queries", {"model": self.model, "name": "Z-Image-Turbo"})
+        return self._told({"models": listed, "total": page["total"]})
+
+    def _quotas(self, request: Request) -> Reply:
+        limit = {"request_limit": self._studio.rpm or None, "request_limit_period": 60, "usage_limit": None}
+        quota = {"model": self.model, "workspace_id": "ws-mock", "model_limit": limit, "workspace_limit": None}
+        listed, page = self._page(request, "quota_queries", quota)
+        return self._told({**page, "quotas": listed})
+
+    def _page(self, request: Request, counter: str, entry: Entry) -> tuple[list[Entry], dict[str, int]]:
+        """The page that is asked for of a list of one entry, and what is said of it."""
         self._authorize(request)
-        self._studio.ledger.count("model_queries")
+        self._studio.ledger.count(counter)
         page_no, page_size = (request.query.get(name, "1") for name in ("page_no", "page_size"))
         if not all(re.fullmatch("[1-9][0-9]{0,3}", number) for number in (page_no, page_size)):
             raise self._refusal("400", "page_no and page_size must be positive integers")
-        listed = [{"model": self.model, "name": "Z-Image-Turbo"}]
-        found = [model for model in listed if request.query.get("model", self.model) == model["model"]]
-        output = {"models": found if page_no == "1" else [], "total": len(found)}
+        found = [entry] if request.query.get("model", self.model) == self.model else []
+        page = {"page_no": int(page_no), "page_size": int(page_size), "total": len(found)}
+        return found if page_no == "1" else [], page
+
+    @staticmethod
+    def _told(output: Mapping[str, object]) -> Reply:
         return json_reply({"request_id": str(uuid.uuid4()), "output": output})
 
     def _order(self, body: object) -> Order:

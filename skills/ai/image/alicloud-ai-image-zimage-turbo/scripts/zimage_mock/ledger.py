@@ -25,7 +25,7 @@ class Ledger:
     def __init__(self, dialect: Dialect, rate_codes: Collection[str]) -> None:
         self.dialect, self._rate_codes = dialect, rate_codes
         self._lock = threading.Lock()
-        names = ("generate_requests", "billed", "downloads", "model_queries", "status_queries")
+        names = ("generate_requests", "billed", "downloads", "model_queries", "quota_queries", "status_queries")
         self._counts = Counter(dict.fromkeys(names, 0))
         self._due: list[float] = []  # a heap: when the pictures that are not finished yet will be
         self._errors: Counter[str] = Counter()

@@ -30,11 +30,14 @@ from zimage.batch.results import counts, totals, write_results
 from zimage.batch.resume import check_outputs_are_free, clean_up, prepare_folder
 from zimage.batch.rows import Row, WrongRow, checked_row, read_rows
 from zimage.batch.run import Run
+from zimage.check import rate_limit
 from zimage.console import Console
 from zimage.contract import EXIT_OK, SCRIPTS
+from zimage.endpoint import Endpoint
 from zimage.errors import Failure, missing_packages, raise_problems
 from zimage.evidence import moment_of, utc_now
 from zimage.files import check_space, check_working_folder, check_writable, to_json
+from zimage.keys import Key
 from zimage.make import get_ready, import_libraries
 from zimage.plan import workspace_of
 from zimage.registry import provider_class
@@ -61,8 +64,7 @@ def make(options: BatchOptions, stop: Stop, console: Console, env: Mapping[str, 
         console.answer(dry_run(options, stage, env) | ({"warnings": reading.remarks} if reading.remarks else {}))
         return None
     key = key_for(options.provider, stage.endpoint, options.trusted, env)
-    if key.warning:
-        console.note(f"warning: {key.warning}")
+    console.warn([*stage.endpoint.warnings, *filter(None, [key.warning])])
     if not locked:
         check_writable(folder, "batch")
         take_lock(lock, folder, stop)
@@ -89,6 +91,7 @@ def make(options: BatchOptions, stop: Stop, console: Console, env: Mapping[str, 
     import_libraries()
     if is_anything_to_send(options):
         get_ready(options.provider, stop.part(options.time_limit or LONGEST_LOADING))
+        options = at_the_accounts_rate(options, stage.endpoint, key, workspace, stop)
     with database_failures(folder / DATABASE):
         stop.check()
         own = Own(options.base_url, options.trusted, env)
@@ -97,6 +100,20 @@ def make(options: BatchOptions, stop: Stop, console: Console, env: Mapping[str, 
         conclude(run, failure, console, reading.remarks)
     lock.release()
     return failure
+
+
+def at_the_accounts_rate(
+    options: BatchOptions, endpoint: Endpoint, key: Key, workspace: str | None, stop: Stop
+) -> BatchOptions:
+    """The options with the rate that the service says is the account's; as they are where it does not, or one is given.
+
+    Raises:
+        Stopped.
+    """
+    if options.rpm_is_given:
+        return options
+    limit = rate_limit(options.provider, endpoint, key, workspace, stop.part((options.time_limit or math.inf) / 10))
+    return options._replace(rpm=limit.per_minute) if limit else options
 
 
 def is_anything_to_send(options: BatchOptions) -> bool:
@@ -228,9 +245,11 @@ def dry_run(options: BatchOptions, stage: Stage, env: Mapping[str, str]) -> dict
         "provider": options.provider.name,
         "region": stage.endpoint.region,
         "endpoint": stage.endpoint.url,
+        "endpoint_source": stage.endpoint.source,
         "settings": options.provider.known_settings or None,
         "output_dir": str(options.folder),
         "billable": options.provider.billable and pictures > 0,
+        "warnings": list(stage.endpoint.warnings) or None,
         "problems": problems,
         "next": next_step(len(problems), pictures, left, unknown.pictures, is_first=saved_before(stage) == 0),
     }

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from zimage.batch.contract import DATABASE, DATABASE_SCHEMA, DATABASE_VERSION, KEPT_FACTS, LOCK, PRIVATE_FILES, RESERVE
 from zimage.contract import MAX_EVIDENCE_BYTES, MIB
+from zimage.endpoint import UNKNOWN_REGION, Endpoint
 from zimage.errors import Failure, os_reason
 from zimage.files import OWNER_ONLY, aside, write_gitignore, write_new
 from zimage.outside import outside_text
@@ -284,3 +285,16 @@ def check_same_database(folder: Path, inode: int) -> None:
         there = False
     if not there:
         raise Failure("disk", f"{folder / DATABASE} was removed or replaced while the batch ran")
+
+
+def service_number(database: sqlite3.Connection, provider: str, endpoint: Endpoint) -> int:
+    """A folder's number for where pictures are asked for; -1 where none have been.
+
+    At one URL a region that is not known is no other one: it is what earlier versions called the default.
+    """
+    (number,) = database.execute(
+        "SELECT number FROM services WHERE provider = :provider AND endpoint = :url "
+        "AND (region = :region OR :unknown IN (region, :region)) ORDER BY region <> :region LIMIT 1",
+        {"provider": provider, "unknown": UNKNOWN_REGION, "region": endpoint.region, "url": endpoint.url},
+    ).fetchone() or (-1,)
+    return int(number)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from zimage.batch.contract import DATABASE, DOWNLOADS_AT_ONCE, NO_SEED, SPACING
-from zimage.batch.folder import Reserve, database_failures, facts_in, facts_of, open_database
+from zimage.batch.folder import Reserve, database_failures, facts_in, facts_of, open_database, service_number
 from zimage.batch.names import evidence_name, name_in, output_key
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, Fault, Left, internal_error
@@ -135,9 +135,8 @@ class Jobs:
         self._database = database
         self._folder = folder
         self._workspace = place.workspace
-        here = (place.provider.name, place.endpoint.region, place.endpoint.url)
         services = read_services(database)
-        self._here = next(n for n, (who, there) in services.items() if (who.name, there.region, there.url) == here)
+        self._here = service_number(database, place.provider.name, place.endpoint)
         self._services = {**services, self._here: (place.provider, place.endpoint)}  # set up, and loaded once
         # A link may lead to this machine, or to the server that was asked, only where the user names that one now.
         self._reached = [

@@ -41,7 +41,8 @@ class BatchOptions(NamedTuple):
     folder: Path
     variants: int
     concurrency: int | None
-    rpm: float
+    rpm: float  # the published limit, unless it is given
+    rpm_is_given: bool
     max_cost: float | None
     time_limit: float | None
     limit: int | None
@@ -179,6 +180,7 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> BatchOptions:
         concurrency=value("concurrency", number(int, 1, 256), provider.calls_at_once),
         limit=value("limit", number(int, 0, 10**9 - 1), None),
         rpm=value("rpm", number(float, 0, 1_000_000), provider.requests_per_minute),
+        rpm_is_given="rpm" in given,
         max_cost=value("max_cost", number(float, 0, 1_000_000), None),
         time_limit=value("time_limit", number(float, 1, 10_000_000), None),
         provider=provider,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from zimage.batch.contract import DATABASE, DATABASE_SCHEMA, NO_SEED, PROBLEMS_TOLD
-from zimage.batch.folder import database_failures, database_uri, harden, heed
+from zimage.batch.folder import database_failures, database_uri, harden, heed, service_number
 from zimage.batch.inputs import Reading
 from zimage.batch.moves import settle_moves
 from zimage.batch.names import (
@@ -235,15 +235,9 @@ class Stage:
         pictures, cost = {kind: n for kind, n, _ in kinds}, {kind: price for kind, _, price in kinds}
         return Survey(self.count, Counter(pictures), Counter(cost), round(spent, 6))
 
-    @property
-    def _place(self) -> tuple[str, str, str]:
-        return self.provider.name, self.endpoint.region, self.endpoint.url
-
-    def _service(self) -> int | None:
-        """The folder's number for where pictures are asked for now; None where none have been."""
-        match = "SELECT number FROM folder.services WHERE provider = ? AND region = ? AND endpoint = ?"
-        (number,) = self.db.execute(match, self._place).fetchone() or (None,)
-        return number
+    def _service(self) -> int:
+        """The folder's number for where pictures are asked for now; -1 where none have been."""
+        return service_number(self.db, self.provider.name, self.endpoint)
 
     def changed_rows(self, survey: Survey) -> Failure | None:
         """The failure that asks before pictures are made again for rows that were changed; None where none were."""
@@ -295,9 +289,11 @@ class Stage:
         settle_moves(self.folder, self._stop)
 
     def _merge(self) -> None:
-        self.db.execute(
-            "INSERT OR IGNORE INTO folder.services (provider, region, endpoint) VALUES (?, ?, ?)", self._place
-        )
+        if self._service() < 0:
+            self.db.execute(
+                "INSERT INTO folder.services (provider, region, endpoint) VALUES (?, ?, ?)",
+                (self.provider.name, self.endpoint.region, self.endpoint.url),
+            )
         service = self._service()
         # The seed of a row that names none: that of its other variants, else one is picked, for all of them.
         # Where none can be sent, pick_seed() is NO_SEED, which no other variant can lend.
