@@ -43,7 +43,8 @@ KEYS = {"DASHSCOPE_API_KEY": TEST_KEY, "OPENAI_API_KEY": TEST_KEY}
 def nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No key but those that are handed in."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path))
     monkeypatch.setattr(outside, "_secrets", set())
 
 

@@ -13,6 +13,7 @@ import json
 import os
 import socket
 import ssl
+import sys
 import threading
 import time
 import zlib
@@ -456,9 +457,7 @@ def test_a_proxy_that_cannot_be_used_is_told_without_its_password(
 # Where a call may lead ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "address", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "::1", "fe80::1%lo", "::ffff:10.0.0.1"]
-)
+@pytest.mark.parametrize("address", ["127.0.0.1", "10.0.0.1", "169.254.169.254", "::1", "fe80::1%1", "::ffff:10.0.0.1"])
 def test_a_public_name_never_leads_into_a_private_network(names: dict[str, list[Any]], address: str) -> None:
     names[NAME] = [address]
     error = not_sent(f"https://{NAME}/x", reach="public")
@@ -482,6 +481,8 @@ def test_every_address_of_a_name_is_tried(server: FaultServer, names: dict[str, 
 @pytest.fixture
 def deaf_port() -> Iterator[int]:
     """A port at which a connection is neither made nor refused: nobody takes those that wait there."""
+    if sys.platform != "linux":
+        pytest.skip("other systems refuse those for whom there is no room, or have room for many")
     with contextlib.ExitStack() as stack:
         port: int = stack.enter_context(socket.create_server(("127.0.0.1", 0), backlog=0)).getsockname()[1]
         for _ in range(3):
@@ -592,6 +593,7 @@ def test_chunks_without_their_end_are_not_whole(server: FaultServer) -> None:
     assert (answer.body, answer.whole) == (b"x" * 50, False)
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows throws away what had come before a reset")
 @pytest.mark.parametrize("framing", ["length", "close"])
 def test_a_reset_is_no_end_of_an_answer(server: FaultServer, framing: Any) -> None:
     answer = answered(server, Answer(body=b"x" * 50, claimed_length=60, framing=framing, reset=True))

@@ -34,7 +34,8 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("home", "project", "home of nobody"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path / "project")
-    monkeypatch.setenv("HOME", str(tmp_path / "home of nobody"))  # what is handed in counts
+    for name in ("HOME", "USERPROFILE"):
+        monkeypatch.setenv(name, str(tmp_path / "home of nobody"))  # what is handed in counts
     monkeypatch.setattr(outside, "_secrets", set())
     return tmp_path / "home"
 
