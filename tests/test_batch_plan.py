@@ -252,6 +252,14 @@ def test_a_row_with_an_id_is_that_row_whatever_it_says_beside(folder: Folder) ->
     assert kinds(folder.survey(folder.stage("b", {"prompt": "c", "id": "x"}))) == {"changed": 1, "pending": 1}
 
 
+def test_variants_are_known_again_by_the_seed_that_their_row_gives(folder: Folder) -> None:
+    rows = [{"prompt": "a", "seed": 5}, {"prompt": "b", "seed": MAX_SEED}]
+    folder.plan(*rows, variants=3)
+    for number in range(6):
+        folder.put(number, state="saved", paid=1)
+    assert kinds(folder.survey(folder.stage(*rows, variants=4))) == {"settled": 6, "new": 2}
+
+
 def test_settings_are_a_part_of_what_a_picture_is(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "out", "openai", url=LOCAL)
     folder.plan("a")
@@ -550,6 +558,14 @@ def test_numbers_are_given_once(folder: Folder) -> None:
     assert [number for (number,) in listed(folder, "number")] == [0, 7, 8, 9]
 
 
+def assert_free(folder: Folder) -> None:
+    """Nothing holds the database."""
+    with folder.database() as other:
+        other.execute("PRAGMA busy_timeout = 1")
+        other.execute("BEGIN IMMEDIATE")
+        other.execute("ROLLBACK")
+
+
 def test_names_that_collide_with_another_picture_leave_the_folder_as_it_was(folder: Folder) -> None:
     folder.plan("a", "b")
     folder.put(0, state="saved", paid=1, output_key="images/000003-c.png")
@@ -559,7 +575,7 @@ def test_names_that_collide_with_another_picture_leave_the_folder_as_it_was(fold
     with pytest.raises(Failure) as caught:
         stage.merge()
     assert caught.value.code == "output_exists"
-    stage.db.close()
+    assert_free(folder)
     assert folder.pictures() == before
 
 
@@ -582,9 +598,7 @@ def test_whatever_breaks_a_plan_leaves_the_folder_as_it_was(
     with pytest.raises(type(error)):
         stage.merge()
     assert levels == [2]  # FULL: what is planned is on the disk before anything is paid for
-    with folder.database() as other:  # and nothing holds it
-        other.execute("BEGIN IMMEDIATE")
-        other.execute("ROLLBACK")
+    assert_free(folder)
     assert folder.pictures() == before
 
 
