@@ -19,7 +19,7 @@ from conftest import TEST_KEY
 from fault_server import png
 from zimage import download, make
 from zimage.batch import work as room
-from zimage.batch.journal import Job, Journal, JournalRow
+from zimage.batch.journal import Job, Journal
 from zimage.batch.names import thumb_name
 from zimage.batch.work import Outcome, own_fault
 from zimage.errors import Failure, Left
@@ -206,30 +206,26 @@ def test_a_fault_of_the_tool_after_the_request_left_is_no_usage_error(work: AtWo
     assert outcome.failure is not None and outcome.failure.fault.exit_code == 7
 
 
-def test_the_way_back_names_the_server_that_was_asked(tmp_path: Path, play: Play) -> None:
+def test_the_way_back_names_the_server_that_was_asked(tmp_path: Path, play: Play, served: Play) -> None:
     folder = Folder(tmp_path / "out", "openai", url=PUBLIC)
     folder.plan("a fox")
-    play(Generated(image_url=f"{PUBLIC}/1.png"))
+    served(b"", 403)
     with folder.at_work() as work:
-        job = work.job(0)
-        worker = work.worker()
-        worker.generate(job)
-        named = worker._settled("save", job, JournalRow(job, work.journal), Failure("link_refused", "x"), 0.0)
-    assert named.failure is not None and f"--base-url {PUBLIC}" in str(named.failure.fault.next_command)
+        outcome = work.worker().save(paid(work, play, f"{PUBLIC}/1.png"))
+    assert outcome.failure is not None and f"--base-url {PUBLIC}" in str(outcome.failure.fault.next_command)
 
 
-def test_the_way_back_to_another_server_is_not_that_of_this_one(tmp_path: Path, play: Play) -> None:
+def test_the_way_back_to_another_server_is_not_that_of_this_one(tmp_path: Path, served: Play) -> None:
     folder = Folder(tmp_path / "out")
     folder.plan("a fox")
     folder.put(0, state="generated", paid=1, facts=HERE)
     folder.at("openai", url=PUBLIC)
     folder.plan("an owl")
+    served(b"", 403)
     with folder.at_work() as work:
-        job = work.job(0)
-        row = JournalRow(job, work.journal)
-        other = work.worker()._settled("save", job, row, Failure("link_refused", "x"), 0.0)
-    assert other.failure is not None and "--recover" in str(other.failure.fault.next_command)
-    assert "--base-url" not in str(other.failure.fault.next_command)
+        outcome = work.worker().save(work.job(0))
+    assert outcome.failure is not None and "--recover" in str(outcome.failure.fault.next_command)
+    assert "--base-url" not in str(outcome.failure.fault.next_command)
 
 
 def test_what_the_disk_did_not_take_is_told_with_the_link(
@@ -461,7 +457,7 @@ def test_what_is_found_and_the_disk_does_not_take_is_told(
 # Saving ---------------------------------------------------------------------------------------------------------------
 
 
-def paid(folder: Folder, work: AtWork, play: Play, link: str = LINK, **columns: Any) -> Job:
+def paid(work: AtWork, play: Play, link: str = LINK) -> Job:
     play(MADE._replace(image_url=link))
     job = work.job(0)
     work.worker().generate(job)
@@ -472,7 +468,7 @@ def paid(folder: Folder, work: AtWork, play: Play, link: str = LINK, **columns: 
 def test_a_picture_is_saved_with_its_thumbnail_and_its_evidence(
     folder: Folder, work: AtWork, play: Play, served: Play
 ) -> None:
-    links, job, began = served(), paid(folder, work, play), time.monotonic()
+    links, job, began = served(), paid(work, play), time.monotonic()
     outcome = work.worker(thumbs=True).save(job)
     assert (outcome.step, outcome.job, outcome.failure) == ("save", job, None)
     assert 0 < outcome.seconds <= time.monotonic() - began and outcome.record is not None
@@ -483,7 +479,7 @@ def test_a_picture_is_saved_with_its_thumbnail_and_its_evidence(
 
 def test_no_thumbnail_is_made_where_none_is_wanted(folder: Folder, work: AtWork, play: Play, served: Play) -> None:
     served()
-    work.worker().save(paid(folder, work, play))
+    work.worker().save(paid(work, play))
     assert not (folder.path / "thumbs").exists()
 
 
@@ -494,7 +490,7 @@ def test_a_download_that_fails_is_paid_all_the_same(
     folder: Folder, work: AtWork, play: Play, served: Play, status: int, code: str, state: str
 ) -> None:
     served(b"expired" if status == 410 else b"", status)
-    job = paid(folder, work, play)
+    job = paid(work, play)
     outcome = work.worker().save(job)
     assert outcome.step == "save" and told(outcome)[:2] == (code, "yes")
     assert (folder.picture(0)["state"], folder.picture(0)["paid"]) == (state, 1)
@@ -507,7 +503,7 @@ def test_a_fault_of_the_tool_loses_no_picture(
         raise KeyError("x")
 
     served()
-    job = paid(folder, work, play)
+    job = paid(work, play)
     monkeypatch.setattr(room, "write_thumb", breaks)
     outcome = work.worker(thumbs=True).save(job)
     assert outcome.step == "save" and told(outcome) == ("internal_error", "yes", "paid")
@@ -519,7 +515,7 @@ def test_a_saved_picture_that_the_database_does_not_take_is_told(
     folder: Folder, work: AtWork, play: Play, served: Play, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     served()
-    job = paid(folder, work, play)
+    job = paid(work, play)
     breaks(work, monkeypatch)
     outcome = work.worker().save(job)
     assert outcome.failure is not None and outcome.record is not None and outcome.record.behind is outcome.failure
@@ -535,7 +531,7 @@ def test_a_file_that_is_there_is_taken_for_the_picture_only_where_an_earlier_run
 ) -> None:
     served()
     folder.put(0, state=state, facts=HERE if state == "generated" else {})
-    job = work.job(0) if state == "generated" else paid(folder, work, play)
+    job = work.job(0) if state == "generated" else paid(work, play)
     wanted = job.plan.output
     wanted.parent.mkdir(parents=True)
     wanted.write_bytes(content)
@@ -585,7 +581,7 @@ def test_a_link_of_a_folder_leads_to_this_machine_only_where_the_user_names_it(
     if not is_new:
         folder.put(0, state="generated", paid=1, facts=HERE | {"response": {"image_url": link}})
     with folder.at_work() as work:
-        job = paid(folder, work, play, link) if is_new else work.job(0)
+        job = paid(work, play, link) if is_new else work.job(0)
         outcome = work.worker().save(job)
     assert (outcome.failure.code if outcome.failure else None) == code
     assert links == ([] if code else [link])
