@@ -223,7 +223,7 @@ FOLDERS = {
     "batch-half-run": Folder(
         {"saved": 2, "generated": 2, "unknown": 1, "pending": 3}, 5, pictures(5, 6, 7), {"saved": 7, "unknown": 1}
     ),
-    "batch-held": Folder({"generated": 1, "unknown": 1, "pending": 1}, 2, pictures(2), {"saved": 3}, price=0.0),
+    "batch-held": Folder({"generated": 2, "pending": 1}, 2, pictures(2), {"saved": 3}, price=0.0),
     "batch-named": Folder({"saved": 3, "pending": 3}, 4, ("an owl", "a hare", "a hare"), {"saved": 6}, rewritten=1),
     "batch-no-results": Folder({"saved": 2}, 2, (), {"saved": 2}),
     "batch-tasks": Folder(

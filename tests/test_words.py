@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,12 @@ import pytest
 from batch_helpers import Batch, Gate, by_prompt, parameters_of
 from conftest import TEST_KEY, Shell
 from fault_server import GENERATE, PICTURE, Answer, Behaviour, FaultServer, error, file, good, html, oss_error, png
+from mock_server import MockServer
 from zimage.answers import refused_side
 from zimage.batch.ending import billed_in
-from zimage.errors import KINDS
+from zimage.errors import KINDS, Failure
+from zimage.evidence import Evidence
+from zimage.settle import explained
 
 PRICE = 0.01434
 RUN = ("--prompt", "a red fox", "--seed", "7", "--output", "fox.png", "--print-response")
@@ -349,3 +353,29 @@ def test_a_folder_on_which_nobody_works_says_what_is_next(batch: Batch) -> None:
     assert "the same command goes on" in batch.status()["next"]
     batch.run()
     assert "say" in batch.status()["next"] and "goes on" not in batch.status()["next"]
+
+
+def test_where_nothing_costs_no_word_is_of_money(shell: Shell) -> None:
+    with MockServer(rpm=0, faults="hangup-after*inf") as mock:
+        shell.use(mock)
+        told = shell.run(*RUN, "--provider", "openai", "--max-retries", "0").error
+    assert (told["billed"], told["seed"], "estimated_cost" in told) == ("unknown", 7, False)
+
+
+def test_an_unknown_price_is_told_as_none(tmp_path: Path) -> None:
+    data: Any = {"status": "unknown", "billable": True, "attempts": [{"at": "2026-01-01T00:00:00.000Z"}]}
+    data |= {"request": {"prompt": "a fox", "seed": 7}, "cost": {"basis": "price unknown"}}
+    told = explained(Evidence(tmp_path / "x.json", data), Failure("outcome_unknown", "lost")).fault.as_json()
+    assert (told["seed"], "estimated_cost" in told) == (7, False)
+
+
+def test_what_a_kill_left_at_a_free_server_is_simply_made_again(batch: Batch) -> None:
+    with MockServer(rpm=0, latency=30) as slow:
+        batch.shell.env["OPENAI_BASE_URL"] = slow.openai_url
+        batch.prompts(2)
+        process = batch.start("--provider", "openai", "--concurrency", "1")
+        batch.service.wait_until(lambda: "submitting" in batch.stored_states().values())
+        batch.kill(process)
+        status, plan = batch.status(), batch.run("--provider", "openai", "--dry-run").json
+    assert (status["pending"], status["unknown"], "billed" in status["next"]) == (2, 0, False)
+    assert (plan["to_make"], "stays_unknown" in plan, "billed" in plan["next"]) == (2, False, False)

@@ -228,7 +228,7 @@ def explained(
         request_id=fault.request_id or evidence.said.get("request_id") or None,
         next_command=command,
         seed=request.get("seed"),
-        estimated_cost=None if billed == "no" else evidence.data["cost"]["estimate"],
+        estimated_cost=evidence.data["cost"].get("estimate") if have.billable and billed != "no" else None,
         prompt=outside_text(request["prompt"], LONG_PROMPT) if fault.code == "blocked" else None,
     )
 

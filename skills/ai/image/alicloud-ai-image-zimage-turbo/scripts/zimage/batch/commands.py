@@ -18,11 +18,12 @@ from typing import Any
 from zimage.batch.contract import BATCH_REQUIREMENTS, DATABASE, EVIDENCE, GALLERY, RESULTS
 from zimage.batch.ending import OF_THE_FOLDER, after_all, billed_in, interrupted_run
 from zimage.batch.examine import examine
-from zimage.batch.folder import FolderLock, create_database, database_failures, open_database
+from zimage.batch.folder import FolderLock, create_database, database_failures, facts_of, open_database
 from zimage.batch.forecast import duration
 from zimage.batch.gallery import write_gallery
 from zimage.batch.inputs import Reading
 from zimage.batch.journal import Place
+from zimage.batch.names import is_held
 from zimage.batch.options import BatchOptions
 from zimage.batch.plan import Stage
 from zimage.batch.quote import extended_rows, first_of, first_prompts, next_step, saved_before, staying_unknown
@@ -272,18 +273,22 @@ def existing_batch(folder: Path, stop: Stop) -> Iterator[sqlite3.Connection]:
         yield database
 
 
-def states_now(database: sqlite3.Connection, *, running: bool) -> tuple[Counter[str], float, int]:
+def states_now(database: sqlite3.Connection, folder: Path, *, running: bool) -> tuple[Counter[str], float, int]:
     """Pictures by state, US$ billed in all, and how many requests were out when the run died that nobody waits for.
 
-    Those are counted as what the next run will call them; what was made in the process has died with it.
+    Those are counted as what the next run will call them: what cost nothing is simply made again.
     """
     counted, spent = totals(database)
     states = Counter(counted)
     cut_off = 0 if running else states.pop("submitting", 0)
     if cut_off:
-        question = "SELECT provider, count(*) FROM pictures JOIN services ON services.number = service WHERE state = ?"
-        for provider, count in database.execute(f"{question} GROUP BY provider", ("submitting",)):
-            states["pending" if provider_class(provider).in_process else "unknown"] += count
+        rows = database.execute(
+            "SELECT pictures.number, provider, facts FROM pictures JOIN services ON services.number = service "
+            "WHERE state = 'submitting'"
+        )
+        for number, provider, facts in rows:
+            costs = facts_of(facts).get("billable", provider_class(provider).billable)
+            states["generated" if is_held(folder, number) else "unknown" if costs else "pending"] += 1
     return states, spent, cut_off
 
 
@@ -291,7 +296,7 @@ def status(folder: Path, stop: Stop) -> dict[str, Any]:
     """How far a batch is, read beside the process that works on it; nothing is written."""
     running = FolderLock(folder).is_taken()
     with existing_batch(folder, stop) as database:
-        states, spent, cut_off = states_now(database, running=running)
+        states, spent, cut_off = states_now(database, folder, running=running)
         run = database.execute("SELECT * FROM runs ORDER BY number DESC LIMIT 1").fetchone()
     result: dict[str, Any] = {"running": running, **counts(states), "estimated_cost": spent}
     if run is not None:
@@ -314,7 +319,7 @@ def gallery_only(folder: Path, stop: Stop) -> dict[str, Any]:
     with existing_batch(folder, stop) as database:
         path = write_gallery(database, folder, stop)
         stop.check()
-        states, spent, _ = states_now(database, running=running)
+        states, spent, _ = states_now(database, folder, running=running)
     return counts(states) | {"estimated_cost": spent, "gallery": str(path)}
 
 

@@ -51,6 +51,11 @@ def evidence_name(number: int) -> str:
     return f"{EVIDENCE}/{spread(number)}/{numbered(number)}.json"
 
 
+def is_held(folder: Path, number: int) -> bool:
+    """Whether the bytes of a picture were handed over, and wait beside its evidence for the next run to save them."""
+    return (folder / evidence_name(number)).with_suffix(".picture").exists()
+
+
 def path_in(folder: Path, name: str) -> str:
     """The path of what has a name in the folder. pathlib is too slow for each row of a large batch."""
     return f"{folder}{os.sep}{name.replace('/', os.sep)}"

@@ -20,6 +20,7 @@ from zimage.batch.names import (
     LONGEST_DEFAULT_NAME,
     Names,
     default_output_name,
+    is_held,
     output_key,
     replaced_name,
     variant_output,
@@ -92,6 +93,7 @@ class Stage:
         self.db.create_function("pick_seed", 0, pick_seed if provider.takes_seed else lambda: NO_SEED)
         self.db.create_function("replaced_name", 2, replaced_name)
         self.db.create_function("output_key", 1, output_key)
+        self.db.create_function("is_held", 1, lambda number: is_held(folder, number))
         self.db.create_function("variant_output", 2, lambda output, k: output and variant_output(output, k))
         self.db.executescript(STAGE_SCHEMA)
         self.db.executemany("INSERT INTO variants VALUES (?)", [(variant,) for variant in range(variants)])
@@ -216,12 +218,12 @@ class Stage:
                          THEN 'edited'
                        WHEN p.state = 'pending' THEN 'pending'
                        WHEN p.state = 'failed' AND ? THEN 'retried'
-                       WHEN p.state IN ('unknown', 'submitting') AND ? THEN 'retried'
+                       WHEN p.state IN ('unknown', 'submitting') AND ? AND NOT is_held(p.number) THEN 'retried'
                        ELSE 'settled' END, r.price
                 FROM rows r CROSS JOIN variants v
                 LEFT JOIN folder.pictures p ON p.identity = r.identity AND p.variant = v.variant
                 """,
-                (service, retry_failed, retry_unknown),
+                (service, retry_failed, retry_unknown or not self.provider.is_billable_at(self.endpoint)),
             )
             self.db.execute("CREATE INDEX plan_numbers ON plan (number) WHERE number IS NOT NULL")
             self.db.execute("""

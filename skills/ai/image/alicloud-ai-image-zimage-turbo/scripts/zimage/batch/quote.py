@@ -65,12 +65,11 @@ def saved_before(stage: Stage) -> int:
 def staying_unknown(stage: Stage) -> Unknown:
     """The pictures of the input that may have been billed, and are sent again only where that is asked for.
 
-    Those whose requests were out when a run died are among them; what ran in this process died with it.
+    Those whose requests were out when a run died are among them; what costs nothing is not.
     """
-    states = "('unknown')" if stage.provider.in_process else "('unknown', 'submitting')"
     those = (
         "FROM plan JOIN folder.pictures p ON p.number = plan.number JOIN rows ON rows.position = plan.position "
-        f"WHERE kind = 'settled' AND p.state IN {states}"
+        "WHERE kind = 'settled' AND p.state IN ('unknown', 'submitting') AND NOT is_held(p.number)"
     )
     pictures, cost = stage.db.execute(f"SELECT count(*), coalesce(sum(plan.price), 0.0) {those}").fetchone()
     lines = stage.db.execute(f"SELECT DISTINCT rows.line {those} ORDER BY 1 LIMIT ?", (PROBLEMS_TOLD,)).fetchall()
