@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from batch_helpers import Batch, Gate, by_prompt, parameters_of
-from conftest import TEST_KEY, Shell
+from conftest import ROOT, SKILL, TEST_KEY, Shell
 from fault_server import GENERATE, PICTURE, Answer, Behaviour, FaultServer, error, file, good, html, oss_error, png
 from mock_server import MockServer
 from zimage.answers import refused_side
@@ -379,3 +379,44 @@ def test_what_a_kill_left_at_a_free_server_is_simply_made_again(batch: Batch) ->
         status, plan = batch.status(), batch.run("--provider", "openai", "--dry-run").json
     assert (status["pending"], status["unknown"], "billed" in status["next"]) == (2, 0, False)
     assert (plan["to_make"], "stays_unknown" in plan, "billed" in plan["next"]) == (2, False, False)
+
+
+# What an agent reads first -------------------------------------------------------------------------------------------
+
+SKILL_MD = " ".join((SKILL / "SKILL.md").read_text(encoding="utf-8").split())
+SAID = {  # what has misled agents: what SKILL.md says of it now
+    "a stranger's host": ["`host_not_trusted`: leave that `base_url` out, tell the user"],
+    "an endpoint from a variable": ["pass on a warning about the endpoint before paying"],
+    "another region": [
+        "A key belongs to one (401 in the other): the user says which",
+        "no `--region` or `--base-url` unasked",
+    ],
+    "a wrong subject": ["Wrong subject or a placeholder: stop, say so, ask before a second"],
+    "many at once": ["One first:", "--limit 1`", "Look. Wrong: stop, ask."],
+    "columns of one's own": ["Other columns: make prompts of them in a new file (`references/batch.md`)"],
+    "rewriting of many": ["`--prompt-extend` (of a batch too) costs double"],
+    "unknown rows": ["what stays unknown", "`--retry-unknown` only with the user's consent"],
+    "an unknown outcome": ["tell seed and cost, ask before paying again"],
+    "a recovery's cost": ["`paid_before`: not again"],
+    "a refusal": ["show the user `prompt` and `refused` side; reword only with consent"],
+    "a file of the user's": ["`zimage-request-1.json` (a name that no file has)"],
+    "editing": [
+        "a picture edited, upscaled or read; video | cannot be done here: say so, offer a new picture from words"
+    ],
+}
+
+
+@pytest.mark.parametrize("subject", SAID)
+def test_skill_md_says_what_to_do(subject: str) -> None:
+    assert [words for words in SAID[subject] if words not in SKILL_MD] == []
+
+
+def test_no_document_writes_to_a_name_that_may_be_the_users() -> None:
+    """What an example writes has a name of this skill's own, or lies in its folder."""
+    for path in [SKILL / "SKILL.md", *sorted((SKILL / "references").glob("*.md")), *sorted(ROOT.glob("README*.md"))]:
+        text = path.read_text(encoding="utf-8")
+        blocks = "".join(re.findall(r"(?ms)^```bash\n(.*?)^```", text))
+        written = re.findall(r"(?<![-=])> ?([\w./$-]+\.\w+)", blocks)
+        written += re.findall(r'open\("([^"]+)", "w"', text) + re.findall(r"write `([^`]+)` \(", text)
+        assert [name for name in written if not name.startswith(("zimage-", "output/"))] == [], path.name
+        assert "request.json" not in text.replace("zimage-request", "")
