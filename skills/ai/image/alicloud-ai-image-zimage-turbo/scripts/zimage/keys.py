@@ -152,7 +152,7 @@ def _key(value: str, source: str) -> Key | None:
 
 
 # What stands in examples and unfilled forms: words for a key, its last signs behind marks, the name of a variable.
-_PLACEHOLDER = re.compile(
+PLACEHOLDER = re.compile(
     "|".join(
         (
             r".*(?<![a-z])your(?:[^a-z]|[a-z]*key)",
@@ -177,7 +177,7 @@ def _check_key(key: Key, places: KeyPlaces) -> None:
 
     if len(key.value) > LONGEST_KEY:
         refuse(f"is longer than any key: {LONGEST_KEY} characters")
-    if not places.optional and (key.value.startswith(places.variable) or _PLACEHOLDER.match(key.value)):
+    if not places.optional and (key.value.startswith(places.variable) or PLACEHOLDER.match(key.value)):
         refuse("is a placeholder, not a key", "tell the user to store their own key there, or to take this one away")
     if re.match(r"bearer\s", key.value, re.IGNORECASE):
         refuse("begins with the word Bearer", "tell the user to store the key alone; that word is added to each call")
