@@ -129,10 +129,7 @@ KINDS: dict[str, Kind] = {
     "not_found": _stops(
         EXIT_INVALID, "tell the user: the model or path is not there; region and base URL are theirs to change"
     ),
-    "key_rejected": _stops(
-        EXIT_KEY,
-        "tell the user which endpoint refused the key: they know whether it is of another region; try no other",
-    ),
+    "key_rejected": _stops(EXIT_KEY, "tell the user; it may be the key of another region or another account"),
     "access_denied": _stops(
         EXIT_KEY, "tell the user to activate the model and check permissions in the provider's console"
     ),
