@@ -256,10 +256,16 @@ def test_edited_evidence_of_a_task_is_refused_and_nobody_is_asked(zt: Lab) -> No
     path = submitted_evidence(zt)
     data = zt.shell.evidence()
     connections = zt.server.connections
-    for edit in ({"task_id": "\ud800"}, {"task_id": ""}, {"provider": "openai"}, {"provider": "dashscope"}):
+    edits: list[tuple[dict[str, str], str]] = [
+        ({"task_id": "\ud800"}, "invalid_evidence"),
+        ({"task_id": ""}, "invalid_evidence"),
+        ({"provider": "openai"}, "invalid_evidence"),  # which has no tasks
+        ({"provider": "dashscope"}, "invalid_base_url"),  # whose endpoint is another
+    ]
+    for edit, code in edits:
         path.write_text(json.dumps(data | edit))
         error = zt.recover().error
-        assert (error["exit_code"], error["code"]) == (2, "invalid_evidence"), edit
+        assert (error["exit_code"], error["code"]) == (2, code), edit
         assert zt.server.connections == connections, edit
 
 

@@ -285,6 +285,8 @@ UNPROVED: Sequence[tuple[Provider, int, dict[str, Any]]] = [
     (NATIVE, 429, native("Throttling") | {"output": {"task_id": "t-1"}}),
     (OWN_SERVER, 500, gateway("server_error") | {"job_id": 7}),
     (OWN_SERVER, 200, gateway("rate_limit_exceeded") | {"task_id": "t-1"}),
+    (NATIVE, 200, {"output": {"choices": [{"message": {"content": [{"text": FREE_GONE}]}}]}}),
+    (OWN_SERVER, 200, {"choices": [{"message": {"content": "Your account balance is insufficient."}}]}),
 ]
 
 

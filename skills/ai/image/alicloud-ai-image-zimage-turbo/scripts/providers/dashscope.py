@@ -55,7 +55,7 @@ CODES = (
     Code("rejected_by_service", "InternalError.Algo", statuses=range(400, 500)),
     Code("service_failing", "InternalError SystemError ModelServiceFailed RewriteFailed"),
     Code("service_failing", "ModelServingError ModelUnavailable ServiceUnavailable"),
-    Code("balance", text="account is in good standing|overdue"),
+    Code("balance", text="account is in good standing|bill is overdue"),
     Code("blocked", text="inappropriate content", statuses=[400]),
     *COMMON_CODES,
 )

@@ -59,9 +59,10 @@ COMMON_CODES = (
 def kind_of(said: Said, status: int, codes: Sequence[Code]) -> str | None:
     """The kind that an answer's own words mean, a key of KINDS; None where the tables know none of them.
 
-    The most telling name counts, and of it the first row that fits; words alone count last.
+    The most telling name counts, and of it the first row that fits; words alone count last, and only beside a status
+    that says no: in a good answer a model may have spoken them.
     """
-    names = [*chain.from_iterable(map(_names_of, said.names)), ""]
+    names = [*chain.from_iterable(map(_names_of, said.names)), *([""] if status >= 400 else [])]
     return next((row.kind for name in names for row in codes if row.fits(name, said.message, status)), None)
 
 
