@@ -852,6 +852,56 @@ def test_a_folder_that_cannot_be_locked_is_told_as_that(
     with pytest.raises(Failure, match="this folder cannot be locked") as caught:
         FolderLock(tmp_path).take()
     assert caught.value.code == "disk"
+    assert "--output-dir" in caught.value.fault.hint
+
+
+@posix
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EAGAIN])
+def test_a_mount_that_calls_everything_taken_cannot_be_locked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """No other batch works there: not even a file that nobody knows can be locked."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(FolderLock, "PATIENCE", 0.1)
+    monkeypatch.setattr("fcntl.flock", refuse)
+    with pytest.raises(Failure, match="this folder cannot be locked"):
+        FolderLock(tmp_path).take()
+    assert os.listdir(tmp_path) == []
+
+
+@posix
+def test_a_folder_that_another_has_locked_can_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FolderLock, "PATIENCE", 0.1)
+    first, second = FolderLock(tmp_path), FolderLock(tmp_path)
+    assert first.take()
+    assert not second.take()
+    second.check()
+    first.release()
+    assert second.take()
+    second.release()
+
+
+@posix
+@pytest.mark.parametrize("name", ["out", "new/out"])
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
+def test_a_dry_run_tells_that_a_folder_cannot_be_locked(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch, number: int, name: str
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    batch.shell.is_first_row = False
+    (batch.shell.folder / "out").mkdir()
+    batch.rows("a")
+    plan = batch.shell.call("--input", str(batch.input), "--output-dir", name, "--dry-run").json
+    (problem,) = plan["problems"]
+    assert (plan["ok"], problem["code"]) == (False, "disk")
+    assert "this folder cannot be locked" in problem["message"]
+    assert os.listdir(batch.shell.folder / "out") == []
 
 
 @posix

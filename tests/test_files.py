@@ -3,21 +3,64 @@
 from __future__ import annotations
 
 import ast
+import errno
 import itertools
 import os
+import stat
 from pathlib import Path
 
 import pytest
 
-from batch_helpers import SMALL_PNG, Batch
-from conftest import SCRIPTS, Shell
+from batch_helpers import BATCH, SMALL_PNG, Batch
+from conftest import GENERATE, SCRIPTS, Shell
 from fault_server import FaultServer
 from zimage import files
 from zimage.errors import Failure
-from zimage.files import aside, leftovers_of, place, remove_leftovers, write_gitignore, write_new
+from zimage.files import aside, leftovers_of, permissions_warning, place, remove_leftovers, write_gitignore, write_new
 from zimage.paths import checked_output
 
 DEAD = 999_999_999
+
+
+# Mounts without permissions -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(os, "fchmod"), reason="permissions of POSIX")
+@pytest.mark.parametrize("code", [errno.EPERM, errno.ENOTSUP, errno.ENOSYS])
+def test_where_chmod_is_refused_all_goes_on_with_a_warning(
+    batch: Batch, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """In the dry run, in the real one, and in the record; of one picture and of many."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fchmod", refuse)
+    shell = batch.shell
+    shell.is_first_row = False
+    batch.rows("a")
+    many = ("--input", str(batch.input), "--output-dir", "out", "--rpm", "0")
+    one = ("--prompt", "a fox", "--size", "512x512", "--print-response")
+    for script, arguments in ((BATCH, many), (GENERATE, one)):
+        shell.script = script
+        for result in (shell.call(*arguments, "--dry-run"), shell.call(*arguments)):
+            assert result.code == 0, result.stdout
+            assert result.stderr.count("refuses chmod") == ("payload" not in result.json)
+            (warning,) = result.json["warnings"]
+            assert "refuses chmod" in warning
+    (warning,) = shell.evidence()["warnings"]
+    assert "refuses chmod" in warning
+
+
+@pytest.mark.skipif(not hasattr(os, "fchmod"), reason="permissions of POSIX")
+def test_asking_for_permissions_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for mode in (0o700, 0o755, 0o2770, 0o1777):
+        tmp_path.chmod(mode)
+        assert permissions_warning(tmp_path / "a" / "b") is None
+        assert stat.S_IMODE(tmp_path.stat().st_mode) == mode
+    assert os.listdir(tmp_path) == []
+    monkeypatch.setattr(os, "fchmod", lambda *_: os.open("/nowhere/at/all", os.O_RDONLY))
+    assert permissions_warning(tmp_path) is None, "another error says nothing of permissions"
 
 
 @pytest.fixture

@@ -93,6 +93,7 @@ class Disk:
 
 
 CANNOT_SYNC_FOLDERS = (errno.EACCES, errno.EPERM, errno.EINVAL, errno.ENOTSUP, errno.EBADF)  # unreadable, or unable
+KNOWS_NO_MODES = (errno.EPERM, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
 LONGEST_REPEATED = 215  # bytes of a name that a temporary one repeats: 255, less process id, serial and suffix
 DISK = Disk()
 _serials = itertools.count()
@@ -248,11 +249,39 @@ def check_free_name(output: Path, overwrite: bool) -> None:
         raise Failure("output_exists", f"--output: {output} exists already")
 
 
+def nearest_folder(folder: Path) -> Path:
+    """The folder itself, or what there is above it."""
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    return folder
+
+
+def permissions_warning(folder: Path) -> str | None:
+    """A warning where no file can be for its owner only: on mounts that refuse `chmod` (SMB, Windows' drives in WSL).
+
+    Writes nothing: the folder, or what there is above it, is given the permissions that it has.
+    """
+    if not hasattr(os, "fchmod"):
+        return None
+    with contextlib.suppress(OSError):
+        descriptor = os.open(nearest_folder(folder), os.O_RDONLY | getattr(os, "O_DIRECTORY", 0))
+        try:
+            found = os.fstat(descriptor)
+            # Those of others are not ours to set; a bit beyond read, write and enter might be lost.
+            if found.st_uid == os.geteuid() and stat.S_IMODE(found.st_mode) <= 0o777:
+                os.fchmod(descriptor, stat.S_IMODE(found.st_mode))
+        except OSError as error:
+            if error.errno in KNOWS_NO_MODES:
+                why = f"its file system refuses chmod ({os_reason(error)})"
+                return f"others may be able to read what is written to {folder}, signed links too: {why}"
+        finally:
+            os.close(descriptor)
+    return None
+
+
 def check_space(folder: Path, needed: int = MIN_FREE_BYTES) -> None:
     """Raise `disk` where a folder, or the nearest one above it that exists, cannot take `needed` bytes."""
-    existing = folder
-    while not os.path.lexists(existing) and existing != existing.parent:
-        existing = existing.parent
+    existing = nearest_folder(folder)
     if not existing.is_dir():
         raise Failure("disk", f"{existing} is not a folder")
     if not os.access(existing, os.W_OK | os.X_OK):

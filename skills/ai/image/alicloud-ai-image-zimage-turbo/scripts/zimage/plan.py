@@ -11,7 +11,7 @@ from zimage.account import Account
 from zimage.contract import FORMATS, MAX_REQUEST_BYTES, MAX_SIDE, MIB, REQUEST_SCHEMA, SKILL, VERSION
 from zimage.errors import Failure, Problem, noting, raise_problems
 from zimage.evidence import Evidence, Folders, new_evidence_id, timestamp, utc_now
-from zimage.files import check_free_name
+from zimage.files import check_free_name, permissions_warning
 from zimage.outside import outside_text, shown
 from zimage.paths import checked_output, slug_of
 from zimage.registry import DEFAULT_PROVIDER, provider_class, provider_named
@@ -142,15 +142,18 @@ def make_plan(options: Options, stop: Stop, env: Mapping[str, str]) -> Plan:
         raise AssertionError
     request = normalize(raw, with_seed=provider.takes_seed)
     raise_problems(format_problems(request, output))
-    return Plan.of(
+    folder = Folders.of(env).evidence
+    plan = Plan.of(
         provider,
         endpoint,
         request,
         workspace=workspace,
         output=output,
         overwrite=options.overwrite,
-        evidence_path=Folders.of(env).evidence / f"{evidence_id}.json",
+        evidence_path=folder / f"{evidence_id}.json",
     )
+    warning = permissions_warning(folder)
+    return plan._replace(warnings=(*plan.warnings, warning)) if warning else plan
 
 
 def read_request(options: Options, stop: Stop) -> tuple[Any, Content | None]:

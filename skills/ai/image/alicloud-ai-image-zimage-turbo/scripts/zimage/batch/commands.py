@@ -37,7 +37,7 @@ from zimage.contract import EXIT_OK, SCRIPTS
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, missing_packages, raise_problems
 from zimage.evidence import moment_of, utc_now
-from zimage.files import check_space, check_working_folder, check_writable, to_json
+from zimage.files import check_space, check_working_folder, check_writable, nearest_folder, permissions_warning, to_json
 from zimage.keys import Key
 from zimage.make import get_ready, import_libraries
 from zimage.plan import workspace_of
@@ -57,6 +57,8 @@ def make(options: BatchOptions, stop: Stop, console: Console, env: Mapping[str, 
         take_lock(lock, folder, stop)
     reading = Reading()
     stage, workspace = staged(options, reading, stop, env, began)
+    if warning := permissions_warning(folder):
+        reading.remarks.append(warning)
     for text in reading.remarks:
         console.note(f"warning: {text}")
     if options.dry_run:
@@ -213,6 +215,7 @@ def dry_run(options: BatchOptions, stage: Stage, env: Mapping[str, str]) -> dict
         lambda: key_for(options.provider, stage.endpoint, options.trusted, env),
         options.provider.preflight,
         lambda: check_space(options.folder),
+        FolderLock(nearest_folder(options.folder)).check,
     ):
         try:
             check()

@@ -18,7 +18,7 @@ from zimage.batch.contract import DATABASE, DATABASE_SCHEMA, DATABASE_VERSION, K
 from zimage.contract import MAX_EVIDENCE_BYTES, MIB
 from zimage.endpoint import UNKNOWN_REGION, Endpoint
 from zimage.errors import Failure, os_reason
-from zimage.files import OWNER_ONLY, aside, write_gitignore, write_new
+from zimage.files import OWNER_ONLY, aside, in_the_making, write_gitignore, write_new
 from zimage.outside import outside_text
 
 if TYPE_CHECKING:
@@ -35,6 +35,7 @@ class FolderLock:
     """
 
     PATIENCE = 1.0  # seconds: somebody who only looks holds it for a moment
+    UNKNOWN = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)  # where there are no locks
     TAKEN = (errno.EACCES, errno.EAGAIN, errno.EWOULDBLOCK)
 
     def __init__(self, folder: Path) -> None:
@@ -48,14 +49,50 @@ class FolderLock:
             Failure: disk, where the folder cannot be locked.
         """
         until = time.monotonic() + self.PATIENCE
-        try:
+        with self._telling():
             while not self._try(to_keep=True):
                 if time.monotonic() > until:
+                    self._see_that_it_can_be()
                     return False
                 time.sleep(0.05)
-        except OSError as error:
-            raise Failure("disk", f"{self._folder}: this folder cannot be locked: {os_reason(error)}") from None
         return True
+
+    def check(self) -> None:
+        """See, for a moment and writing nothing, whether a folder that is there can be locked.
+
+        Raises:
+            Failure: disk.
+        """
+        try:
+            self._try(to_keep=False)
+        except OSError as error:
+            if error.errno in self.UNKNOWN:
+                with self._telling():
+                    raise
+        finally:
+            self.release()
+
+    def _see_that_it_can_be(self) -> None:
+        """Raise OSError where nothing can be locked in it: some mounts say of everything that another has it."""
+        with contextlib.ExitStack() as held:
+            try:
+                path = held.enter_context(in_the_making(self._folder / LOCK, OWNER_ONLY))
+                descriptor = os.open(path, os.O_RDWR)
+            except OSError:  # only read from: then it cannot be told
+                return
+            held.callback(self.release)
+            self._lock(descriptor, to_keep=True)
+
+    @contextlib.contextmanager
+    def _telling(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            hint = (
+                "give an --output-dir on a disk of this machine: without locks two runs could pay for the same picture"
+            )
+            text = f"{self._folder}: this folder cannot be locked: {os_reason(error)}"
+            raise Failure("disk", text, hint=hint) from None
 
     def is_taken(self) -> bool:
         """Whether some process has it now."""

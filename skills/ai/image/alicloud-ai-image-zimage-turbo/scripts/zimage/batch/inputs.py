@@ -8,7 +8,6 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
 
 from zimage.batch.contract import MAX_JSON_BYTES, MAX_LINE_BYTES, ROW_SCHEMA
@@ -24,12 +23,12 @@ OLD_WORKBOOK = b"\xd0\xcf\x11\xe0"  # of Excel before 2007, and of any workbook 
 LIST_MARK = re.compile(r"(?:[-*+•‣◦·–—]|\(?[0-9]{1,4}[.)]|[0-9]{1,4}、)\s*(?<=[\s、])\S")
 
 
-@dataclass
 class Reading:
     """What is learnt of an input while it is read."""
 
-    unit: str = "line"  # what its rows are counted in
-    remarks: list[str] = field(default_factory=list)  # warnings
+    def __init__(self) -> None:
+        self.unit = "line"  # what its rows are counted in
+        self.remarks: list[str] = []  # warnings
 
 
 class NotText(ValueError):

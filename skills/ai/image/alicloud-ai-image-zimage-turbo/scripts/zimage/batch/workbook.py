@@ -7,7 +7,6 @@ import importlib
 import io
 import re
 import warnings
-import zipfile
 from collections.abc import Iterator
 from typing import Any, BinaryIO
 
@@ -74,6 +73,8 @@ def check_archive(content: bytes) -> None:
     Raises:
         Failure: file_unreadable. zipfile.BadZipFile, and what damaged archives bring else.
     """
+
+    import zipfile
 
     def refuse(what: str) -> Failure:
         return Failure("file_unreadable", f"--input: {what}", hint=HINT)
