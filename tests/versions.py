@@ -22,7 +22,7 @@ TOOLS = ("pytest", "pytest-xdist", "responses", "hypothesis", "trustme")
 OLDEST, NEWEST = 10, 20  # minor versions of Python that are looked for
 SUITES = (
     "batch_input batch_results batch_run batch_state cli credentials faults files interruption recovery request "
-    "schemas settle surroundings trust providers"
+    "schemas settle spreadsheets surroundings trust providers"
 )
 
 
