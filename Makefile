@@ -37,7 +37,7 @@ export PYTHONUTF8 := 1
 # More than two cores: most of a test is waiting for a service that is slow, or for a process.
 PYTEST := $(BIN)/python -m pytest --numprocesses 4
 
-.PHONY: help demo smoke check check-all torture validate skill lint types test browser local clients audit bench \
+.PHONY: help demo smoke check check-all torture validate skill lint types test browser middlemen local clients audit bench \
 	package standalone install-skill clean fuzz mutants versions
 
 help:
@@ -48,7 +48,7 @@ $(BIN)/python$(EXE):
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/.skill: requirements.txt | $(BIN)/python$(EXE)
-	$(PIP) --constraint requirements.txt requests jsonschema Pillow tqdm
+	$(PIP) --constraint requirements.txt requests jsonschema Pillow truststore tqdm
 	@touch $@
 
 $(VENV)/.checks: requirements.txt | $(BIN)/python$(EXE)
@@ -64,7 +64,7 @@ smoke: lint
 check: validate skill lint types test
 
 # Beside `make check`, not instead of it: the tests that conftest.py marks as heavy.
-check-all: $(VENV)/.checks browser local clients
+check-all: $(VENV)/.checks browser middlemen local clients
 	$(PYTEST) -m heavy
 
 # Two processes, as all of it is work. CASES=10 tries ten times as many. What fails prints how to play it again.
@@ -111,6 +111,15 @@ browser: $(VENV)/.browser
 $(VENV)/.browser: requirements-browser.txt $(VENV)/.checks
 	@$(PIP) --requirement requirements-browser.txt && touch $@ || \
 		echo "no selenium: the tests of the gallery in a browser will be skipped"
+
+# Proxies and a gateway as they are out there, and what gives them names of their own. They are installed as the browser is.
+MIDDLEMEN := nginx squid tinyproxy-bin microsocks libnss-wrapper
+middlemen:
+	@PATH="$$PATH:/usr/sbin"; { command -v nginx && command -v squid && command -v tinyproxy && command -v microsocks && \
+		ls /usr/lib/*/libnss_wrapper.so; } >/dev/null 2>&1 || if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+		export DEBIAN_FRONTEND=noninteractive; apt-get install -qq -y --no-install-recommends $(MIDDLEMEN) >/dev/null || \
+		{ apt-get update -qq && apt-get install -qq -y --no-install-recommends $(MIDDLEMEN) >/dev/null; }; \
+	fi || echo "no nginx, squid, tinyproxy or microsocks: the tests of real proxies and gateways will be skipped"
 
 # The provider that runs the model in its own process is tested with a tiny model. torch comes first and pinned: a range
 # would take the newest build. PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu gives a small one for Linux.

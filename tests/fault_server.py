@@ -14,6 +14,7 @@ import contextlib
 import io
 import json
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -201,9 +202,13 @@ def png_of(width: int, height: int, *extra: bytes, pixels: bytes | None = None) 
 
 
 class FaultServer:
-    """Plays behaviours by path. What it counts may be read at any time from the test's thread."""
+    """Plays behaviours by path. What it counts may be read at any time from the test's thread.
 
-    def __init__(self) -> None:
+    `tls`: it speaks TLS. `root`: how it is called where that is not by its address.
+    """
+
+    def __init__(self, tls: ssl.SSLContext | None = None, root: str = "") -> None:
+        self._tls = tls
         self.requests: list[Received] = []  # all that arrived whole
         self.billed = 0  # pictures made
         self.connections = 0  # also those on which nothing arrived
@@ -214,7 +219,7 @@ class FaultServer:
         self._threads: list[threading.Thread] = []
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=64)
         self.port: int = self._listener.getsockname()[1]
-        self.root = f"http://127.0.0.1:{self.port}"
+        self.root = root or f"http{'s' if tls else ''}://127.0.0.1:{self.port}"
         self.base_url = f"{self.root}/api/v1"
         self._first_behaviour: Behaviour | None = None
 
@@ -296,6 +301,8 @@ class FaultServer:
             if self._first_behaviour is not None:
                 reset = self._first_behaviour_ends(connection)
                 return
+            if self._tls is not None:
+                connection = self._tls.wrap_socket(connection, server_side=True)
             request = self._read(connection)
             if request is None:
                 return

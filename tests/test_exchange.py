@@ -32,7 +32,8 @@ from zimage.contract import CONNECT_TIMEOUT, MAX_ANSWER_BYTES, MAX_ERROR_BYTES, 
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, NotSent
 from zimage.provider import HttpAnswer, HttpCall, LocalCall
-from zimage.transport import AnswerEncoded, AnswerLost, AnswerTooLarge, ask, ca_bundle, exchange
+from zimage.tls import bundle_variable
+from zimage.transport import AnswerEncoded, AnswerLost, AnswerTooLarge, ask, exchange
 from zimage.waiting import WATCHER, Stop, Stopped
 from zimage.wire import Wire, request_target
 
@@ -296,7 +297,7 @@ def test_a_handshake_that_does_not_end_is_not_sent(server: FaultServer) -> None:
 def test_a_server_that_does_not_speak_tls_is_not_sent(server: FaultServer) -> None:
     server.at_connection(Answer(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"))
     error = not_sent(f"https://127.0.0.1:{server.port}/x")
-    assert "TLS" in error.reason and not error.lasting
+    assert "no TLS is spoken" in error.reason and error.lasting
 
 
 def test_a_connection_that_ends_within_its_handshake_is_not_sent(server: FaultServer) -> None:
@@ -334,16 +335,17 @@ def test_certificates_that_cannot_be_read_are_told_before_anything_is_connected(
 ) -> None:
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "/nowhere/own.pem")
     error = not_sent(f"{tls_server.root}/x")
-    assert "certificate" in error.reason and error.lasting and tls_server.connections == 0
+    assert "REQUESTS_CA_BUNDLE: /nowhere/own.pem" in error.reason
+    assert error.lasting and tls_server.connections == 0
 
 
 def test_the_first_variable_that_names_certificates_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert ca_bundle() is True
+    assert bundle_variable() == ""
     for name in ("SSL_CERT_FILE", "CURL_CA_BUNDLE", "REQUESTS_CA_BUNDLE"):
         monkeypatch.setenv(name, f"/{name}")
-        assert ca_bundle() == f"/{name}"
+        assert bundle_variable() == name
     monkeypatch.setenv("REQUESTS_CA_BUNDLE", "")
-    assert ca_bundle() == "/CURL_CA_BUNDLE"
+    assert bundle_variable() == "CURL_CA_BUNDLE"
 
 
 @pytest.mark.parametrize("reset", [False, True], ids=["closed", "reset"])
@@ -365,9 +367,14 @@ def test_headers_that_dribble_do_not_outlast_the_time(server: FaultServer) -> No
 
 
 def test_what_is_no_http_is_lost(server: FaultServer) -> None:
-    server.at_connection(Answer(raw=b"\x15\x03\x01\x00\x02\x02\x46"))
+    server.at_connection(Answer(raw=b"220 mail.example ESMTP\r\n"))
     with pytest.raises(AnswerLost):
         asked(f"{server.root}/x")
+
+
+def test_http_on_a_port_of_tls_is_not_sent(server: FaultServer) -> None:
+    server.at_connection(Answer(raw=b"\x15\x03\x01\x00\x02\x02\x46"))
+    assert "speaks TLS" in not_sent(f"{server.root}/x").reason
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:99999/x", "ftp://127.0.0.1/x", "http:///x"])
@@ -510,7 +517,7 @@ def test_an_address_that_does_not_answer_leaves_time_for_the_next(
 
 def test_a_connection_sends_at_once_and_may_be_answered_as_late_as_its_time_allows(server: FaultServer) -> None:
     wired = Wire(HttpCall("GET", f"{server.root}/x", {}), Stop(50), "service")
-    with wired.open("127.0.0.1", server.port, by_proxy=False) as connection:
+    with wired.open("127.0.0.1", server.port) as connection:
         assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
         timeout = connection.gettimeout()
         assert timeout is not None and CONNECT_TIMEOUT < timeout <= 50

@@ -177,7 +177,7 @@ def goes_out(url: str) -> str:
     """What a connection would be opened to: the host in the hands of the code that opens the socket."""
     seen: list[str] = []
 
-    def opened(self: Wire, host: str, port: int, *, by_proxy: bool) -> socket.socket:
+    def opened(self: Wire, host: str, port: int) -> socket.socket:
         seen.append(host)
         raise OSError("far enough")
 

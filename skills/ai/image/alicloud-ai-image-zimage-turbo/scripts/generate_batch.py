@@ -22,6 +22,7 @@ saved, and in it batch/, a module a concern:
 #   "urllib3>=2.6.3,<3",
 #   "jsonschema>=4.18,<5",
 #   "Pillow>=10.3,<14",
+#   "truststore>=0.10,<1",
 #   "tqdm>=4.66,<5",
 # ]
 # ///

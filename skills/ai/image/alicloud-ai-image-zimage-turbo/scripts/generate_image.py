@@ -17,6 +17,7 @@ way to the model, loaded when it is named.
 #   "urllib3>=2.6.3,<3",
 #   "jsonschema>=4.18,<5",
 #   "Pillow>=10.3,<14",
+#   "truststore>=0.10,<1",
 # ]
 # ///
 from __future__ import annotations

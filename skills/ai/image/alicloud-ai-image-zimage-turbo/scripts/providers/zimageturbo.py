@@ -55,6 +55,7 @@ class ZImageTurbo(Provider):
     default_root = "/api"
     generate_path = "/generate"
     requests_per_minute = 60.0  # no limit is published: a careful one
+    links_elsewhere = True
     takes_seed = False
     sizes_are_ratios = True
     long_prompt = MAX_PROMPT

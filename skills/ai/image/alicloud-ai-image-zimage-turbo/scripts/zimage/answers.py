@@ -15,6 +15,7 @@ from zimage.codes import COMMON_CODES, Code, kind_of
 from zimage.contract import MAX_KEPT_ANSWER, MAX_LINK_LENGTH, MAX_OTHER_LINKS, MAX_TASK_ID
 from zimage.errors import KINDS, Failure
 from zimage.outside import json_of, kept_text, mask, outside_text, without_surrogates
+from zimage.page import media_type, redirect_words
 from zimage.provider import Generated, HttpCall
 from zimage.traces import ENDED_WELL, OF_A_PICTURE, Traces, traces_in
 from zimage.words import Said, said_in
@@ -81,7 +82,9 @@ def service_failure(
     doubtful = answer.status in GATEWAY_STATUSES and KINDS[kind].retryable
     is_kept = KINDS[kind].billed != "no"
     words = str(message or _words_beside(code, prompt, said))[:LONGEST_WORDS]
-    what = _what(status, kind, outside_text(_A_QUERY.sub(r"\1…", words) if is_kept else words))
+    if words and said.form in ("html", "text") and not message:
+        words = f"{media_type(answer)}: {words}"  # of whoever stands before the service
+    what = _what(answer, kind, outside_text(_A_QUERY.sub(r"\1…", words) if is_kept else words))
     named = code if code not in what else ""
     return Failure(
         kind,
@@ -109,10 +112,10 @@ def _words_beside(code: str, prompt: str, said: Said) -> str:
     return "" if said.message in (code, prompt, prompt.strip()) else said.message
 
 
-def _what(status: int, kind: str, words: str) -> str:
+def _what(answer: HttpAnswer, kind: str, words: str) -> str:
     """What is told of an answer: its words, and what it lacks."""
-    if 300 <= status < 400 and not words:
-        return "a redirect, which is not followed with the key"
+    if 300 <= answer.status < 400 and not words:
+        return redirect_words(answer)
     lacks = UNSAID.get(kind, "")
     if kind == "outcome_unknown":
         return words or lacks

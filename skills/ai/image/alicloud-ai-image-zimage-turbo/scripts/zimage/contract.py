@@ -15,7 +15,9 @@ REQUIREMENTS = {
     "urllib3": "urllib3>=2.6.3,<3",
     "jsonschema": "jsonschema>=4.18,<5",
     "PIL": "Pillow>=10.3,<14",
+    "truststore": "truststore>=0.10,<1",
 }
+CAN_BE_WITHOUT = ("truststore",)  # the store of macOS and Windows is then not asked, only what `certifi` brings
 
 MIN_PIXELS = 512 * 512
 MAX_PIXELS = 2048 * 2048

@@ -11,7 +11,7 @@ from urllib.parse import urljoin, urlsplit, urlunsplit
 from zimage.answers import retry_after
 from zimage.contract import CORRUPT_DOWNLOAD_RETRIES, DOWNLOAD_RETRIES, MAX_HOPS, MAX_IMAGE_BYTES, MIB
 from zimage.endpoint import _is_address, is_loopback_host, is_public_address, origin_of, split_netloc
-from zimage.errors import Failure, NotSent, os_reason
+from zimage.errors import RECOVER_FREE, Failure, NotSent, os_reason
 from zimage.evidence import moment_of, said_of, utc_now
 from zimage.files import read_file
 from zimage.outside import without_surrogates
@@ -60,12 +60,13 @@ def checked_link(link: str, *, loopback: bool, provider: Provider, origin: str =
     if _is_address(host) and not is_public_address(ipaddress.ip_address(host)):
         refuse("leads to a private address")
     domain = provider.https_links_under
-    if parts.scheme == "http" and domain and (host == domain or host.endswith(f".{domain}")):
+    is_vendors = domain is not None and (host == domain or host.endswith(f".{domain}"))
+    if parts.scheme == "http" and is_vendors:
         netloc = host if port in (None, 80) else f"{host}:{port}"
         parts = parts._replace(scheme="https", netloc=netloc)
     if parts.scheme != "https":
         refuse("is not an https link")
-    return urlunsplit(parts), "public"
+    return urlunsplit(parts), "vendor" if is_vendors or provider.owns(host) else "public"
 
 
 def fetch(link: str, *, stop: Stop, loopback: bool, provider: Provider, origin: str = "") -> HttpAnswer:
@@ -77,7 +78,7 @@ def fetch(link: str, *, stop: Stop, loopback: bool, provider: Provider, origin: 
     for _ in range(MAX_HOPS + 1):
         link, reach = checked_link(link, loopback=loopback, provider=provider, origin=origin)
         loopback = loopback and reach == "loopback"  # once on the open internet, there is no way back
-        origin = "" if reach == "public" else origin
+        origin = "" if reach in ("public", "vendor") else origin
         answer = exchange(HttpCall("GET", link, {"Accept": "image/*"}), stop, limit=MAX_IMAGE_BYTES, reach=reach)
         target = answer.headers.get("location", "").strip()
         if not (300 <= answer.status < 400 and target):
@@ -109,6 +110,9 @@ def download(link: str, *, stop: Stop, home: Home, provider: Provider, is_last: 
             failure = Failure("paid_not_downloaded", f"the picture was not downloaded: {error.reason}")
             if isinstance(error, NotSent) and error.refused:
                 raise Failure("hop_refused", f"the link to the picture is refused: {error.reason}") from None
+            if isinstance(error, NotSent) and error.lasting:
+                hint = f"{error.hint}; then {RECOVER_FREE}" if error.hint else None
+                raise failure.but(hint=hint or failure.fault.hint, everywhere=True) from None
         except Failure as refused:
             failure = refused
         final = failure.code not in ("paid_not_downloaded", "image_unusable")

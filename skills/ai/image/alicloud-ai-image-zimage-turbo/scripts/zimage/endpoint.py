@@ -95,6 +95,16 @@ def is_public_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) ->
     return address.is_global and not address.is_multicast and not address.is_reserved
 
 
+# What VPNs answer in place of an address, to learn by it which name is meant (198.18.0.0/15 is kept for benchmarks by
+# RFC 2544): nothing is known of the true one.
+_FAKE_NETWORKS = (ipaddress.ip_network("198.18.0.0/15"), ipaddress.ip_network("fc00::/18"))
+
+
+def is_fake_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> bool:
+    """Whether an address is of those that VPNs with fake addresses hand out."""
+    return any(address in network for network in _FAKE_NETWORKS)
+
+
 def _is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host)

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, cast
 
 from zimage.contract import (
+    CAN_BE_WITHOUT,
     EXIT_BALANCE,
     EXIT_BLOCKED,
     EXIT_DISK,
@@ -328,7 +329,8 @@ def missing_packages(requirements: Mapping[str, str] = REQUIREMENTS, script: Pat
     Raises:
         Failure: missing_package, with how to install all of them.
     """
-    missing = [name for name in requirements if importlib.util.find_spec(name) is None]
+    needed = [name for name in requirements if name not in CAN_BE_WITHOUT]
+    missing = [name for name in needed if importlib.util.find_spec(name) is None]
     if missing:
         raise missing_package(", ".join(requirements[name] for name in missing), requirements, script)
 

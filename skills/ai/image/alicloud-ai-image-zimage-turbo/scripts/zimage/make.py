@@ -150,7 +150,8 @@ def send(plan: Plan, key: Key, stop: Stop) -> Generated | Submitted:
         return provider.read(answer, plan.request, utc_now())._replace(http_status=answer.status)
 
     with telling_of_withheld(key), telling_of_refused(key, plan.endpoint, provider):
-        made = ask(call, read, stop, plan.endpoint, provider.max_answer_bytes)
+        links = provider.links_elsewhere
+        made = ask(call, read, stop, plan.endpoint, provider.max_answer_bytes, links_elsewhere=links)
     if isinstance(made, Generated) and provider.links_to_itself and made.image_url.startswith("/"):
         made = made._replace(image_url=urljoin(plan.endpoint.url, made.image_url))
     return made.bounded() if isinstance(made, Generated) else made

@@ -170,6 +170,7 @@ class Provider:
     max_answer_bytes: ClassVar[int] = MAX_ANSWER_BYTES
     https_links_under: ClassVar[str | None] = None  # http links below this domain work over https too
     links_to_itself: ClassVar[bool] = False  # a link may lead to the server that is asked, and name only its path
+    links_elsewhere: ClassVar[bool] = False  # pictures lie on hosts that nobody can name before they are paid for
     billable: ClassVar[bool] = True  # a picture can cost money or quota
     takes_seed: bool = True
     sizes_are_ratios: ClassVar[bool] = False  # of a size only the ratio can be asked for

@@ -213,9 +213,9 @@ def explained(
     named = command_line([path, *place]) or "EVIDENCE"
     hint = next((row.hint for row in ADVICE if row.fits(fault, way, have, left, written)), "{hint}")
     # Only words of this file are filled in, in one step: what stands in a path or an answer is never taken for one.
-    hint = hint.replace("EVIDENCE", "{named}").format(
-        named=named, hint=own.replace("EVIDENCE", named) if own in OWN_HINTS else own
-    )
+    ours = next((words for words in OWN_HINTS if own.endswith(words)), "")  # the rest may repeat an answer
+    own = own.removesuffix(ours) + ours.replace("EVIDENCE", named)
+    hint = hint.replace("EVIDENCE", "{named}").format(named=named, hint=own)
     reachable = way is not Way.NONE and (written or not (have.link or have.lead or left is Left.OPEN))
     command = own_command("--recover", path, *place, *flags, "--print-response") if reachable else None
     request, billed = evidence.data["request"], most_billed(fault.billed, have.billed)

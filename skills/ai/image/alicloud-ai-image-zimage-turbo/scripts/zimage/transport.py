@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import zlib
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
+from zimage.answers import read_json
 from zimage.contract import MAX_ANSWER_BYTES, MAX_ERROR_BYTES, MIB, SKILL, VERSION
-from zimage.endpoint import is_loopback_host
 from zimage.errors import Failure, NotSent
 from zimage.outside import outside_text
+from zimage.page import base_url_advice
 from zimage.provider import HttpAnswer, LocalCall
+from zimage.proxy import own_refusal, proxy_for
+from zimage.tls import tls_context
 from zimage.waiting import WATCHER, Stop, Stopped, in_time
 from zimage.wire import Wire, wired_adapter
 
@@ -59,15 +61,16 @@ def exchange(call: HttpCall, stop: Stop, *, limit: int, reach: str) -> HttpAnswe
     import urllib3
 
     stop.check()
-    wire = Wire(call, stop, reach)
-    host = urlsplit(call.url).hostname or ""
-    proxies = {} if is_loopback_host(host) else requests.utils.get_environ_proxies(call.url)
+    proxy = proxy_for(call.url)
+    trust = tls_context() if "https" in (urlsplit(call.url).scheme, proxy and proxy.scheme) else None
+    wire = Wire(call, stop, reach, proxy)
+    proxies = {"all": proxy.url} if proxy and not proxy.is_socks else {}  # SOCKS is the wire's own business
     headers = {"User-Agent": f"{SKILL}/{VERSION}", "Accept-Encoding": "identity", "Connection": "close"} | call.headers
     try:
         request = requests.Request(call.method, call.url, headers=headers, data=call.body).prepare()
-        adapter = wired_adapter()(wire)
+        adapter = wired_adapter()(wire, trust)
         with contextlib.closing(adapter), WATCHER.cutting(stop, wire.cut):
-            response = adapter.send(request, timeout=wire.remaining, proxies=proxies, verify=ca_bundle())
+            response = adapter.send(request, timeout=wire.remaining, proxies=proxies)
             with contextlib.closing(response):
                 answer = _read_answer(response, limit)
     except (urllib3.exceptions.HTTPError, OSError, ValueError) as error:  # those of requests are OSErrors
@@ -78,15 +81,9 @@ def exchange(call: HttpCall, stop: Stop, *, limit: int, reach: str) -> HttpAnswe
         wire.close()
     if stop.reason and wire.expired:
         raise Stopped(stop.reason, request_left=True)
+    if refusal := own_refusal(proxy, answer, call.url):
+        raise refusal
     return answer._replace(whole=answer.whole and not (wire.expired or wire.broken))  # which look like an end
-
-
-def ca_bundle() -> str | bool:
-    """The certificates to trust: those the user's environment names, else the ones requests brings."""
-    for name in ("REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE", "SSL_CERT_FILE"):
-        if os.environ.get(name):
-            return os.environ[name]
-    return True
 
 
 def _read_answer(response: Any, limit: int) -> HttpAnswer:
@@ -161,18 +158,13 @@ def _transport_failure(wire: Wire, error: Exception) -> Exception:
     if isinstance(wire.failure, NotSent):
         return wire.failure
     if not wire.connecting and isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):
-        return NotSent("the URL, or that of the proxy, cannot be used", lasting=True)
-    if not wire.connecting and isinstance(error, OSError) and not isinstance(error, requests.RequestException):
-        return NotSent("the certificate bundle that the environment names cannot be read", lasting=True)
-    if not wire.connected:
+        return NotSent("the URL cannot be used", lasting=True)
+    if not wire.connecting and isinstance(error, ValueError):
+        return NotSent("the request cannot be sent: HTTP has no form for a header of it", lasting=True)
+    if wire.connecting and not wire.connected:
         if wire.expired:
-            return NotSent("no connection was made in time")
-        certificate = "certificate" in str(error).lower()
-        if isinstance(error, requests.exceptions.ProxyError):
-            return NotSent("the proxy refused the connection", lasting=True)
-        if isinstance(error, requests.exceptions.SSLError):
-            return NotSent("the certificate is not valid" if certificate else "TLS failed", lasting=certificate)
-        return NotSent("the connection was closed before the request left")
+            return wire.placed(NotSent("no connection was made in time"))
+        return wire.placed(NotSent("the connection was closed before the request left"))
     if wire.expired or isinstance(error, requests.exceptions.Timeout):
         return AnswerLost("no answer came in time")
     return AnswerLost("the connection broke before the answer was complete")
@@ -187,18 +179,23 @@ def ask(
     stop: Stop,
     endpoint: Endpoint,
     limit: int = MAX_ANSWER_BYTES,
+    *,
+    links_elsewhere: bool = False,
 ) -> Read:
-    """Send one call to the service and read its answer; what the network does becomes a Failure."""
+    """Send one call to the service and read its answer; what the network does becomes a Failure.
+
+    `links_elsewhere`: as of a Provider.
+    """
     if isinstance(call, LocalCall):
         result: Read = in_time(call.work, stop)
         return result
-    reach = "loopback" if endpoint.is_loopback else "service"
+    reach = "loopback" if endpoint.is_loopback else "service with links" if links_elsewhere else "service"
     try:
-        return read(exchange(call, stop, limit=limit, reach=reach))
+        answer = exchange(call, stop, limit=limit, reach=reach)
     except NotSent as error:
         message = f"{endpoint.host}: {error.reason}"
-        facts = {"hint": error.hint, "retryable": not error.lasting, "everywhere": error.lasting}
-        raise Failure("unreachable", message, **facts) from None
+        retryable, everywhere = not error.lasting, error.lasting
+        raise Failure("unreachable", message, hint=error.hint, retryable=retryable, everywhere=everywhere) from None
     except AnswerLost as error:
         raise Failure("outcome_unknown", f"{endpoint.host}: {error.reason}") from None
     except AnswerTooLarge:
@@ -206,3 +203,20 @@ def ask(
     except AnswerEncoded as error:
         message = f"the answer cannot be read: {error.reason}"
         raise Failure("answer_unusable", message, request_id=error.request_id or None) from None
+    try:
+        return read(answer)
+    except Failure as failure:
+        raise _placed(failure, answer, call.url, endpoint) from None
+
+
+def _placed(failure: Failure, answer: HttpAnswer, url: str, endpoint: Endpoint) -> Failure:
+    """The failure with what its answer tells of the way there: it may be another's who stands on it, or lives there."""
+    fault = failure.fault
+    if read_json(answer) is not None:
+        return failure  # an API speaks
+    proxy = proxy_for(url)
+    if proxy is not None and proxy.forwards(url):
+        past = proxy.way_past(url)
+        return failure.but(message=f"{fault.message}; it came through {proxy}", hint=f"{past}; {fault.hint}")
+    advice = base_url_advice(answer, endpoint.root)
+    return failure.but(hint=f"{advice}; {fault.hint}") if advice else failure

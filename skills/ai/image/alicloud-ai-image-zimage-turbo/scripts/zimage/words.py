@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from zimage.outside import at, json_of
+from zimage.page import first_words
 
 if TYPE_CHECKING:
     from zimage.provider import HttpAnswer
@@ -53,7 +54,7 @@ def said_in(answer: HttpAnswer, body: dict[str, Any] | None) -> Said:
         return Said("none")
     start = text[:1000].lower()
     if "<html" in start or start.startswith("<!doctype html"):
-        return Said("html", _words_of_page(text))
+        return Said("html", first_words(answer.body) or "a page with nothing to read")
     if text.startswith(("<?xml", "<Error")):
         return _said_in_xml(text)
     if text[0] in '"[':
@@ -148,16 +149,6 @@ def _said_in_xml(text: str) -> Said:
         for name in ("Code", "Message")
     )
     return Said("xml", _plain(message or text), code)
-
-
-def _words_of_page(text: str) -> str:
-    """The title of a page, else its first heading, else all that it shows."""
-    for name in ("title", "h1"):
-        found = re.search(rf"<{name}\b[^<>]*>([^<]*)</{name}", text, re.IGNORECASE)
-        if found and (shown := _plain(found[1])):
-            return f'a page titled "{shown}"'
-    shown = _plain(re.sub(r"(?is)<(script|style)\b[^<>]*>[^<]*</\1", " ", text))
-    return f'a page that says "{shown[:200]}"' if shown else "a page"
 
 
 def _plain(text: str) -> str:
