@@ -150,7 +150,7 @@ SOCKS_FAULTS = [
     SocksFault("socks5h", 5, "", "", "connection refused", False),
     SocksFault("socks5h", 1, "", "", "does not reach it", False),
     SocksFault("socks4a", 1, "", "", "does not reach it", False),
-    SocksFault("socks5h", 0, "me", "", "a user name and a password", True),
+    SocksFault("socks5h", 0, "me", "", "a user name and password", True),
     SocksFault("socks5h", 0, "me", f"me:not-{SECRET}@", "another user name", True),
 ]
 
@@ -165,8 +165,9 @@ def test_what_a_socks_proxy_refuses_is_told_as_its_word(bare: pytest.MonkeyPatch
     assert f"the proxy {proxy.place} (ALL_PROXY)" in caught.value.reason
     assert fault.words in caught.value.reason
     assert caught.value.lasting is fault.lasting
-    assert caught.value.hint and "NO_PROXY" in caught.value.hint and "gpu.lan" in caught.value.hint
-    assert SECRET not in caught.value.reason + caught.value.hint
+    advice = (f"ALL_PROXY ({fault.scheme}://USER:PASSWORD@",) if fault.user else ("NO_PROXY", "gpu.lan")
+    assert all(words in str(caught.value.hint) for words in advice)
+    assert SECRET not in caught.value.reason + str(caught.value.hint)
     assert not server.connections
 
 
@@ -283,11 +284,31 @@ def test_what_a_proxy_answers_to_connect_is_told_as_its_word(
     assert ("USER:PASSWORD" if "407" in words else "NO_PROXY") in told["hint"]
 
 
-def test_a_proxy_that_is_not_there_is_named(shell: Shell) -> None:
+@pytest.mark.parametrize("scheme", ["http", "socks5h", "socks4"])
+def test_a_proxy_that_is_not_there_is_named(shell: Shell, scheme: str) -> None:
     with HttpProxy(1) as proxy:
         pass
-    shell.env |= {"DASHSCOPE_API_KEY": TEST_KEY, "HTTPS_PROXY": f"http://me:{SECRET}@{proxy.place}"}
-    unreachable(shell, make(shell), f"the proxy {proxy.place} (HTTPS_PROXY)", "refused", advice=("NO_PROXY", HOST))
+    shell.env |= {"DASHSCOPE_API_KEY": TEST_KEY, "HTTPS_PROXY": f"{scheme}://me:{SECRET}@{proxy.place}"}
+    shell.env |= (
+        {"DASHSCOPE_BASE_URL": "https://8.8.8.8", "ZIMAGE_TRUSTED_HOSTS": "8.8.8.8"} if scheme == "socks4" else {}
+    )
+    host = "8.8.8.8" if scheme == "socks4" else HOST
+    unreachable(shell, make(shell), f"the proxy {proxy.place} (HTTPS_PROXY)", "refused", advice=("NO_PROXY", host))
+
+
+@pytest.mark.parametrize("scheme", ["http", "socks5h"])
+def test_each_address_of_a_proxy_is_tried(bare: pytest.MonkeyPatch, scheme: str) -> None:
+    """As of `localhost`, where ::1 comes first and the proxy listens on 127.0.0.1 alone."""
+
+    def two(host: str, port: int, *_: Any, **__: Any) -> list[Any]:
+        hosts = ("127.0.0.2", "127.0.0.1") if host == "proxy.lan" else (host,)
+        return [(socket.AF_INET, socket.SOCK_STREAM, 6, "", (each, port)) for each in hosts]
+
+    with FaultServer() as server, (HttpProxy if scheme == "http" else SocksProxy)(server.port) as proxy:
+        bare.setenv("HTTP_PROXY", f"{scheme}://proxy.lan:{proxy.port}")
+        with patch.object(socket, "getaddrinfo", two):
+            assert ask("http://gpu.lan:8000/").status == 404
+    assert len(proxy.asked) == 1
 
 
 @pytest.mark.parametrize("scheme", ["http", "socks5h", "socks5"])

@@ -174,6 +174,7 @@ def test_squid_with_a_password(shell: Shell, vendor: FaultServer, start: Start, 
     shell.env["HTTPS_PROXY"] = f"http://me:{SECRET}@{place}"
     assert make(shell).code == 0
     assert len(vendor.posts) == 1
+    assert shell.run("--check").code == 2  # this server knows of no models
     vendor.close()
     refused(make(shell), f"the proxy {place} (HTTPS_PROXY)", "503", "NO_PROXY")
 

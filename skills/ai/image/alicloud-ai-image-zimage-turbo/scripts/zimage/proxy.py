@@ -9,14 +9,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from urllib.parse import unquote, urlsplit
 
 from zimage.endpoint import is_loopback_host
-from zimage.errors import NotSent
+from zimage.errors import NotSent, os_reason
 from zimage.outside import outside_text
 from zimage.page import first_words
 
 if TYPE_CHECKING:
     from zimage.provider import HttpAnswer
 
-PYSOCKS = "PySocks>=1.7.1,<2"
+PYSOCKS_HINT = (
+    "run it with `uv run --with 'PySocks>=1.7.1,<2' --script …`, or install it beside the other packages: "
+    "python3 -m pip install 'PySocks>=1.7.1,<2'"
+)
+CREDENTIALS = "write its user name and password into the URL in {source} ({scheme}://USER:PASSWORD@HOST:PORT)"
 DEFAULT_PORTS = {"http": 80, "https": 443, "socks4": 1080, "socks4a": 1080, "socks5": 1080, "socks5h": 1080}
 RESOLVES_ITSELF = ("socks4a", "socks5h")  # of SOCKS: names are its business, else this machine's
 # Pages that a proxy has written itself name it here; what it forwards keeps the name of who wrote it.
@@ -56,6 +60,12 @@ class Proxy(NamedTuple):
         """The advice where it is in the way."""
         host = urlsplit(url).hostname or ""
         return f"check {self.source}, or add {host} to NO_PROXY if this machine reaches it without a proxy"
+
+    def locked(self, url: str, how: str = "") -> NotSent:
+        """That it wants to know who asks."""
+        hint = CREDENTIALS.format(source=self.source, scheme=self.scheme)
+        what = f"wants {'another' if self.auth[0] else 'a'} user name and password{how}"
+        return self.fault(what, url, lasting=True, hint=hint)
 
     def fault(self, what: str, url: str, *, lasting: bool = False, hint: str | None = None) -> NotSent:
         """That it stands in the way of a call to a URL."""
@@ -113,8 +123,8 @@ def socks_socket(proxy: Proxy, family: int, address: str) -> socket.socket:
     try:
         import socks
     except ImportError:
-        reason = f"{proxy.source} names a SOCKS proxy, and the Python package PySocks is missing"
-        raise NotSent(reason, lasting=True, hint=_pysocks_hint()) from None
+        reason = f"{proxy} speaks SOCKS, for which the Python package PySocks is missing"
+        raise NotSent(reason, lasting=True, hint=PYSOCKS_HINT) from None
     connection: Any = socks.socksocket(family, socket.SOCK_STREAM)
     version = socks.SOCKS4 if proxy.scheme.startswith("socks4") else socks.SOCKS5
     user, password = proxy.auth
@@ -123,17 +133,8 @@ def socks_socket(proxy: Proxy, family: int, address: str) -> socket.socket:
     return made
 
 
-def _pysocks_hint() -> str:
-    return (
-        f"run it with `uv run --with '{PYSOCKS}' --script …`, or install it beside the other packages: "
-        f"python3 -m pip install '{PYSOCKS}'"
-    )
-
-
+SOCKS_LOCKED = re.compile("all offered|no username/password|authentication failed")
 SOCKS_FAULTS = (  # words of PySocks and, in parts of them, of RFC 1928: what is told, and whether it will last
-    ("all offered", "wants a user name and a password", True),
-    ("no username/password", "wants a user name and a password", True),
-    ("authentication failed", "wants another user name and password", True),
     ("invalid data", "does not speak SOCKS here: is it an HTTP proxy (http://)?", True),
     ("connection closed unexpectedly", "closed the connection without a word of SOCKS", False),
     ("0x02", "does not allow it: connection not allowed by its rules", True),
@@ -148,23 +149,28 @@ SOCKS_FAULTS = (  # words of PySocks and, in parts of them, of RFC 1928: what is
 def socks_fault(proxy: Proxy, error: OSError, url: str) -> NotSent:
     """What went wrong between this machine and a service behind a SOCKS proxy."""
     said = str(error).lower()
-    what, lasting = next(
-        ((what, lasting) for words, what, lasting in SOCKS_FAULTS if words in said),
-        ("cannot be connected to", False),
-    )
+    if SOCKS_LOCKED.search(said):
+        return proxy.locked(url)
+    if is_unconnected(error):
+        cause = getattr(error, "socket_err", None)
+        return proxy.fault(f"fails: {os_reason(cause) if cause else 'no connection was made'}", url)
+    found = ((what, lasting) for words, what, lasting in SOCKS_FAULTS if words in said)
+    what, lasting = next(found, ("fails within its own words", False))
     return proxy.fault(what, url, lasting=lasting)
 
 
-# HTTP -----------------------------------------------------------------------------------------------------------------
+def is_unconnected(error: OSError) -> bool:
+    """Whether a SOCKS proxy is not there at all, at the address that was tried."""
+    return type(error).__name__ == "ProxyConnectionError" or isinstance(error, TimeoutError)
 
-CREDENTIALS = "write its user name and password into the URL in {source} (http://USER:PASSWORD@HOST:PORT)"
+
+# HTTP -----------------------------------------------------------------------------------------------------------------
 
 
 def refused_by_proxy(proxy: Proxy, status: int, words: str, url: str) -> NotSent:
     """What a proxy's own answer means: nothing has reached the service."""
     if status == 407:
-        what = f"wants {'another' if proxy.auth[0] else 'a'} user name and password (HTTP 407)"
-        return proxy.fault(what, url, lasting=True, hint=CREDENTIALS.format(source=proxy.source))
+        return proxy.locked(url, " (HTTP 407)")
     does = "does not allow it" if status < 500 else "does not reach it"
     said = f"HTTP {status} {outside_text(words, 200)}".strip()
     return proxy.fault(f"{does} ({said})", url, lasting=status < 500)

@@ -14,7 +14,7 @@ from urllib.parse import quote, urlsplit
 from zimage.contract import CONNECT_TIMEOUT
 from zimage.endpoint import _is_address, is_fake_address, is_loopback_address, is_public_address
 from zimage.errors import NotSent, os_reason
-from zimage.proxy import socks_fault, socks_socket, tunnel_fault
+from zimage.proxy import is_unconnected, socks_fault, socks_socket, tunnel_fault
 from zimage.tls import tls_fault
 from zimage.waiting import Late, Stop
 
@@ -144,23 +144,28 @@ class Wire:
     def _connect_by_socks(self, proxy: Proxy, host: str, port: int) -> socket.socket:
         """A connection to a host through a SOCKS proxy."""
         destination = (host.strip("[]"), port)
-        family, *_, address = self._resolve(proxy.host, proxy.port)[0]
-        connection = socks_socket(proxy, family, address[0])
-        try:
-            if not proxy.is_resolver:
-                self.is_at_proxy = False
-                destination = self._resolve(destination[0], port)[0][4][:2]
-                self._check(destination[0])
-                self.is_at_proxy = True
-            self._start(connection)
-            connection.connect(destination)
-            return socket.socket(fileno=connection.detach())
-        except OSError as error:
-            connection.close()
-            raise socks_fault(proxy, error, self.url) from None
-        except BaseException:
-            connection.close()
-            raise
+        addresses = self._resolve(proxy.host, proxy.port)
+        if not proxy.is_resolver:
+            self.is_at_proxy = False
+            destination = self._resolve(destination[0], port)[0][4][:2]
+            self._check(destination[0])
+            self.is_at_proxy = True
+        fault = proxy.fault("has no address", self.url)
+        for family, *_, address in addresses:
+            connection = socks_socket(proxy, family, address[0])
+            try:
+                self._start(connection)
+                connection.connect(destination)
+                return socket.socket(fileno=connection.detach())
+            except OSError as error:
+                connection.close()
+                fault = socks_fault(proxy, error, self.url)
+                if not is_unconnected(error):
+                    break
+            except BaseException:
+                connection.close()
+                raise
+        raise fault
 
     def _start(self, connection: socket.socket) -> None:
         connection.settimeout(min(CONNECT_TIMEOUT, self.remaining))
