@@ -225,6 +225,11 @@ class OpenAICase(Case):
     def made(self, request: Received, content: bytes) -> object:
         return {"created": 1767000000, "data": [{"b64_json": base64.b64encode(content).decode()}]}
 
+    def listed(self) -> object:
+        """It says that it is vLLM-Omni."""
+        model = {"id": "Tongyi-MAI/Z-Image-Turbo", "object": "model", "owned_by": "vllm"}
+        return {"object": "list", "data": [model]}
+
     def empty(self) -> object:
         return {"created": 1767000000, "data": []}
 
@@ -235,7 +240,7 @@ class OpenAICase(Case):
             "n": 1,
             "response_format": "b64_json",
             "seed": seed,
-            "num_inference_steps": 8,
+            "num_inference_steps": 9,
             "guidance_scale": 0.0,
         }
 

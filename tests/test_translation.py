@@ -103,7 +103,7 @@ def test_the_chinese_readme_is_chinese() -> None:
         ("  references/  ", "  reference/  ", "commands"),
         ("| 9 | 本地磁盘 |\n", "", "table"),
         ("| 9 | 本地磁盘 |\n", "| 9 | 本地磁盘 | 更多 |\n", "table"),
-        ("| `openai` | 免费 |", "| `diffusers` | 免费 |", "table"),
+        ("| `openai` | 自己", "| `diffusers` | 自己", "table"),
         ("US$0.02 |", "US$0.03 |", "table"),
         ("references/batch.md)", "references/errors.md)", "targets"),
         (".github/gallery.webp", ".github/demo.webp", "targets"),

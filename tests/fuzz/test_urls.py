@@ -22,7 +22,7 @@ from zimage.endpoint import Endpoint
 from zimage.errors import Failure
 from zimage.provider import HttpAnswer, HttpCall
 from zimage.registry import provider_named, provider_names
-from zimage.trust import check_trust, choose_endpoint, may_have_optional_key, parse_base_url, trusted_hosts
+from zimage.trust import Home, check_trust, choose_endpoint, may_have_optional_key, parse_base_url, trusted_hosts
 from zimage.waiting import Stop
 from zimage.wire import REACH, Wire, request_target
 
@@ -300,7 +300,7 @@ def test_no_redirect_leads_the_download_elsewhere(link: str, hops: list[str], lo
 
     with patch.object(download, "exchange", exchange):
         try:
-            answer = download.fetch(link, stop=Stop(5), loopback=loopback, provider=provider_named("dashscope"))
+            answer = download.fetch(link, Home(loopback), stop=Stop(5), provider=provider_named("dashscope"))
             assert answer.body == b"picture" or answer.status == 302
         except Failure as failure:
             assert failure.code == "hop_refused"

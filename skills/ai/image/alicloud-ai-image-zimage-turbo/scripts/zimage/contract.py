@@ -70,6 +70,7 @@ OUTSIDE_TEXT = 500  # characters of a text from outside that an error repeats
 DEFAULT_TIMEOUT = 100.0  # seconds; agents' shells cut a command at 120 s
 TIMEOUT_RANGE = (1.0, 86_400.0)
 GENERATE_SHARE = 0.8  # of the timeout; the last fifth is kept for the download
+ASKING_TIME, ASKING_SHARE = 3.0, 0.1  # seconds, at most of the time left, in which a server may say what it is
 SHORTEST_ATTEMPT_SHARE = 0.1  # of the timeout; with less time than that left, no paid attempt starts
 CONNECT_TIMEOUT = 10.0  # seconds for one address
 DEFAULT_MAX_RETRIES = 4

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
-from zimage.answers import retry_after
+from zimage.answers import bearer, retry_after
 from zimage.contract import CORRUPT_DOWNLOAD_RETRIES, DOWNLOAD_RETRIES, MAX_HOPS, MAX_IMAGE_BYTES, MIB
 from zimage.endpoint import _is_address, is_loopback_host, is_public_address, origin_of, split_netloc
 from zimage.errors import RECOVER_FREE, Failure, NotSent, os_reason
@@ -69,17 +69,25 @@ def checked_link(link: str, *, loopback: bool, provider: Provider, origin: str =
     return urlunsplit(parts), "vendor" if is_vendors or provider.owns(host) else "public"
 
 
-def fetch(link: str, *, stop: Stop, loopback: bool, provider: Provider, origin: str = "") -> HttpAnswer:
-    """Follow a link, over checked hops, to an answer that is not a redirect. The key is never sent.
+def fetch(link: str, home: Home, *, stop: Stop, provider: Provider) -> HttpAnswer:
+    """Follow a link, over checked hops, to an answer that is not a redirect.
+
+    The key goes only to the origin that is the server's own, where that asks for one, and over no redirect.
 
     Raises:
         Failure: hop_refused. NotSent, AnswerLost, AnswerTooLarge, AnswerEncoded, Stopped.
     """
+    loopback, origin = home.loopback, home.origin
     for _ in range(MAX_HOPS + 1):
         link, reach = checked_link(link, loopback=loopback, provider=provider, origin=origin)
         loopback = loopback and reach == "loopback"  # once on the open internet, there is no way back
         origin = "" if reach in ("public", "vendor") else origin
-        answer = exchange(HttpCall("GET", link, {"Accept": "image/*"}), stop, limit=MAX_IMAGE_BYTES, reach=reach)
+        call = HttpCall("GET", link, {"Accept": "image/*"})
+        answer = exchange(call, stop, limit=MAX_IMAGE_BYTES, reach=reach)
+        asks_for_key = provider.links_to_itself and answer.status in (401, 403)
+        if asks_for_key and home.key and origin_of(link) == home.origin != "":
+            call = call._replace(headers=bearer(home.key) | call.headers)
+            answer = exchange(call, stop, limit=MAX_IMAGE_BYTES, reach=reach)
         target = answer.headers.get("location", "").strip()
         if not (300 <= answer.status < 400 and target):
             return answer
@@ -100,7 +108,7 @@ def download(link: str, *, stop: Stop, home: Home, provider: Provider, is_last: 
     """
     for attempt in range(DOWNLOAD_RETRIES + 1):
         try:
-            answer = fetch(link, stop=stop, loopback=home.loopback, provider=provider, origin=home.origin)
+            answer = fetch(link, home, stop=stop, provider=provider)
             return verified(picture_bytes(answer, is_last), stop)
         except AnswerTooLarge:
             raise Failure("image_too_large", f"the picture is larger than {MAX_IMAGE_BYTES // MIB} MiB") from None
@@ -162,7 +170,7 @@ def fetch_source(evidence: Evidence, provider: Provider, stop: Stop, home: Home)
         return download(link, stop=stop, home=home, provider=provider, is_last=is_last)
     except Failure as failure:
         theirs = home_of(evidence.data["endpoint"], provider)
-        if failure.code == "hop_refused" and home != theirs and theirs.holds(link):  # named, it could be fetched
+        if failure.code == "hop_refused" and not home.holds(link) and theirs.holds(link):  # named, it could be fetched
             raise unnamed(link, provider) from None
         raise
 

@@ -105,6 +105,14 @@ def is_fake_address(address: ipaddress.IPv4Address | ipaddress.IPv6Address) -> b
     return any(address in network for network in _FAKE_NETWORKS)
 
 
+def is_own_machine(host: str) -> bool:
+    """Whether a host is surely one of the user's own, by its name alone: loopback, no public address, or .local."""
+    try:
+        return not is_public_address(ipaddress.ip_address(host))
+    except ValueError:
+        return host == LOOPBACK_NAME or host.endswith(("." + LOOPBACK_NAME, ".local"))
+
+
 def _is_address(host: str) -> bool:
     try:
         ipaddress.ip_address(host)

@@ -127,9 +127,6 @@ class _Lasting(TypedDict, total=False):
     finished_at: str
     timings_ms: Timings
     attempts: list[Attempt]
-    billable: bool
-    unused: list[str]
-    settings: dict[str, Any]
     task_id: str
     image: Image
 
@@ -137,17 +134,28 @@ class _Lasting(TypedDict, total=False):
 class Facts(_Lasting, total=False):
     """What a row of a batch remembers (KEPT_FACTS)."""
 
+    billable: bool
+    unused: list[str]
+    settings: dict[str, Any]
     response: Response
     answer: Unread
     warnings: list[str]
     error: Error
 
 
-class Changes(_Lasting, total=False):
-    """What `Evidence.update` takes; None removes."""
+class Sent(TypedDict, total=False):
+    """What is known of a call before it is sent."""
 
+    billable: bool
     request: Request
     payload: dict[str, Any]
+    settings: dict[str, Any] | None
+    unused: list[str] | None
+
+
+class Changes(_Lasting, Sent, total=False):
+    """What `Evidence.update` takes; None removes."""
+
     status: State
     response: Response | None
     answer: Unread | None

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
-from zimage.contract import FORMATS, SKILL
+from zimage.contract import ASKING_SHARE, ASKING_TIME, FORMATS, SKILL
 from zimage.download import fetch_anew, fetch_source
 from zimage.errors import Failure
 from zimage.evidence import EVIDENCE_ID, MADE, Evidence, EvidenceFile, elapsed_ms, response_of, utc_now
@@ -26,6 +26,7 @@ from zimage.wire import wired_adapter
 
 if TYPE_CHECKING:
     from zimage.console import Console
+    from zimage.endpoint import Endpoint
     from zimage.evidence import Record
     from zimage.facts import Image
     from zimage.keys import Key
@@ -54,6 +55,8 @@ def generate(plan: Plan, options: Options, stop: Stop, console: Console, env: Ma
     remove_leftovers(plan.output.parent, f"{SKILL}-{EVIDENCE_ID}")
     import_libraries()
     get_ready(plan.provider, stop)
+    get_to_know(plan.provider, plan.endpoint, key, stop)
+    plan = plan.anew()
     if key.warning:
         plan = plan._replace(warnings=(*plan.warnings, key.warning))
     console.warn((*plan.endpoint.warnings, *plan.warnings))
@@ -71,6 +74,19 @@ def get_ready(provider: Provider, stop: Stop) -> None:
     provider.preflight()
     if provider.in_process:
         in_time(lambda until: provider.prepare(), stop.generating)
+
+
+def get_to_know(provider: Provider, endpoint: Endpoint, key: Key, stop: Stop) -> None:
+    """Let a server say what it is, by free questions; one that says nothing is no reason to fail. Raises Stopped."""
+    patience = stop.part(min(ASKING_TIME, ASKING_SHARE * stop.left_s))
+    questions = provider.introduction(endpoint, key.value)
+    answer = None
+    with contextlib.suppress(StopIteration):
+        while True:
+            call = questions.send(answer)
+            answer = None
+            with contextlib.suppress(Failure):
+                answer = ask(call, lambda said: said, patience, endpoint)
 
 
 def make(
@@ -97,12 +113,14 @@ def make(
     came(plan, record, made, stop.start)
     if isinstance(made, Submitted):
         follow(Task(plan.provider, plan.endpoint, key, plan.request, made.task_id), plan, record, stop)
-    home = home_of(plan.endpoint.url, plan.provider)
+    home = home_of(plan.endpoint.url, plan.provider)._replace(key=key.value)
     return save(record, plan.provider, plan.output, stop, home, overwrite=plan.overwrite)
 
 
 def attempt(plan: Plan, key: Key, record: Record, stop: Stop, console: Console | None = None) -> Generated | Submitted:
     """The one step that costs money: the attempt is on record, then the request is sent, once.
+
+    What was refused, and so not billed, is sent once more where the refusal says how it would be taken.
 
     Raises:
         Failure: with `billed` as far as it is known. Stopped.
@@ -114,11 +132,17 @@ def attempt(plan: Plan, key: Key, record: Record, stop: Stop, console: Console |
         return send(plan, key, stop)
     except Failure as failure:
         record.ended(failure.fault)
-        raise
+        plainer = plan.anew() if plan.provider.learns_from(failure) else plan
+        if plainer.payload == plan.payload:
+            raise
     except Stopped as stopped:
         if not stopped.request_left:
             record.evidence.end_attempt(outcome="interrupted", billed="no")
         raise
+    record.evidence.update(**plainer.sent)
+    made = attempt(plainer, key, record, stop)
+    news = tuple(text for text in plainer.warnings if text not in plan.warnings)
+    return made._replace(warnings=(*news, *made.warnings)) if isinstance(made, Generated) else made
 
 
 def came(plan: Plan, record: Record, made: Generated | Submitted, began: float) -> None:

@@ -144,7 +144,8 @@ def add_service_options(group: Any, provider: type[Provider] | None) -> None:
     )
     for setting in provider.own_settings if provider else ():
         default = "" if setting.default is None else f" (default {setting.default})"
-        group.add_argument(flag(setting.name), metavar=setting.metavar, help=f"{setting.help}{default}")
+        action = "append" if setting.repeatable else "store"
+        group.add_argument(flag(setting.name), metavar=setting.metavar, action=action, help=f"{setting.help}{default}")
 
 
 def provider_in(argv: Sequence[str]) -> type[Provider] | None:
@@ -177,14 +178,15 @@ Value = TypeVar("Value")
 
 
 def read_value(
-    name: str, given: Mapping[str, Any], read: Callable[[str], Value], default: Value, problems: list[Problem]
+    name: str, given: Mapping[str, Any], read: Callable[[Any], Value], default: Value, problems: list[Problem]
 ) -> Value:
     """What the text of an option means; the default where it is not given, or where what is wrong is noted."""
     if name in given:
         try:
             return read(given[name])
         except ValueError as error:
-            problems.append(Problem("usage", f"{flag(name)}: must be {error}, got {shown(given[name])}"))
+            said = given[name] if isinstance(given[name], str) else " ".join(given[name])
+            problems.append(Problem("usage", f"{flag(name)}: must be {error}, got {shown(said)}"))
     return default
 
 

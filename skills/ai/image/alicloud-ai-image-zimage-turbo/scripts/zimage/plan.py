@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime as dt
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 from zimage.account import Account
 from zimage.contract import FORMATS, MAX_REQUEST_BYTES, MAX_SIDE, MIB, REQUEST_SCHEMA, SKILL, VERSION
@@ -20,7 +20,7 @@ from zimage.trust import Own, choose_endpoint, recorded_endpoint
 
 if TYPE_CHECKING:
     from zimage.endpoint import Endpoint
-    from zimage.facts import Content
+    from zimage.facts import Content, Sent
     from zimage.provider import Price, Provider
     from zimage.request import ImageRequest
     from zimage.waiting import Stop
@@ -67,19 +67,44 @@ class Plan(NamedTuple):
     @classmethod
     def of(cls, provider: Provider, endpoint: Endpoint, request: ImageRequest, **decided: Any) -> Plan:
         """The plan of a request; `decided` are the fields that do not follow from it."""
+        if not provider.takes_seed:
+            request = request._replace(seed=None)
         return cls(
             provider=provider,
             endpoint=endpoint,
             request=request,
             payload=provider.payload(request),
             price=provider.price_at(request, endpoint),
-            warnings=request_warnings(request, provider),
+            warnings=(*request_warnings(request, provider), *provider.notes(request)),
             **decided,
         )
 
+    def anew(self) -> Plan:
+        """The same plan with what its provider has learnt of the server since."""
+        return Plan.of(
+            self.provider,
+            self.endpoint,
+            self.request,
+            workspace=self.workspace,
+            output=self.output,
+            overwrite=self.overwrite,
+            evidence_path=self.evidence_path,
+        )
+
+    @property
+    def sent(self) -> Sent:
+        """What the evidence says of the call itself. None: it says nothing."""
+        return {
+            "billable": self.billable,
+            "request": self.request.as_dict(),
+            "payload": self.payload,
+            "settings": self.provider.known_settings or None,
+            "unused": list(self.provider.unused()) or None,
+        }
+
     def evidence(self, now: dt.datetime) -> Content:
         """The content of the evidence file at the moment when the request leaves."""
-        content: Content = {
+        content: dict[str, Any] = {
             "schema_version": 1,
             "tool": {"name": SKILL, "version": VERSION},
             "status": "submitting",
@@ -87,9 +112,6 @@ class Plan(NamedTuple):
             "region": self.endpoint.region,
             "endpoint": self.endpoint.url,
             "operation": "image.generate",
-            "billable": self.billable,
-            "request": self.request.as_dict(),
-            "payload": self.payload,
             "output": str(self.output),
             "started_at": timestamp(now),
             "attempts": [],
@@ -101,11 +123,9 @@ class Plan(NamedTuple):
         }
         if self.price.estimate is not None:
             content["cost"]["estimate"] = self.price.estimate
-        if settings := self.provider.known_settings:
-            content["settings"] = settings
         if self.endpoint.source:
             content["endpoint_source"] = self.endpoint.source
-        return content
+        return cast("Content", content | {name: value for name, value in self.sent.items() if value is not None})
 
 
 def make_plan(options: Options, stop: Stop, env: Mapping[str, str]) -> Plan:
@@ -211,7 +231,7 @@ def checked_settings(provider: type[Provider], recorded: Mapping[str, Any]) -> d
     settings = {}
     for name, value in recorded.items():
         try:
-            settings[name] = known[name].read(str(value))
+            settings[name] = known[name].read(known[name].said(value))
             if settings[name] != value or type(settings[name]) is not type(value):
                 raise ValueError(f"as the command line reads it: {shown(settings[name])}")
         except (KeyError, ValueError) as error:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 from zimage.contract import LONG_PROMPT, MAX_ANSWER_BYTES, MAX_LINK_LENGTH, MAX_OTHER_LINKS, MAX_USAGE_BYTES
 from zimage.errors import Failure
-from zimage.outside import shown
+from zimage.outside import json_of, shown
 
 if TYPE_CHECKING:
     from zimage.endpoint import Endpoint
@@ -103,7 +103,10 @@ class Setting(NamedTuple):
     metavar: str
     help: str
     default: Any
-    read: Callable[[str], Any]  # the value that a text means; raises ValueError with what it must be
+    read: Callable[[Any], Any]  # the value that a text means; raises ValueError with what it must be
+    repeatable: bool = False  # then `read` gets all texts
+    said: Callable[[Any], Any] = str  # what a value was read from; raises ValueError
+    shapes_picture: bool = True  # a row of a batch is another one where it is another
 
 
 Number = TypeVar("Number", int, float)
@@ -142,6 +145,75 @@ class RateLimit(NamedTuple):
     @property
     def per_minute(self) -> float:
         return self.requests * 60 / self.seconds
+
+
+FIELD_NAME = re.compile("[A-Za-z_][A-Za-z0-9_.-]{0,63}")
+SECRET_NAME = re.compile("api_?key|authorization|token|secret|passw", re.IGNORECASE)
+
+
+def field_name(text: str, reserved: Mapping[str, str]) -> str:
+    """The name of a field that a user may add or leave out. `reserved`: those that they may not, and what to use.
+
+    Raises:
+        ValueError: with what it must be.
+    """
+    if not FIELD_NAME.fullmatch(text):
+        raise ValueError("the name of a field, letters, digits and _ . -")
+    if text in reserved:
+        raise ValueError(f"another field than {text}: {reserved[text]}")
+    return text
+
+
+def added_fields(reserved: Mapping[str, str]) -> Setting:
+    """--body NAME=JSON: fields that the request gets beside those of the provider."""
+
+    def read(texts: Sequence[str]) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        for text in texts:
+            name, equals, said = text.partition("=")
+            if not equals:
+                raise ValueError("NAME=JSON")
+            if SECRET_NAME.search(name):
+                raise ValueError("no key or password: it would be kept in the evidence")
+            fields[field_name(name, reserved)] = value_of(said)
+        try:
+            json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise ValueError("plain text") from None
+        return fields
+
+    def said(fields: Any) -> list[str]:
+        if not isinstance(fields, dict):
+            raise ValueError("an object of fields")
+        return [f"{name}={json.dumps(value, ensure_ascii=False)}" for name, value in fields.items()]
+
+    text = "a field to add to the request; what is no JSON is taken as text; repeatable"
+    return Setting("body", "NAME=JSON", text, None, read, repeatable=True, said=said)
+
+
+def value_of(text: str) -> Any:
+    """JSON, else the text itself: `--body quality=high` needs no quotes."""
+    try:
+        value = json_of(text)
+        json.dumps(value, allow_nan=False)
+        return value
+    except ValueError:
+        return text
+
+
+def left_out_fields(reserved: Mapping[str, str]) -> Setting:
+    """--omit NAME: fields that the request goes without."""
+
+    def read(texts: Sequence[str]) -> list[str]:
+        return sorted({field_name(text, reserved) for text in texts})
+
+    def said(names: Any) -> list[str]:
+        if not isinstance(names, list):
+            raise ValueError("a list of names")
+        return [str(name) for name in names]
+
+    text = "a field to leave out of the request, where the server refuses it; repeatable"
+    return Setting("omit", "NAME", text, None, read, repeatable=True, said=said)
 
 
 class Provider:
@@ -185,6 +257,12 @@ class Provider:
         """The settings that have a value, as JSON."""
         return {name: value for name, value in self.settings.items() if value is not None}
 
+    @property
+    def shaping_settings(self) -> dict[str, Any]:
+        """Those of them that make another picture."""
+        shaping = {setting.name for setting in self.own_settings if setting.shapes_picture}
+        return {name: value for name, value in self.known_settings.items() if name in shaping}
+
     @classmethod
     def key_hint(cls) -> str:
         """Where users keep the key, in words."""
@@ -220,12 +298,35 @@ class Provider:
         """The API root of a workspace of its own."""
         raise NotImplementedError
 
+    def likely_root(self, path: str) -> str:
+        """The path that is advised where a base URL's path means no root."""
+        return self.default_root
+
     def region_of(self, host: str) -> str | None:
         """The region that a host belongs to; None where the host does not tell."""
         return None
 
     def owns(self, host: str) -> bool:
         """Whether the host belongs to the owner of the key."""
+        return False
+
+    def introduction(self, endpoint: Endpoint, key: str) -> Generator[HttpCall, HttpAnswer | None, None]:
+        """Free questions by which a server says what it is, asked once before the first paid call.
+
+        Each is answered, or with None where no answer came in time. What is learnt stays with the provider.
+        """
+        yield from ()
+
+    def unused(self) -> tuple[str, ...]:
+        """What of seed, steps and guidance the picture will not be made with, as far as is known."""
+        return ()
+
+    def notes(self, request: ImageRequest) -> tuple[str, ...]:
+        """What the user is to know of how this server takes the request."""
+        return ()
+
+    def learns_from(self, failure: Failure) -> bool:
+        """Whether a refusal teaches to ask in another way, by `payload`: it is then asked once more, so."""
         return False
 
     def cannot(self, request: ImageRequest) -> list[str]:

@@ -71,6 +71,10 @@ def recover(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, A
     # Only an answer that comes now, from a place that the user names, may lead where a file alone may not.
     endpoint = evidence.data["endpoint"]
     home = home_of(endpoint, provider) if task else home_of_record(have.link or have.lead, endpoint, provider, own)
+    if home.origin:
+        with contextlib.suppress(Failure):  # without a key it may do as well
+            named = recorded_endpoint(endpoint, provider, own)
+            home = home._replace(key=key_for(provider, named, own.trusted, own.env).value)
     import_libraries()
     record = EvidenceFile(evidence)
     if is_led:

@@ -85,7 +85,7 @@ def parse_base_url(text: str, source: str, provider: Provider) -> Endpoint:
     netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
     root = provider.root_of(match["path"])
     if root is None:
-        forms = " or ".join(f"{match['scheme']}://{netloc}{form}" for form in (provider.default_root, ""))
+        forms = " or ".join(f"{match['scheme']}://{netloc}{form}" for form in (provider.likely_root(match["path"]), ""))
         refuse(f"its path {outside_text(match['path'], 100)} is not one of this provider's", f"use {forms}")
     root = f"{match['scheme']}://{netloc}{root}"
     return Endpoint(root, root + provider.generate_path, host, provider.region_of(host) or "")
@@ -324,6 +324,10 @@ class Home(NamedTuple):
 
     loopback: bool = False  # anywhere on this machine
     origin: str = ""  # there, even where it is not public
+    key: str = ""  # for that origin alone, where it asks for one: the paid call has carried it there
+
+    def __repr__(self) -> str:
+        return f"Home(loopback={self.loopback}, origin={self.origin!r})"
 
     def holds(self, link: str) -> bool:
         return (self.loopback and is_loopback_url(link)) or (self.origin != "" and origin_of(link) == self.origin)

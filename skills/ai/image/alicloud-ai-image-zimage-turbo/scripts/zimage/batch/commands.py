@@ -27,24 +27,34 @@ from zimage.batch.names import is_held
 from zimage.batch.options import BatchOptions
 from zimage.batch.plan import Stage
 from zimage.batch.quote import extended_rows, first_of, first_prompts, next_step, saved_before, staying_unknown
-from zimage.batch.results import counts, totals, write_results
+from zimage.batch.results import (
+    counts,
+    known_cost,
+    totals,
+    twin_warning,
+    twins,
+    unpriced_pictures,
+    write_results,
+)
 from zimage.batch.resume import check_outputs_are_free, clean_up, prepare_folder
 from zimage.batch.rows import Row, WrongRow, checked_row, read_rows
 from zimage.batch.run import Run
 from zimage.check import rate_limit
 from zimage.console import Console
-from zimage.contract import EXIT_OK, SCRIPTS
+from zimage.contract import DEFAULT_SIZE, EXIT_OK, SCRIPTS
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, missing_packages, raise_problems
 from zimage.evidence import moment_of, utc_now
 from zimage.files import check_space, check_working_folder, check_writable, nearest_folder, permissions_warning, to_json
 from zimage.keys import Key
-from zimage.make import get_ready, import_libraries
+from zimage.make import get_ready, get_to_know, import_libraries
 from zimage.plan import workspace_of
 from zimage.registry import provider_class
+from zimage.request import ImageRequest
 from zimage.trust import Own, choose_endpoint, key_for
 from zimage.waiting import Stop
 
+ANY_PICTURE = ImageRequest("x", DEFAULT_SIZE, None)
 LONGEST_LOADING = 3600.0  # seconds for a model that runs in this process
 
 
@@ -95,6 +105,8 @@ def make(options: BatchOptions, stop: Stop, console: Console, env: Mapping[str, 
     if is_anything_to_send(options):
         get_ready(options.provider, stop.part(options.time_limit or LONGEST_LOADING))
         options = at_the_accounts_rate(options, stage.endpoint, key, workspace, stop)
+        get_to_know(options.provider, stage.endpoint, key, stop.part(options.timeout))
+        check_price(options, stage.endpoint)
     with database_failures(folder / DATABASE):
         stop.check()
         own = Own(options.base_url, options.trusted, env)
@@ -145,6 +157,7 @@ def staged(
         env=env,
         trusted=options.trusted,
     )
+    check_price(options, endpoint)
     stage = Stage(options.provider, endpoint, options.variants, options.folder, stop)
     rows: Iterable[Row | WrongRow] = [checked_row(1, {"prompt": options.prompt})]
     if options.prompt is None:
@@ -159,6 +172,17 @@ def with_flags(row: Row | WrongRow, prompt_extend: bool | None) -> Row | WrongRo
     if prompt_extend is None or isinstance(row, WrongRow):
         return row
     return row._replace(request=row.request._replace(prompt_extend=prompt_extend))
+
+
+def check_price(options: BatchOptions, endpoint: Endpoint) -> None:
+    """A ceiling holds only where it is known what a picture costs.
+
+    Raises:
+        Failure: usage.
+    """
+    if options.max_cost is not None and options.provider.price_at(ANY_PICTURE, endpoint).estimate is None:
+        what = f"--max-cost: what a picture costs at {endpoint.host} is not known"
+        raise Failure("usage", what, hint="give its price too: --price USD, 0 where it is a server of the user's own")
 
 
 def take_lock(lock: FolderLock, folder: Path, stop: Stop) -> None:
@@ -183,14 +207,18 @@ def conclude(run: Run, failure: Failure | None, console: Console, remarks: Seque
             files[name] = str(write())
         except Failure as trouble:
             warnings.append(trouble.message)
-    for text in warnings:
-        console.note(f"warning: {text}")
     # What the run knows outranks the database, which a full disk may have left behind.
     states, spent = run.tally.states, max(totals(database)[1], round(run.tally.spent, 6))
     ends = Counter(run.tally.ends.values())
-    this_run = counts(ends) | {"estimated_cost": max(0.0, round(run.tally.spent - run.tally.spent_before, 6))}
+    this_run: dict[str, Any] = counts(ends)
+    warnings += [twin_warning(count) for count in twins(database).values()][:1]
+    if unpriced := unpriced_pictures(database):
+        warnings.append(f"{unpriced} pictures were asked for at a price that is not known: --price USD names it")
+    this_run |= known_cost(database, max(0.0, round(run.tally.spent - run.tally.spent_before, 6)))
+    for text in warnings:
+        console.note(f"warning: {text}")
     summary = counts(states) | {
-        "estimated_cost": spent,
+        **known_cost(database, spent),
         "elapsed_s": round(time.monotonic() - run.began, 3),
         **files,
         "this_run": this_run,
@@ -208,6 +236,9 @@ def conclude(run: Run, failure: Failure | None, console: Console, remarks: Seque
 
 def dry_run(options: BatchOptions, stage: Stage, env: Mapping[str, str]) -> dict[str, Any]:
     """What a run would make and cost, and everything that would stop it; nothing is sent, asked for or written."""
+    billable = options.provider.is_billable_at(stage.endpoint)
+    price = options.provider.price_at(ANY_PICTURE, stage.endpoint)
+    is_priced = price.estimate is not None
     survey = stage.survey(retry_failed=options.retry_failed, retry_unknown=options.retry_unknown, read_only=True)
     changed = stage.changed_rows(survey)
     problems = []
@@ -237,12 +268,13 @@ def dry_run(options: BatchOptions, stage: Stage, env: Mapping[str, str]) -> dict
         "pictures": survey.rows * options.variants,
         "to_make": pictures,
         "first_prompts": first_prompts(stage, with_changed=options.accept_changes) or None,
-        "prices": [alike._asdict() for alike in made],
+        "prices": [alike._asdict() for alike in made] if is_priced else None,
         "rows_with_prompt_extend": extended_rows(stage),
-        "estimated_cost": round(sum(alike.pictures * alike.price for alike in made), 6),
+        "estimated_cost": round(sum(alike.pictures * alike.price for alike in made), 6) if is_priced else None,
+        "cost_basis": None if is_priced else price.basis,
         "estimated_duration_s": round(duration(pictures, options.rpm, options.concurrency, extended)),
         "left_pending": left,
-        "stays_unknown": unknown._asdict() if unknown.pictures else None,
+        "stays_unknown": unknown.told(is_priced) if unknown.pictures else None,
         "spent_before": survey.spent,
         "max_cost": options.max_cost,
         "rpm": options.rpm,
@@ -252,7 +284,7 @@ def dry_run(options: BatchOptions, stage: Stage, env: Mapping[str, str]) -> dict
         "endpoint_source": stage.endpoint.source,
         "settings": options.provider.known_settings or None,
         "output_dir": str(options.folder),
-        "billable": options.provider.billable and pictures > 0,
+        "billable": billable and pictures > 0,
         "warnings": list(stage.endpoint.warnings) or None,
         "problems": problems,
         "next": next_step(len(problems), pictures, left, unknown.pictures, is_first=saved_before(stage) == 0),
@@ -300,8 +332,9 @@ def status(folder: Path, stop: Stop) -> dict[str, Any]:
     running = FolderLock(folder).is_taken()
     with existing_batch(folder, stop) as database:
         states, spent, cut_off = states_now(database, folder, running=running)
+        cost = known_cost(database, spent)
         run = database.execute("SELECT * FROM runs ORDER BY number DESC LIMIT 1").fetchone()
-    result: dict[str, Any] = {"running": running, **counts(states), "estimated_cost": spent}
+    result: dict[str, Any] = {"running": running, **counts(states), **cost}
     if run is not None:
         end = (
             utc_now() if running and run["finished_at"] is None else moment_of(run["finished_at"] or run["updated_at"])
@@ -323,7 +356,7 @@ def gallery_only(folder: Path, stop: Stop) -> dict[str, Any]:
         path = write_gallery(database, folder, stop)
         stop.check()
         states, spent, _ = states_now(database, folder, running=running)
-    return counts(states) | {"estimated_cost": spent, "gallery": str(path)}
+        return counts(states) | known_cost(database, spent) | {"gallery": str(path)}
 
 
 def leave_at_once(signum: int) -> None:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from zimage.batch.contract import GALLERY
 from zimage.batch.names import Names, evidence_name, path_in, thumb_name
-from zimage.batch.results import counts, listed_pictures, replace_file, totals
+from zimage.batch.results import counts, known_cost, listed_pictures, replace_file, totals
 from zimage.contract import MAX_SAVED_BYTES, SCRIPTS, VERSION
 from zimage.errors import Failure, os_reason
 from zimage.evidence import timestamp, utc_now
@@ -73,7 +73,7 @@ def gallery_data(database: sqlite3.Connection, folder: Path) -> Iterator[str]:
     """The page's data as JSON, in parts; safe inside a script element whatever the prompts are."""
     states, spent = totals(database)
     head: dict[str, Any] = {"title": folder.name, "made_at": timestamp(utc_now()), "version": VERSION}
-    head |= counts(states) | {"estimated_cost": spent}
+    head |= counts(states) | known_cost(database, spent)
     yield inline_json(head)[:-1] + ',"pictures":['
     separator = ""
     pending = 0
@@ -82,7 +82,7 @@ def gallery_data(database: sqlite3.Connection, folder: Path) -> Iterator[str]:
         if entry["state"] == "pending" and pending > PENDING_SHOWN:
             continue
         shown_entry = {name: entry[name] for name in SHOWN_FIELDS if name in entry}
-        shown_entry["cost"] = entry["estimated_cost"]
+        shown_entry |= {"cost": entry["estimated_cost"]} if "estimated_cost" in entry else {}
         evidence = evidence_name(entry["number"])
         if entry["state"] == "saved":
             shown_entry |= {"image": entry["output"], "thumb": thumb_name(entry["number"])}

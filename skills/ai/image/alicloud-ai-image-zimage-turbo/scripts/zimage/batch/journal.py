@@ -60,6 +60,13 @@ class Job:
             facts = {"attempts": facts.get("attempts", [])}
         self.evidence.update(status=self.state, **facts)
 
+    def renew(self) -> None:
+        """Take what the provider has learnt of the server since the plan was made."""
+        renewed = self.plan.anew()
+        if renewed.payload != self.plan.payload:
+            self.plan = renewed
+            self.evidence.update(**renewed.sent)
+
     @property
     def name(self) -> str:
         """How messages call it."""

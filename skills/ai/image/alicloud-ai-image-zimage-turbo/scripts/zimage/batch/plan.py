@@ -79,7 +79,7 @@ class Stage:
         self.variants = variants
         self.folder = folder
         self.names = Names(folder)
-        settings = provider.known_settings
+        settings = provider.shaping_settings
         self._settings = json.dumps(settings, sort_keys=True) if settings else ""
         self._prices: dict[tuple[str, bool], float] = {}
         self.unit = "line"  # what rows are counted in

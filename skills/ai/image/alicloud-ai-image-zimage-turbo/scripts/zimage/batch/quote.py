@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from zimage.batch.contract import LONGEST_PROMPT_TOLD, PROBLEMS_TOLD, PROMPTS_TOLD
 from zimage.batch.ending import ASK_ABOUT_UNKNOWN
@@ -23,6 +23,10 @@ class Unknown(NamedTuple):
     pictures: int
     lines: list[int]
     retry_cost: float
+
+    def told(self, is_priced: bool) -> dict[str, Any]:
+        """As JSON; without the cost where no price is known."""
+        return {name: value for name, value in self._asdict().items() if is_priced or name != "retry_cost"}
 
 
 def first_of(stage: Stage, limit: int, budget: float, *, with_changed: bool) -> list[Alike]:

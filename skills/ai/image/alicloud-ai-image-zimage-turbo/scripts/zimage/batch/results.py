@@ -25,6 +25,31 @@ def totals(database: sqlite3.Connection) -> tuple[dict[str, int], float]:
     return dict(states.fetchall()), round(spent, 6)
 
 
+def known_cost(database: sqlite3.Connection, spent: float) -> dict[str, float]:
+    """The `estimated_cost` of a summary; nothing where a price was not known."""
+    return {} if unpriced_pictures(database) else {"estimated_cost": spent}
+
+
+def twins(database: sqlite3.Connection) -> dict[str, int]:
+    """Pictures of different seeds that are the same to the byte: their SHA-256, and how many there are."""
+    rows = database.execute("""
+        SELECT json_extract(facts, '$.image.sha256') AS sha256, count(*) FROM pictures
+        WHERE state = 'saved' AND seed >= 0 GROUP BY sha256 HAVING count(DISTINCT seed) > 1
+    """)
+    return {sha256: count for sha256, count in rows if sha256 is not None}
+
+
+def twin_warning(count: int) -> str:
+    return f"{count} pictures of different seeds are the same to the byte: this server does not use the seed"
+
+
+def unpriced_pictures(database: sqlite3.Connection) -> int:
+    """How many pictures were asked for at a price that nobody knew."""
+    where = "paid > 0 AND price = 0 AND facts LIKE '%\"billable\": true%'"
+    (count,) = database.execute(f"SELECT count(*) FROM pictures WHERE {where}").fetchone()
+    return int(count)
+
+
 def counts(states: Mapping[str, int]) -> dict[str, int]:
     """The counts of a summary; requests that are out, and tasks that are worked on, where there are any."""
     known = {name: states.get(name, 0) for name in ("saved", "failed", "unknown", "generated", "pending")}
@@ -36,6 +61,7 @@ def counts(states: Mapping[str, int]) -> dict[str, int]:
 def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict[str, Any]]:
     """What results and gallery say of each picture, in the order of the input; earlier inputs' pictures last."""
     several = {identity for (identity,) in database.execute("SELECT DISTINCT identity FROM pictures WHERE variant > 0")}
+    alike = twins(database)
     rows = database.execute(
         f"SELECT * FROM pictures WHERE {LISTED} ORDER BY position IS NULL, position, variant, number"
     )
@@ -45,6 +71,7 @@ def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict
         facts = facts_of(row["facts"])
         image = facts.get("image", {}) if row["state"] == "saved" else {}
         said = facts.get("response", {})
+        same = [twin_warning(alike[image["sha256"]])] if image.get("sha256") in alike else []
         has_evidence = row["state"] in ("saved", "failed", "unknown", "generated")
         entry = {
             "number": row["number"],
@@ -68,7 +95,7 @@ def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict
             "estimated_cost": None if is_unpriced(row, facts) else round(row["price"] * row["paid"], 6),
             "attempts": len(facts.get("attempts", [])),
             "finished_at": facts.get("finished_at") if row["state"] != "pending" else None,
-            "warnings": [*facts.get("warnings", ()), *image.get("warnings", ())] or None,
+            "warnings": [*facts.get("warnings", ()), *image.get("warnings", ()), *same] or None,
             "error": without_link(facts.get("error")) if row["state"] != "saved" else None,
             "in_input": None if row["position"] is not None else False,
         }

@@ -66,6 +66,7 @@ class Worker:
 
     def generate(self, job: Job) -> Outcome:
         """Send the paid request; on record before it leaves and as soon as the link, picture or task id arrives."""
+        job.renew()
         stop, record = self._stop(), JournalRow(job, self._journal)
         job.began = began = stop.start
         try:
@@ -127,13 +128,14 @@ class Worker:
         here = job.plan.endpoint == self._endpoint  # another service must not get this one's key
         is_new = here and job.state_before != "generated"  # else the link comes from the database
         link, provider, url = job.evidence.have.link, job.plan.provider, job.plan.endpoint.url
+        home = home_of(url, provider) if is_new else home_of_record(link, url, provider, self._own)
         try:
             save(
                 record,
                 provider,
                 job.plan.output,
                 stop,
-                home_of(url, provider) if is_new else home_of_record(link, url, provider, self._own),
+                home._replace(key=self._key.value) if here else home,
                 task=(lambda: self.task(job, job.evidence.task_id)) if here else None,
                 again=job.state_before == "generated",  # else a file like it is another row's
                 also=lambda picture: self._add_thumb(picture, job, stop),
