@@ -29,7 +29,8 @@ RESULTS := output/$(SKILL_NAME)
 PACKAGE = dist/$(SKILL_NAME)-$(shell sed -n 's/^  version: "\(.*\)"/\1/p' $(SKILL)/SKILL.md).zip
 SOURCES := skills tests
 TORCH ?= torch==2.13.0
-CLIENTS := @anthropic-ai/claude-code@2.1.329 @openai/codex@0.169.0 skills@1.6.0
+CLIENTS := @anthropic-ai/claude-code@2.1.329 @openai/codex@0.169.0 skills@1.6.0 openai@6.49.0
+LITELLM ?= litellm[proxy]>=1.108,<2
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 export PYTHONUTF8 := 1
@@ -130,7 +131,12 @@ $(VENV)/.local: requirements-local.txt $(VENV)/.checks
 		echo "no torch: the tests that run the model in process will be skipped"
 
 # The agents that the skill is installed into by the tests, 770 MB of them. They run offline and without an account.
-clients: $(VENV)/.clients
+# And programs that others reach such services with, which the mock is held to.
+clients: $(VENV)/.clients $(VENV)/.litellm
+
+$(VENV)/.litellm: Makefile | $(BIN)/python$(EXE)
+	@$(BIN)/python -m venv $(VENV)/litellm && $(VENV)/litellm/bin/python -m pip install --quiet --disable-pip-version-check \
+		"$(LITELLM)" && touch $@ || echo "no LiteLLM: the tests of the mock with it will be skipped"
 
 $(VENV)/.clients: Makefile
 	@npm install --prefix $(VENV)/clients --no-audit --no-fund --loglevel=error $(CLIENTS) >/dev/null && touch $@ || \

@@ -101,6 +101,15 @@ class TestGeneration:
         assert (usage["width"], usage["height"]) == (1024, 1536)
 
     @pytest.mark.parametrize(
+        "name, value",
+        [("n", 1), ("max_images", 1), ("watermark", False), ("negative_prompt", "blurry"), ("seed", None), ("n", None)],
+    )
+    def test_what_clients_of_other_models_send_along_is_taken_where_it_asks_for_nothing_else(
+        self, mock: MockServer, name: str, value: Any
+    ) -> None:
+        assert link(mock, payload(f"parameters.{name}", value))
+
+    @pytest.mark.parametrize(
         "size", ["512*512", "1024*256", "256*1024", "2048*2048", "8192*512", "1344*576", "777*999"]
     )
     def test_sizes_within_the_bounds_are_taken(self, mock: MockServer, size: str) -> None:
@@ -131,11 +140,12 @@ class TestGeneration:
             ("parameters.size", "1024x1024"), ("parameters.size", "511*512"), ("parameters.size", "2049*2048"),
             ("parameters.size", "1024*255"), ("parameters.size", "0512*512"), ("parameters.size", " 512*512"),
             ("parameters.size", "512*512\n"), ("parameters.size", "٥١٢*512"), ("parameters.size", 512),
-            ("parameters.size", None), ("parameters.size", "16384*256"),
+            ("parameters.size", "16384*256"),
             ("parameters.seed", -1), ("parameters.seed", 2**31), ("parameters.seed", True), ("parameters.seed", 1.0),
-            ("parameters.seed", "7"), ("parameters.seed", None), ("parameters.seed", float("nan")),
-            ("parameters.prompt_extend", 0), ("parameters.prompt_extend", "false"), ("parameters.prompt_extend", None),
-            ("parameters.n", 1), ("parameters.negative_prompt", "x"), ("parameters.watermark", False),
+            ("parameters.seed", "7"), ("parameters.seed", float("nan")),
+            ("parameters.prompt_extend", 0), ("parameters.prompt_extend", "false"),
+            ("parameters.n", 2), ("parameters.max_images", 4), ("parameters.negative_prompt", 1),
+            ("parameters.watermark", 0),
         ],
     )  # fmt: skip
     def test_a_request_that_is_not_exactly_right_is_400(self, mock: MockServer, path: str, value: Any) -> None:

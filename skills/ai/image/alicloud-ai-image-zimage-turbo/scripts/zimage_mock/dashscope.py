@@ -51,7 +51,12 @@ class DashScope(Provider):
     parameters: Mapping[str, Rule] = {
         "size": rules.size("*"),
         "seed": rules.integer(0, rules.MAX_SEED),
-        "prompt_extend": (lambda value: type(value) is bool, "true or false"),
+        "prompt_extend": rules.boolean(),
+        # What clients of the vendor's other image models send along: taken where it asks for nothing else.
+        "n": rules.integer(1, 1),
+        "max_images": rules.integer(1, 1),
+        "watermark": rules.boolean(),
+        "negative_prompt": rules.string(),
     }
 
     def __init__(self, studio: Studio) -> None:
@@ -98,8 +103,14 @@ class DashScope(Provider):
         if message["role"] != "user":
             raise self._refusal("400", "the role of the message must be user")
         item = self._fields(self._single(message["content"], "content"), "content item", {"text": rules.text()}, "text")
-        parameters = self._fields(body.get("parameters", {}), "parameters", self.parameters)
+        parameters = self._fields(self._without_nulls(body.get("parameters", {})), "parameters", self.parameters)
         return Order(self.model, item["text"], parameters)
+
+    def _without_nulls(self, value: object) -> object:
+        """Null stands for what is left out: the official command line sends it for each option that is not given."""
+        if not isinstance(value, dict):
+            return value
+        return {name: item for name, item in value.items() if item is not None or name not in self.parameters}
 
     def _single(self, value: object, where: str) -> object:
         if not isinstance(value, list) or len(value) != 1:

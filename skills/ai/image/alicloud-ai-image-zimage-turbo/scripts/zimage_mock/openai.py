@@ -67,7 +67,7 @@ class OpenAI(Provider):
         "guidance_scale": (lambda value: type(value) in (int, float) and 0 <= value < math.inf, "a number from 0 on"),
         **dict.fromkeys(
             ("model", "negative_prompt", "user", "quality", "style", "background"),
-            (lambda value: isinstance(value, str), "a string"),
+            rules.string(),
         ),
     }
 
@@ -90,7 +90,7 @@ class OpenAI(Provider):
     def _models(self, request: Request) -> Reply:
         self._authorize(request)
         self._studio.ledger.count("model_queries")
-        model = {"id": self.model, "object": "model", "created": int(time.time()), "owned_by": "mock"}
+        model = {"id": self.model, "object": "model", "created": int(time.time()), "owned_by": "vllm"}
         return json_reply({"object": "list", "data": [model]})
 
     def _order(self, body: object) -> Order:

@@ -29,6 +29,14 @@ def integer(low: int, high: int) -> Rule:
     return lambda value: type(value) is int and low <= value <= high, f"an integer from {low} to {high}"
 
 
+def boolean() -> Rule:
+    return lambda value: type(value) is bool, "true or false"
+
+
+def string() -> Rule:
+    return lambda value: isinstance(value, str), "a string"
+
+
 def one_of(*values: str) -> Rule:
     return lambda value: value in values, f"one of {', '.join(values)}"
 
