@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from batch_helpers import BATCH, Batch, Gate, assert_counts
+from batch_helpers import BATCH, Batch, Gate, assert_counts, posix
 from conftest import TEST_KEY, Result, Shell
 from fault_server import Answer, Behaviour, FaultServer, Received, drawn, file, html, json_answer, redirect, typed
 
@@ -187,6 +187,22 @@ def test_rows_that_an_older_version_left_unknown_are_made_again(own: Own) -> Non
 def sqlite(own: Own) -> Any:
 
     return contextlib.closing(sqlite3.connect(own.shell.folder / "out" / "batch.sqlite3", isolation_level=None))
+
+
+@posix
+def test_a_signal_while_the_request_is_out_speaks_of_no_cost_either(own: Own) -> None:
+    gate = Gate(picture)
+    own.server.play(POST, gate)
+    process = own.shell.start("--provider", "openai", "--prompt", "a fox", "--output", "fox.png", "--print-response")
+    own.server.wait_until(lambda: gate.arrived)
+    process.terminate()
+    result = own.shell.finish(process, 30)
+    gate.open()
+    assert result.code == 143
+    (path,) = own.shell.evidence_files()
+    recovered = own.shell.run("--recover", str(path), "--base-url", f"{own.server.root}/v1", "--print-response")
+    for error in (result.error, recovered.error):
+        assert not any(word in error["hint"] + error["message"] for word in ("pay", "bill", "US$"))
 
 
 @pytest.mark.parametrize("answer", [json_answer({"created": 1, "data": []}), typed(b"<html>hello</html>", "text/html")])

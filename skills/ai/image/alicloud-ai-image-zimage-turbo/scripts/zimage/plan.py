@@ -81,7 +81,7 @@ class Plan(NamedTuple):
 
     def anew(self) -> Plan:
         """The same plan with what its provider has learnt of the server since."""
-        return Plan.of(
+        renewed = Plan.of(
             self.provider,
             self.endpoint,
             self.request,
@@ -90,6 +90,7 @@ class Plan(NamedTuple):
             overwrite=self.overwrite,
             evidence_path=self.evidence_path,
         )
+        return renewed._replace(warnings=tuple(dict.fromkeys((*self.warnings, *renewed.warnings))))
 
     @property
     def sent(self) -> Sent:

@@ -203,7 +203,8 @@ def unrecoverable(evidence: Evidence, provider: Provider) -> Failure:
         hint = kind.hint if kind and not kind.retryable else None
         told = error["message"] if error else "it ended before the service made a picture"
         return Failure("nothing_to_recover", f"this request was not billed: {outside_text(told)}", hint=hint)
-    message = "the request left and no link came back: whether a picture was made and billed is not known"
+    made = "made and billed" if have.billable else "made"
+    message = f"the request left and no link came back: whether a picture was {made} is not known"
     tasks = ", ".join(outside_text(name, 100) for name in evidence.data.get("answer", {}).get("task_ids", [])[:3])
     message += f"; the answer, which the evidence holds, names task {tasks}" if tasks else ""
     return Failure("outcome_unknown", message, request_id=error.get("request_id") if error else None)

@@ -253,10 +253,12 @@ def interrupted(stopped: Stopped, have: Have) -> Failure:
     messages = {
         "no": ("nothing was billed", KINDS["interrupted"].hint),
         "unknown": ("the request was out; whether it was billed is not known", ASK_BEFORE_PAYING),
+        "free": ("the request was out; whether the picture was made is not known", MAKE_ANEW),
         "yes": ("the picture is paid for and not saved yet", RECOVER_FREE),
         "open": ("the service works on the picture", GO_ON_FREE),
     }
-    message, hint = messages["open" if have.is_task_open else have.billed]
+    is_free = have.billed == "unknown" and not have.billable
+    message, hint = messages["open" if have.is_task_open else "free" if is_free else have.billed]
     exit_code = EXIT_SIGNAL + signal.Signals[stopped.reason]
     return Failure(
         "interrupted", f"interrupted by {stopped.reason}; {message}", exit_code=exit_code, billed=have.billed, hint=hint
