@@ -29,9 +29,10 @@ from zimage import contract
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, os_reason
 from zimage.outside import at, outside_text
-from zimage.provider import GUIDANCE, STEPS, Generated, LocalCall, OpenModel, Setting
+from zimage.provider import Generated, LocalCall, OpenModel
 from zimage.quoting import command_line, quoted
 from zimage.request import ImageRequest
+from zimage.settings import GUIDANCE, STEPS, Setting
 
 # The same bounds stand in requirements-local.txt; a test compares them. What else is imported comes with these.
 REQUIREMENTS = {

@@ -30,20 +30,9 @@ from zimage.endpoint import Endpoint, is_own_machine
 from zimage.errors import Failure
 from zimage.keys import KeyPlaces
 from zimage.outside import at, kept_text, outside_json, outside_text
-from zimage.provider import (
-    GUIDANCE,
-    STEPS,
-    Generated,
-    HttpAnswer,
-    HttpCall,
-    OpenModel,
-    Price,
-    Setting,
-    added_fields,
-    left_out_fields,
-    number,
-)
+from zimage.provider import Generated, HttpAnswer, HttpCall, OpenModel, Price
 from zimage.request import ImageRequest
+from zimage.settings import GUIDANCE, STEPS, Setting, added_fields, left_out_fields, number
 
 LINK_LIFETIME = dt.timedelta(hours=1)  # OpenAI's own; engines that link to themselves say nothing
 STATUS_KINDS = {402: "balance", 413: "rejected_by_service", 422: "rejected_by_service"}

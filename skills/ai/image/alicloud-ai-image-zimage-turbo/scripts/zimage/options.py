@@ -24,9 +24,9 @@ from zimage.files import read_file
 from zimage.outside import argument_text, at, json_of, outside_text, shown
 from zimage.paths import user_path
 from zimage.plan import Options
-from zimage.provider import number
 from zimage.registry import DEFAULT_PROVIDER, provider_class, provider_names
 from zimage.request import ratio_in, seed_in
+from zimage.settings import number
 from zimage.trust import trusted_hosts
 
 if TYPE_CHECKING:

@@ -8,7 +8,6 @@ import math
 import os
 import signal
 import sqlite3
-import sys
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -19,14 +18,13 @@ from zimage.batch.contract import BATCH_REQUIREMENTS, DATABASE, EVIDENCE, GALLER
 from zimage.batch.ending import OF_THE_FOLDER, after_all, billed_in, interrupted_run
 from zimage.batch.examine import examine
 from zimage.batch.folder import FolderLock, create_database, database_failures, facts_of, open_database
-from zimage.batch.forecast import duration
 from zimage.batch.gallery import write_gallery
 from zimage.batch.inputs import Reading
 from zimage.batch.journal import Place
 from zimage.batch.names import is_held
 from zimage.batch.options import BatchOptions
 from zimage.batch.plan import Stage
-from zimage.batch.quote import extended_rows, first_of, first_prompts, next_step, saved_before, staying_unknown
+from zimage.batch.quote import check_price, dry_run
 from zimage.batch.results import (
     counts,
     known_cost,
@@ -41,20 +39,18 @@ from zimage.batch.rows import Row, WrongRow, checked_row, read_rows
 from zimage.batch.run import Run
 from zimage.check import rate_limit
 from zimage.console import Console
-from zimage.contract import DEFAULT_SIZE, EXIT_OK, SCRIPTS
+from zimage.contract import EXIT_OK, SCRIPTS
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, missing_packages, raise_problems
 from zimage.evidence import moment_of, utc_now
-from zimage.files import check_space, check_working_folder, check_writable, nearest_folder, permissions_warning, to_json
+from zimage.files import check_working_folder, check_writable, permissions_warning, to_json
 from zimage.keys import Key
 from zimage.make import get_ready, get_to_know, import_libraries
 from zimage.plan import workspace_of
 from zimage.registry import provider_class
-from zimage.request import ImageRequest
 from zimage.trust import Own, choose_endpoint, key_for
 from zimage.waiting import Stop
 
-ANY_PICTURE = ImageRequest("x", DEFAULT_SIZE, None)
 LONGEST_LOADING = 3600.0  # seconds for a model that runs in this process
 
 
@@ -74,7 +70,7 @@ def make(options: BatchOptions, stop: Stop, console: Console, env: Mapping[str, 
     if options.dry_run:
         if os.path.lexists(folder / DATABASE):
             examine(folder, stop.part(options.timeout))
-        console.answer(dry_run(options, stage, env) | ({"warnings": reading.remarks} if reading.remarks else {}))
+        console.answer(dry_run(options, stage, reading, env))
         return None
     key = key_for(options.provider, stage.endpoint, options.trusted, env)
     console.warn([*stage.endpoint.warnings, *filter(None, [key.warning])])
@@ -174,17 +170,6 @@ def with_flags(row: Row | WrongRow, prompt_extend: bool | None) -> Row | WrongRo
     return row._replace(request=row.request._replace(prompt_extend=prompt_extend))
 
 
-def check_price(options: BatchOptions, endpoint: Endpoint) -> None:
-    """A ceiling holds only where it is known what a picture costs.
-
-    Raises:
-        Failure: usage.
-    """
-    if options.max_cost is not None and options.provider.price_at(ANY_PICTURE, endpoint).estimate is None:
-        what = f"--max-cost: what a picture costs at {endpoint.host} is not known"
-        raise Failure("usage", what, hint="give its price too: --price USD, 0 where it is a server of the user's own")
-
-
 def take_lock(lock: FolderLock, folder: Path, stop: Stop) -> None:
     """Raise already_running, with its progress, where another process works on the folder; disk where none can tell."""
     if not lock.take():
@@ -232,64 +217,6 @@ def conclude(run: Run, failure: Failure | None, console: Console, remarks: Seque
     run.close(failure.fault.exit_code if failure else EXIT_OK)
     if not console.data(summary):
         console.note(f"warning: standard output cannot be written; --status {folder} gives the counts")
-
-
-def dry_run(options: BatchOptions, stage: Stage, env: Mapping[str, str]) -> dict[str, Any]:
-    """What a run would make and cost, and everything that would stop it; nothing is sent, asked for or written."""
-    billable = options.provider.is_billable_at(stage.endpoint)
-    price = options.provider.price_at(ANY_PICTURE, stage.endpoint)
-    is_priced = price.estimate is not None
-    survey = stage.survey(retry_failed=options.retry_failed, retry_unknown=options.retry_unknown, read_only=True)
-    changed = stage.changed_rows(survey)
-    problems = []
-    for check in (
-        lambda: key_for(options.provider, stage.endpoint, options.trusted, env),
-        options.provider.preflight,
-        lambda: check_space(options.folder),
-        FolderLock(nearest_folder(options.folder)).check,
-    ):
-        try:
-            check()
-        except Failure as failure:
-            problems.append(failure.fault.as_json())
-    if changed and not options.accept_changes:
-        problems.append(changed.fault.as_json())
-    limit = sys.maxsize if options.limit is None else options.limit
-    budget = math.inf if options.max_cost is None else options.max_cost - survey.spent
-    made = first_of(stage, limit, budget, with_changed=options.accept_changes)
-    pictures = sum(alike.pictures for alike in made)
-    extended = sum(alike.pictures for alike in made if alike.prompt_extend)
-    unknown = staying_unknown(stage)
-    left = survey.made(with_changed=options.accept_changes)[0] - pictures
-    plan = {
-        "ok": not problems,
-        "rows": survey.rows,
-        "variants": options.variants,
-        "pictures": survey.rows * options.variants,
-        "to_make": pictures,
-        "first_prompts": first_prompts(stage, with_changed=options.accept_changes) or None,
-        "prices": [alike._asdict() for alike in made] if is_priced else None,
-        "rows_with_prompt_extend": extended_rows(stage),
-        "estimated_cost": round(sum(alike.pictures * alike.price for alike in made), 6) if is_priced else None,
-        "cost_basis": None if is_priced else price.basis,
-        "estimated_duration_s": round(duration(pictures, options.rpm, options.concurrency, extended)),
-        "left_pending": left,
-        "stays_unknown": unknown.told(is_priced) if unknown.pictures else None,
-        "spent_before": survey.spent,
-        "max_cost": options.max_cost,
-        "rpm": options.rpm,
-        "provider": options.provider.name,
-        "region": stage.endpoint.region,
-        "endpoint": stage.endpoint.url,
-        "endpoint_source": stage.endpoint.source,
-        "settings": options.provider.known_settings or None,
-        "output_dir": str(options.folder),
-        "billable": billable and pictures > 0,
-        "warnings": list(stage.endpoint.warnings) or None,
-        "problems": problems,
-        "next": next_step(len(problems), pictures, left, unknown.pictures, is_first=saved_before(stage) == 0),
-    }
-    return {name: value for name, value in plan.items() if value is not None}
 
 
 @contextlib.contextmanager

@@ -26,8 +26,9 @@ from zimage.options import (
     unknown_sentences,
 )
 from zimage.outside import argument_text, outside_text, without_surrogates
-from zimage.provider import Provider, number
+from zimage.provider import Provider
 from zimage.registry import DEFAULT_PROVIDER, provider_class
+from zimage.settings import number
 from zimage.trust import trusted_hosts
 
 

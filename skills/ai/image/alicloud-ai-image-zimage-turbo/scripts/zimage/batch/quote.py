@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+import math
+import sys
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from zimage.batch.contract import LONGEST_PROMPT_TOLD, PROBLEMS_TOLD, PROMPTS_TOLD
 from zimage.batch.ending import ASK_ABOUT_UNKNOWN
+from zimage.batch.folder import FolderLock
+from zimage.batch.forecast import duration
+from zimage.batch.inputs import Reading
+from zimage.batch.options import BatchOptions
 from zimage.batch.plan import Stage, made_kinds
+from zimage.contract import DEFAULT_SIZE
+from zimage.endpoint import Endpoint
+from zimage.errors import Failure
+from zimage.files import check_space, nearest_folder
+from zimage.request import ImageRequest
+from zimage.trust import key_for
+
+ANY_PICTURE = ImageRequest("x", DEFAULT_SIZE, None)
 
 
 class Alike(NamedTuple):
@@ -93,3 +108,72 @@ def next_step(problems: int, pictures: int, left: int, unknown: int, *, is_first
     else:
         step = "nothing is left to make; the same command without --dry-run fetches what is paid, free"
     return f"{step}; {ASK_ABOUT_UNKNOWN}" if unknown else step
+
+
+def check_price(options: BatchOptions, endpoint: Endpoint) -> None:
+    """A ceiling holds only where it is known what a picture costs.
+
+    Raises:
+        Failure: usage.
+    """
+    if options.max_cost is not None and options.provider.price_at(ANY_PICTURE, endpoint).estimate is None:
+        what = f"--max-cost: what a picture costs at {endpoint.host} is not known"
+        raise Failure("usage", what, hint="give its price too: --price USD, 0 where it is a server of the user's own")
+
+
+def dry_run(options: BatchOptions, stage: Stage, reading: Reading, env: Mapping[str, str]) -> dict[str, Any]:
+    """What a run would make and cost, and everything that would stop it; nothing is sent, asked for or written."""
+    billable = options.provider.is_billable_at(stage.endpoint)
+    price = options.provider.price_at(ANY_PICTURE, stage.endpoint)
+    is_priced = price.estimate is not None
+    survey = stage.survey(retry_failed=options.retry_failed, retry_unknown=options.retry_unknown, read_only=True)
+    changed = stage.changed_rows(survey)
+    problems = []
+    for check in (
+        lambda: key_for(options.provider, stage.endpoint, options.trusted, env),
+        options.provider.preflight,
+        lambda: check_space(options.folder),
+        FolderLock(nearest_folder(options.folder)).check,
+    ):
+        try:
+            check()
+        except Failure as failure:
+            problems.append(failure.fault.as_json())
+    if changed and not options.accept_changes:
+        problems.append(changed.fault.as_json())
+    limit = sys.maxsize if options.limit is None else options.limit
+    budget = math.inf if options.max_cost is None else options.max_cost - survey.spent
+    made = first_of(stage, limit, budget, with_changed=options.accept_changes)
+    pictures = sum(alike.pictures for alike in made)
+    extended = sum(alike.pictures for alike in made if alike.prompt_extend)
+    unknown = staying_unknown(stage)
+    left = survey.made(with_changed=options.accept_changes)[0] - pictures
+    plan = {
+        "ok": not problems,
+        "rows": survey.rows,
+        "variants": options.variants,
+        "pictures": survey.rows * options.variants,
+        "to_make": pictures,
+        "first_prompts": first_prompts(stage, with_changed=options.accept_changes) or None,
+        "prices": [alike._asdict() for alike in made] if is_priced else None,
+        "rows_with_prompt_extend": extended_rows(stage),
+        "estimated_cost": round(sum(alike.pictures * alike.price for alike in made), 6) if is_priced else None,
+        "cost_basis": None if is_priced else price.basis,
+        "estimated_duration_s": round(duration(pictures, options.rpm, options.concurrency, extended)),
+        "left_pending": left,
+        "stays_unknown": unknown.told(is_priced) if unknown.pictures else None,
+        "spent_before": survey.spent,
+        "max_cost": options.max_cost,
+        "rpm": options.rpm,
+        "provider": options.provider.name,
+        "region": stage.endpoint.region,
+        "endpoint": stage.endpoint.url,
+        "endpoint_source": stage.endpoint.source,
+        "settings": options.provider.known_settings or None,
+        "output_dir": str(options.folder),
+        "billable": billable and pictures > 0,
+        "warnings": [*stage.endpoint.warnings, *reading.remarks] or None,
+        "problems": problems,
+        "next": next_step(len(problems), pictures, left, unknown.pictures, is_first=saved_before(stage) == 0),
+    }
+    return {name: value for name, value in plan.items() if value is not None}
