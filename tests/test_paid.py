@@ -333,6 +333,7 @@ class Asked:
     """A provider that answers in this process."""
 
     links_to_itself = True
+    links_elsewhere = False
     max_answer_bytes = 1000
 
     def __init__(self, made: Generated | Submitted) -> None:
