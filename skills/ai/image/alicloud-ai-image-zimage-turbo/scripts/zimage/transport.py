@@ -95,7 +95,6 @@ def _read_answer(response: Any, limit: int) -> HttpAnswer:
     is_good = response.status_code < 300
     limit = limit if is_good else MAX_ERROR_BYTES  # the status alone says enough
     body = io.BytesIO()  # hands its bytes out without a copy
-    whole = True
     # Left to itself, urllib3 throws away the beginning of a body that breaks off: it may hold the link.
     response.raw.enforce_content_length = False
     if is_good and (response.raw.length_remaining or 0) > limit:  # what is announced, where that is a number
