@@ -11,6 +11,7 @@ import functools
 import gzip
 import json
 import os
+import random
 import socket
 import ssl
 import sys
@@ -682,6 +683,11 @@ def test_a_packed_answer_that_breaks_off_leaves_what_had_come(server: FaultServe
     assert answer.body and text.startswith(answer.body) and not answer.whole
     whole = answered(server, replace(packed("gzip", content), claimed_length=len(content) + 1))
     assert (whole.body, whole.whole) == (text, False)  # the end of one is not that of the other
+
+
+def test_what_repeats_itself_from_afar_is_unpacked(server: FaultServer) -> None:
+    text = random.Random(1).randbytes(30_000) * 2  # the window of gzip is 32 KiB
+    assert answered(server, packed("gzip", gzip.compress(text)), limit=len(text)).body == text
 
 
 def test_what_cannot_be_unpacked_is_empty_and_not_whole(server: FaultServer) -> None:

@@ -31,7 +31,6 @@ class AnswerLost(Exception):
     """The request left, and no whole answer came back."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__(reason)
         self.reason = reason
 
 
@@ -43,7 +42,6 @@ class AnswerEncoded(Exception):
     """The answer is packed in a way that was not asked for and is not unpacked here."""
 
     def __init__(self, coding: str, request_id: str) -> None:
-        super().__init__(coding)
         self.reason = f"it is encoded as {outside_text(coding, 60)}, which was not asked for"
         self.request_id = outside_text(request_id, 200)
 
