@@ -342,6 +342,12 @@ def test_a_file_leads_nowhere_else(provider: Provider, url: str, mine: Own) -> N
     assert code_of(caught) == "host_not_trusted"
 
 
+def test_not_even_the_user_sends_a_key_in_the_clear_where_a_file_leads() -> None:
+    with pytest.raises(Failure, match=r"^endpoint: http would send the key in the clear") as caught:
+        recorded_endpoint("http://gpu.example/api/v1", VENDOR, own("http://gpu.example"))
+    assert code_of(caught) == "invalid_base_url"
+
+
 def test_the_user_is_asked_for_the_server_that_a_file_alone_names() -> None:
     fault = unnamed("http://gpu.example/v1", OPEN).fault
     assert fault.code == "host_not_trusted" and "http://gpu.example:80" in fault.message

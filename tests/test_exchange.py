@@ -446,6 +446,17 @@ def test_a_proxy_leads_to_where_it_knows_the_name_and_sees_no_key(
     assert head.startswith(b"CONNECT ") and TEST_KEY.encode() not in head
 
 
+def test_what_left_through_a_proxy_may_have_been_billed(
+    tls_server: TlsServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tls_server.authority.cert_pem.write_to_path(str(tmp_path / "own.pem"))
+    monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "own.pem"))
+    with Tunnel(tls_server.port) as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"http://127.0.0.1:{proxy.port}")
+        lost(tls_server, Answer(hang_up="after-reading"))
+    assert len(tls_server.requests) == 1
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
 def test_loopback_is_reached_without_a_proxy(server: FaultServer, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
     for name in ("HTTP_PROXY", "http_proxy", "ALL_PROXY"):
