@@ -430,4 +430,5 @@ def test_home_of_a_file_is_what_the_user_names_too(link: str, mine: Own, home: H
 def test_a_service_that_misses_a_withheld_key_does_not_refuse_it(warning: str, code: str, told: bool) -> None:
     with pytest.raises(Failure) as caught, telling_of_withheld(Key("", "", warning)):
         raise Failure(code, "no")
-    assert caught.value.code == code and (caught.value.fault.hint == "it is withheld") is told
+    hint = caught.value.fault.hint
+    assert caught.value.code == code and hint and (hint == "it is withheld") is told
