@@ -152,7 +152,7 @@ STOPS: dict[str, tuple[Answer, int]] = {
     "no permission for the model": (error(403, "Model.AccessDenied"), 3),
     "an account overdue": (error(400, "Arrearage"), 4),
     "the free tier used up": (error(403, "AllocationQuota.FreeTierOnly"), 4),
-    "the quota used up": (error(429, "Throttling.AllocationQuota"), 4),
+    "the quota used up": (error(429, "Throttling.AllocationQuota", "Free allocated quota exceeded."), 4),
     "a model that is not in this region": (error(404, "ModelNotFound"), 2),
 }
 

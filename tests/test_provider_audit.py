@@ -260,7 +260,7 @@ def test_edited_evidence_of_a_task_is_refused_and_nobody_is_asked(zt: Lab) -> No
         ({"task_id": "\ud800"}, "invalid_evidence"),
         ({"task_id": ""}, "invalid_evidence"),
         ({"provider": "openai"}, "invalid_evidence"),  # which has no tasks
-        ({"provider": "dashscope"}, "invalid_base_url"),  # whose endpoint is another
+        ({"provider": "dashscope"}, "host_not_trusted"),  # whose endpoint is another
     ]
     for edit, code in edits:
         path.write_text(json.dumps(data | edit))

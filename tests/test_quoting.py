@@ -80,7 +80,14 @@ def test_on_windows_a_word_is_good_for_cmd_and_powershell_or_left_out(word: str,
 
 
 def evidence_in(folder: Path) -> Evidence:
-    data: Any = {"status": "unknown", "billable": True, "attempts": [{"at": "2026-01-01T00:00:00Z"}], "task_id": "t"}
+    data: Any = {
+        "status": "unknown",
+        "billable": True,
+        "attempts": [{"at": "2026-01-01T00:00:00Z"}],
+        "task_id": "t",
+        "request": {"prompt": "x"},
+        "cost": {},
+    }
     return Evidence(folder / "20260101T000000Z-00000000.json", data)
 
 
@@ -116,7 +123,8 @@ def test_the_next_command_works_from_a_folder_of_any_name(shell: Shell, service:
     assert result.code == 8
     assert not [sign for sign in result.stderr if not sign.isprintable() and sign != "\n"]
     assert all(
-        re.match("(error|evidence|evidence_path|next_command|next): ", line) for line in result.stderr.splitlines()
+        re.match("(error|evidence|evidence_path|seed|estimated_cost|warning|next_command|next): ", line)
+        for line in result.stderr.splitlines()
     )
     service.play(PICTURE, file(png(512, 512)))
     command = result.error["next_command"]

@@ -343,6 +343,8 @@ ELSEWHERE: Mapping[str, object] = {
 def test_a_picture_in_another_place_is_taken(form: str, provider: Provider) -> None:
     if provider is TASKS and form in ("of a task", "modelscope"):
         pytest.skip("there a task that is named is asked after")
+    if provider is OWN_SERVER and form == "images":
+        pytest.skip("there it is the place of a known host")
     found = made(ELSEWHERE[form], provider)
     assert found.image_url == LINK
     assert any("another place" in warning for warning in found.warnings)

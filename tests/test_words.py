@@ -36,6 +36,7 @@ ENDS: dict[str, tuple[Behaviour, Behaviour, float | None]] = {  # generation, pi
 }
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("end", ENDS)
 def test_an_error_tells_seed_and_what_may_be_billed(shell: Shell, service: FaultServer, end: str) -> None:
     generation, picture, cost = ENDS[end]
