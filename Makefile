@@ -36,7 +36,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 export PYTHONUTF8 := 1
 
 # More than two cores: most of a test is waiting for a service that is slow, or for a process.
-PYTEST := $(BIN)/python -m pytest --numprocesses 4
+PYTEST := $(BIN)/python -m pytest --numprocesses 4 --dist worksteal
 
 .PHONY: help demo smoke check check-all torture validate skill lint types test browser middlemen local clients audit bench \
 	package standalone install-skill clean fuzz mutants versions

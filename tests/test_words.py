@@ -164,6 +164,16 @@ def test_a_foreign_host_in_a_request_is_told_as_foreign(
     assert (service.posts, len(told["problems"])) == ([], 1 + len(more))
 
 
+@pytest.mark.parametrize("host", ["gpu.example", "192.0.2.7", "dashscope.aliyuncs.com.gpu.example"])
+def test_where_a_request_sends_its_prompt_is_told_where_any_server_may_be_asked(shell: Shell, host: str) -> None:
+    request = json.dumps({"prompt": "a fox", "base_url": f"https://{host}/v1"})
+    plan = shell.call("--provider", "openai", "--request", request, "--dry-run").json
+    assert any(f"base_url leads to {host}" in warning for warning in plan["warnings"])
+    shell.env["OPENAI_BASE_URL"] = f"https://{host}/v1"
+    plan = shell.call("--provider", "openai", "--prompt", "a fox", "--dry-run").json
+    assert not any("base_url leads" in warning for warning in plan.get("warnings", ()))
+
+
 def test_what_is_wrong_with_an_own_host_in_a_request_is_no_reason_to_ask(shell: Shell) -> None:
     for url in ("http://dashscope.aliyuncs.com/api/v1", "https://dashscope.aliyuncs.com/api/v9", "https://"):
         told = shell.run("--request", json.dumps({"prompt": "a fox", "base_url": url}), "--dry-run").error

@@ -243,8 +243,11 @@ def _past_settings(failure: Failure, text: str, provider: Provider) -> str:
 
 def _not_the_services(endpoint: Endpoint, provider: Provider) -> str:
     """What is to be told of a server that is not the service's own, or of one without the model."""
-    if not provider.roots[provider.default_region]:
-        return ""  # there is no service, only servers of users
+    if not provider.roots[provider.default_region]:  # there is no service, only servers of users
+        if endpoint.source != "base_url" or endpoint.is_loopback:
+            return ""
+        what = f"the request's base_url leads to {endpoint.host}"
+        return f"{what}: its prompt goes there, and no option or variable of yours names that server"
     if not provider.owns(endpoint.host):
         what = f"{endpoint.source} leads to {endpoint.host}, which is no host of {provider.name}"
         return f"{what}: who answers there, and what a picture costs there, is not known"
