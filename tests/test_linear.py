@@ -69,6 +69,9 @@ PIECES += [
     ".part",
 ]
 PIECES += ["<script>", "{a}", "CREATE TABLE a (", "https://", "data:", ",", "unsafe ", "nsfw", "export ", "x.y/"]
+READS = {
+    f"re.{name}" for name in ("compile", "match", "fullmatch", "search", "findall", "finditer", "sub", "subn", "split")
+}
 SOURCES = [path for path in sorted(SCRIPTS.rglob("*.py")) if "zimage_mock" not in path.parts]
 
 
@@ -81,7 +84,7 @@ def patterns() -> dict[str, re.Pattern[str]]:
             held = vars(importlib.import_module(name)).items()
             found |= {f"{name}.{key}": value for key, value in held if isinstance(value, re.Pattern)}
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            if isinstance(node, ast.Call) and ast.unparse(node.func).startswith("re.") and node.args:
+            if isinstance(node, ast.Call) and ast.unparse(node.func) in READS and node.args:
                 said = node.args[0]
                 if isinstance(said, ast.Constant) and isinstance(said.value, str):
                     begins = r"\A" if ast.unparse(node.func) == "re.match" else ""

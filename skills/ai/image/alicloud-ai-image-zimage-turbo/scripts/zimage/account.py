@@ -146,7 +146,7 @@ def config_of(file: ConfigFile | None, env: Mapping[str, str]) -> Mapping[str, s
     path = path_of(env[file.variable], env) if file.variable in env else below_home(file.path, env)
     place = shown_place(file, env)
     try:
-        if not path.is_file():
+        if not os.path.isfile(path):  # nor where a folder above it cannot be looked into
             return {}
         values = _toml_of(read_file(path, MAX_CONFIG_BYTES).decode(), place)
     except RecursionError:

@@ -41,8 +41,9 @@ RATIO_SIZES = {  # the vendor's recommended size of about 1024*1024 pixels for e
 # As people write a size and a ratio: with blanks, with the signs of a Chinese or Japanese keyboard. JSON Schema and
 # Python read both patterns alike.
 _SIDE, _SMALL, _BLANK = "([1-9１-９][0-9０-９]{0,6})", "([0-9０-９]{1,2})", "[ \t\u00a0\u3000]"
-SIZE_FORM = f"{_BLANK}*{_SIDE}(?:{_BLANK}*[*xX×＊ｘＸ,，]{_BLANK}*|{_BLANK}+){_SIDE}{_BLANK}*"
-RATIO_FORM = f"{_BLANK}*{_SMALL}{_BLANK}*[:：]{_BLANK}*{_SMALL}{_BLANK}*"
+_BLANKS = f"{_BLANK}{{0,20}}"  # a bound, so that no search goes through all of them again and again
+SIZE_FORM = f"{_BLANKS}{_SIDE}(?:{_BLANKS}[*xX×＊ｘＸ,，]{_BLANKS}|{_BLANK}{_BLANKS}){_SIDE}{_BLANKS}"
+RATIO_FORM = f"{_BLANKS}{_SMALL}{_BLANKS}[:：]{_BLANKS}{_SMALL}{_BLANKS}"
 
 MIB = 1024 * 1024
 MAX_REQUEST_BYTES = 1 * MIB

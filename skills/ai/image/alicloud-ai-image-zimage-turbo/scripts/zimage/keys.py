@@ -155,11 +155,11 @@ def _key(value: str, source: str) -> Key | None:
 PLACEHOLDER = re.compile(
     "|".join(
         (
-            r".*(?<![a-z])your(?:[^a-z]|[a-z]*key)",
-            r".*(?:placeholder|change[-_.]?me|replace[-_.]|(?:goes|key|token)[-_.]?here)",
-            r".*(?:x{5}|[*]{2}|[.]{3}|…)",
-            r"(?:sk[-_])?(?:[-_x]+|(.)\1+|(?:my[-_])?(?:api[-_]?)?key|none|null|nil|undefined|true|false)?\Z",
-            r"\$[({]?[a-z_]|%[a-z_]+%\Z|\{\{|[<\[].*[>\]]\Z",
+            r"(?<![a-z])your(?:[^a-z]|[a-z]{0,40}key)",
+            r"placeholder|change[-_.]?me|replace[-_.]|(?:goes|key|token)[-_.]?here",
+            r"x{5}|[*]{2}|[.]{3}|…",
+            r"\A(?:sk[-_])?(?:[-_x]+|(.)\1+|(?:my[-_])?(?:api[-_]?)?key|none|null|nil|undefined|true|false)?\Z",
+            r"\A(?:\$[({]?[a-z_]|%[a-z_]+%\Z|\{\{|[<\[].*[>\]]\Z)",
         )
     ),
     re.IGNORECASE,
@@ -177,7 +177,7 @@ def _check_key(key: Key, places: KeyPlaces) -> None:
 
     if len(key.value) > LONGEST_KEY:
         refuse(f"is longer than any key: {LONGEST_KEY} characters")
-    if not places.optional and (key.value.startswith(places.variable) or PLACEHOLDER.match(key.value)):
+    if not places.optional and (key.value.startswith(places.variable) or PLACEHOLDER.search(key.value)):
         refuse("is a placeholder, not a key", "tell the user to store their own key there, or to take this one away")
     if re.match(r"bearer\s", key.value, re.IGNORECASE):
         refuse("begins with the word Bearer", "tell the user to store the key alone; that word is added to each call")

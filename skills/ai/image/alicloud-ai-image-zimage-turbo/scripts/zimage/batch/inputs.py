@@ -183,7 +183,7 @@ def is_object(text: str) -> bool:
 
 def is_json(line: str) -> bool:
     """Whether a file that begins with this line is JSON."""
-    return is_object(line) or re.fullmatch(r'\s*(\[\s*\{?|\{|\[\s*["{].*|\{\s*"[^"]*"\s*:.*)\s*', line) is not None
+    return is_object(line) or re.match(r'(\[\s*\{?|\{)\Z|\[\s*["{]|\{\s*"[^"]*"\s*:', line.strip()) is not None
 
 
 def is_header(line: str) -> bool:
