@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import zimage.download
 from conftest import Result, Shell
 from fault_server import (
     GENERATE,
@@ -34,6 +35,11 @@ from fault_server import (
     oss_error,
     png,
 )
+from providers.dashscope import DashScope
+from zimage.errors import Failure
+from zimage.provider import HttpAnswer
+from zimage.trust import Home
+from zimage.waiting import Stop, Stopped
 
 pytestmark = pytest.mark.skipif(os.name == "nt", reason="signals and limits of POSIX")
 
@@ -148,6 +154,32 @@ def test_a_signal_while_the_picture_is_fetched_leaves_it_to_be_fetched_free(
     assert_nothing_else(shell)
     service.play(PICTURE, file(png()))
     assert_recovers_free(shell, service)
+
+
+@pytest.mark.parametrize(("status", "told"), [(503, "SIGTERM"), (429, "SIGTERM"), (404, "link_refused")])
+@pytest.mark.parametrize("cuts", [True, False], ids=["one picture", "batch"])
+def test_a_signal_that_comes_with_the_answer_about_the_picture_ends_the_download(
+    monkeypatch: pytest.MonkeyPatch, status: int, told: str, cuts: bool
+) -> None:
+    """Between the answer and the wait for the next attempt; a batch keeps what was answered, as it ends by itself."""
+    signals = Stop()
+    asked: list[str] = []
+
+    def answered(link: str, *_: object, **__: object) -> HttpAnswer:
+        asked.append(link)
+        signals.request("SIGTERM")
+        return HttpAnswer(status, {}, b"")
+
+    monkeypatch.setattr(zimage.download, "fetch", answered)
+    stop = Stop(60, signals, cuts=cuts)
+    try:
+        zimage.download.download("http://x/", stop=stop, home=Home(), provider=DashScope(), is_last=False)
+    except Failure as failure:
+        reason = failure.code
+    except Stopped as stopped:
+        reason = stopped.reason
+    assert reason == (told if cuts or status == 404 else "paid_not_downloaded")
+    assert len(asked) == 1
 
 
 def test_an_impatient_second_signal_changes_nothing(shell: Shell, service: FaultServer) -> None:

@@ -125,8 +125,11 @@ def download(link: str, *, stop: Stop, home: Home, provider: Provider, is_last: 
             failure = refused
         final = failure.code not in ("paid_not_downloaded", "image_unusable")
         spent = failure.code == "image_unusable" and attempt >= CORRUPT_DOWNLOAD_RETRIES
+        if final or spent or attempt == DOWNLOAD_RETRIES:
+            break
+        stop.check()  # told to end while this was found out: that is why there is no further attempt
         wait = wait_before(attempt, failure.fault.retry_after_s)
-        if final or spent or attempt == DOWNLOAD_RETRIES or wait >= stop.left_s or stop.is_signalled:
+        if wait >= stop.left_s or stop.is_signalled:
             break
         stop.wait(wait)
     raise failure
