@@ -19,6 +19,7 @@ from zimage.answers import (
     json_post,
     kept_answer,
     link_expiry,
+    links_in,
     read_begun_json,
     read_json,
     refused_side,
@@ -149,13 +150,6 @@ class ZImageTurbo(Provider):
         if code_of(body) is None or not (is_good(answer, body) or status_of(answer, body) in (400, 404)):
             raise failure_of(answer, body)
         return False
-
-
-def links_in(response: Any) -> list[str]:
-    """The links of a task's answer: texts as documented, or objects with a `url`; what cannot be a link is left out."""
-    items = response if isinstance(response, list) else [response]
-    texts = [at(item, "url") if isinstance(item, dict) else item for item in items]
-    return [text.strip() for text in texts if isinstance(text, str) and re.match(r"\s*https?://", text)]
 
 
 def ratio_of(request: ImageRequest) -> str:

@@ -14,7 +14,7 @@ from urllib.parse import parse_qs, urlsplit
 from zimage.codes import COMMON_CODES, Code, kind_of
 from zimage.contract import MAX_KEPT_ANSWER, MAX_LINK_LENGTH, MAX_OTHER_LINKS, MAX_TASK_ID
 from zimage.errors import KINDS, Failure
-from zimage.outside import json_of, kept_text, mask, outside_text, without_surrogates
+from zimage.outside import at, json_of, kept_text, mask, outside_text, without_surrogates
 from zimage.page import media_type, redirect_words
 from zimage.provider import Generated, HttpCall
 from zimage.traces import ENDED_WELL, OF_A_PICTURE, Traces, traces_in
@@ -200,6 +200,13 @@ def found_elsewhere(answer: HttpAnswer, body: dict[str, Any] | None, default: dt
         other_urls=tuple(links[1:]),
         warnings=("the picture stood in another place of the answer than is documented",),
     )
+
+
+def links_in(field: Any) -> list[str]:
+    """The links in a field of pictures: texts, or objects with a `url`; what cannot be a link is left out."""
+    items = field if isinstance(field, list) else [field]
+    texts = [at(item, "url") if isinstance(item, dict) else item for item in items]
+    return [text.strip() for text in texts if isinstance(text, str) and re.match(r"\s*https?://", text)]
 
 
 def _decoded(text: str) -> bytes:

@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from zimage.contract import EXIT_KEY
 from zimage.errors import KINDS, Failure, raise_problems
 from zimage.files import check_free_name, check_space
 from zimage.keys import NO_KEY, Key
@@ -99,11 +100,31 @@ def _look(options: Options, stop: Stop, env: Mapping[str, str], told: dict[str, 
                 raise failure from None
         stop.wait(wait)
         attempt += 1
+    with telling_of_refused(key, endpoint, provider):
+        told |= account_facts(provider, endpoint, key, stop)
     if limit := rate_limit(provider, endpoint, key, workspace, stop):
         told["rate_limit"] = limit._asdict()
 
 
 LONGEST_LOOK = 5.0  # seconds for a question that may as well stay unanswered
+
+
+def account_facts(provider: Provider, endpoint: Endpoint, key: Key, stop: Stop) -> dict[str, Any]:
+    """Whether the key is good, where another question than that for the model tells; and what the account has.
+
+    Raises:
+        Failure: of exit code 3. Stopped.
+    """
+    call = provider.key_query(endpoint, key.value)
+    if call is None:
+        return {}
+    try:
+        account = ask(call, provider.read_key_query, stop.part(LONGEST_LOOK), endpoint)
+    except Failure as failure:
+        if failure.fault.exit_code == EXIT_KEY:
+            raise free_of_charge(failure) from None
+        return {"key_checked": False}
+    return {"key_checked": True} | ({"account": account} if account else {})
 
 
 def rate_limit(provider: Provider, endpoint: Endpoint, key: Key, workspace: str | None, stop: Stop) -> RateLimit | None:

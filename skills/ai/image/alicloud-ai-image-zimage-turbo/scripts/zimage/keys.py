@@ -31,6 +31,12 @@ class KeyPlaces(NamedTuple):
     file_variable: str | None = None  # names a file that holds the key alone
     file: str | None = None  # below the home folder, holds the key alone
     unfit: Mapping[str, str] = {}  # how keys begin that are never sent, and why
+    aliases: tuple[str, ...] = ()  # variables that mean the same, looked at right after it, there too
+
+    @property
+    def variables(self) -> tuple[str, ...]:
+        """Those that may hold the key, the first that does counts."""
+        return (self.variable, *self.aliases)
 
 
 class Key(NamedTuple):
@@ -84,7 +90,8 @@ def _other_places(places: KeyPlaces, env: Mapping[str, str], used: Key) -> Seque
 
 def _keys(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> Iterator[Key | None]:
     """What each place holds, looked at only when those before it hold nothing."""
-    yield _key(env.get(places.variable, ""), f"environment {places.variable}")
+    for variable in places.variables:
+        yield _key(env.get(variable, ""), f"environment {variable}")
     yield _key_in_dotenv(places, notes)
     yield _key_in_ini(places, env, notes)
     config = config_of(places.config_file, env)
@@ -97,7 +104,8 @@ def _keys(places: KeyPlaces, env: Mapping[str, str], notes: list[str]) -> Iterat
 def _key_in_dotenv(places: KeyPlaces, notes: list[str]) -> Key | None:
     """`.env` in the working folder. Only the key is taken: a checked-out project must not steer the rest."""
     text = _read_text(Path(".env"), notes)
-    return _key(dotenv_value(text, places.variable), ".env in the working folder")
+    values = (dotenv_value(text, variable) for variable in places.variables)
+    return _key(next(filter(None, values), ""), ".env in the working folder")
 
 
 def dotenv_value(text: str, variable: str) -> str:
@@ -177,7 +185,7 @@ def _check_key(key: Key, places: KeyPlaces) -> None:
 
     if len(key.value) > LONGEST_KEY:
         refuse(f"is longer than any key: {LONGEST_KEY} characters")
-    if not places.optional and (key.value.startswith(places.variable) or PLACEHOLDER.search(key.value)):
+    if not places.optional and (key.value.startswith(places.variables) or PLACEHOLDER.search(key.value)):
         refuse("is a placeholder, not a key", "tell the user to store their own key there, or to take this one away")
     if re.match(r"bearer\s", key.value, re.IGNORECASE):
         refuse("begins with the word Bearer", "tell the user to store the key alone; that word is added to each call")

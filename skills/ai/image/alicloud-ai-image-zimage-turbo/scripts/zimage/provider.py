@@ -7,7 +7,14 @@ import json
 from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from zimage.contract import LONG_PROMPT, MAX_ANSWER_BYTES, MAX_LINK_LENGTH, MAX_OTHER_LINKS, MAX_USAGE_BYTES
+from zimage.contract import (
+    LONG_PROMPT,
+    MAX_ANSWER_BYTES,
+    MAX_LINK_LENGTH,
+    MAX_OTHER_LINKS,
+    MAX_USAGE_BYTES,
+    POLL_PAUSES,
+)
 from zimage.errors import Failure
 from zimage.outside import shown
 from zimage.settings import Setting
@@ -137,7 +144,7 @@ class Provider:
     generate_path: ClassVar[str] = ""  # below the root
     in_process: ClassVar[bool] = False  # there is no endpoint: calls are LocalCalls
     requests_per_minute: ClassVar[float] = 0.0  # the account's published limit; 0 where there is none
-    calls_at_once: ClassVar[int | None] = None  # more than that wait for each other
+    calls_at_once: ClassVar[int | None] = None  # calls, and tasks, that are out; more than that wait for each other
     max_answer_bytes: ClassVar[int] = MAX_ANSWER_BYTES
     https_links_under: ClassVar[str | None] = None  # http links below this domain work over https too
     links_to_itself: ClassVar[bool] = False  # a link may lead to the server that is asked, and name only its path
@@ -280,6 +287,10 @@ class Provider:
         """A free question after a submitted task."""
         raise NotImplementedError
 
+    def poll_pause(self, asked: int) -> float:
+        """Seconds to wait before a task is asked after that has been asked after so many times."""
+        return POLL_PAUSES[min(asked, len(POLL_PAUSES) - 1)]
+
     def read_poll(self, answer: HttpAnswer, request: ImageRequest, now: dt.datetime) -> Generated | None:
         """What the answer to `poll` means; None where the service still works on the task.
 
@@ -298,6 +309,18 @@ class Provider:
 
         Raises:
             Failure: by the provider's error table.
+        """
+        raise NotImplementedError
+
+    def key_query(self, endpoint: Endpoint, key: str) -> HttpCall | None:
+        """A read-only call that costs nothing and needs a good key, where `query` does well with any; None else."""
+        return None
+
+    def read_key_query(self, answer: HttpAnswer) -> dict[str, Any]:
+        """What the answer to `key_query` tells of the account, as JSON.
+
+        Raises:
+            Failure: of exit code 3 where the key is not good; any other leaves that open.
         """
         raise NotImplementedError
 

@@ -9,9 +9,6 @@ from zimage.contract import (
     LAST_POLL,
     LOST_AFTER,
     MAX_TASK_ID,
-    POLL_FIRST,
-    POLL_GROWTH,
-    POLL_LONGEST,
     POLL_SHARE,
     POLL_TIMEOUT,
 )
@@ -34,12 +31,12 @@ class Task:
 
     def __init__(self, provider: Provider, endpoint: Endpoint, key: Key, request: ImageRequest, task_id: str) -> None:
         self.id = task_id
-        self.pause_s = POLL_FIRST
+        self.pause_s = provider.poll_pause(0)
         self._provider = provider
         self._endpoint = endpoint
         self._key = key
         self._request = request
-        self._interval = POLL_FIRST
+        self._asked = 0  # times
         self._strange_in_a_row = 0
         self._trouble = ""
         self._retry_after_s: float | None = None
@@ -51,8 +48,8 @@ class Task:
             Failure: one of TASK_ENDS, or that the key is not good any more.
         """
         provider = self._provider
-        self._interval = min(self._interval * POLL_GROWTH, POLL_LONGEST)
-        self.pause_s = self._interval
+        self._asked += 1
+        pause_s = self.pause_s = provider.poll_pause(self._asked)
         call = provider.poll(self.id, self._endpoint, self._key.value)
         try:
             found = ask(
@@ -72,7 +69,7 @@ class Task:
                 message = f"the service does not know task {outside_text(self.id, 100)} any more: {failure.message}"
                 raise Failure("outcome_unknown", message, http_status=failure.fault.http_status) from None
             self._retry_after_s = failure.fault.retry_after_s
-            self.pause_s = max(self._interval, self._retry_after_s or 0.0)
+            self.pause_s = max(pause_s, self._retry_after_s or 0.0)
             self._trouble = f"; the last question failed: {failure.message}"
             return None
         self._strange_in_a_row, self._trouble, self._retry_after_s = 0, "", None

@@ -68,7 +68,7 @@ class Run:
         self._generators = Crew(options.concurrency or CONCURRENCY_RANGE[1], "generate")
         self._askers = Crew(POLLS_AT_ONCE, "ask")
         self._savers = Crew(DOWNLOADS_AT_ONCE, "save")
-        self._tasks = OpenTasks(options.timeout)
+        self._tasks = OpenTasks(options.timeout, as_calls=place.provider.calls_at_once is not None)
         self._pacer = Pacer(options.rpm, start=self._row.first_start(options.rpm))
         # A service with a published rate works on as many as come in it; any other may be one card.
         most = 0 if place.provider.requests_per_minute else options.concurrency or CONCURRENCY_RANGE[1]
@@ -171,7 +171,7 @@ class Run:
             if job is None or waiting:
                 return self._later(job, start - now)
             crowded = (
-                len(self._out) >= self._most_out(now)
+                len(self._out) + self._tasks.out >= self._most_out(now)
                 or len(self._saving) >= MOST_WAITING_DOWNLOADS
                 or len(self._tasks) >= MOST_OPEN_TASKS
             )

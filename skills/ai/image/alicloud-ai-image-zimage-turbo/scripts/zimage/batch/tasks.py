@@ -10,15 +10,24 @@ from zimage.batch.journal import Job
 
 
 class OpenTasks:
-    """Which task is asked after when. All moments are in seconds of time.monotonic()."""
+    """Which task is asked after when. All moments are in seconds of time.monotonic().
 
-    def __init__(self, patience: float) -> None:
-        self._patience = patience  # seconds for one task, then it is left to the next run
+    `patience`: seconds for one task, then it is left to the next run; `as_calls`: the service counts them as calls.
+    """
+
+    def __init__(self, patience: float, *, as_calls: bool = False) -> None:
+        self._patience = patience
+        self._as_calls = as_calls
         self._waiting: list[tuple[float, int, Job]] = []
         self._asked: set[int] = set()
 
     def __len__(self) -> int:
         return len(self._waiting) + len(self._asked)
+
+    @property
+    def out(self) -> int:
+        """How many of the calls that may be out they take up."""
+        return len(self) if self._as_calls else 0
 
     def add(self, job: Job) -> None:
         """Take a task that was submitted."""
