@@ -17,7 +17,7 @@ from mock_server import MockServer
 
 # Each layer imports from those before it only; within one, nobody imports another.
 LAYERS = [
-    ["contract", "endpoint", "facts", "quoting"],
+    ["contract", "endpoint", "facts", "quota", "quoting"],
     ["outside"],
     ["errors", "page"],
     ["tls", "proxy"],
@@ -55,6 +55,7 @@ FOR_PROVIDERS = {
     "keys",
     "outside",
     "provider",
+    "quota",
     "quoting",
     "request",
     "settings",

@@ -102,6 +102,8 @@ def _look(options: Options, stop: Stop, env: Mapping[str, str], told: dict[str, 
         attempt += 1
     with telling_of_refused(key, endpoint, provider):
         told |= account_facts(provider, endpoint, key, stop)
+    if provider.quota.told:
+        told["quota"] = provider.quota.told
     if limit := rate_limit(provider, endpoint, key, workspace, stop):
         told["rate_limit"] = limit._asdict()
 

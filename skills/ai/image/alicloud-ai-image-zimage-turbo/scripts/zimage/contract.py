@@ -199,6 +199,7 @@ RESPONSE_SCHEMA = DRAFT | record(
         "image_path": ABSOLUTE,
         "evidence_path": ABSOLUTE,
         "estimated_cost?": described("US$ by the price list; none where the price is not known.", "number"),
+        "quota?": described("Calls that are left, as the service told when the picture came.", "object"),
         "paid_before?": {"const": True, "description": "Of a recovery: the cost is that of an earlier command."},
         "warnings?": TEXTS | {"minItems": 1},
     },
@@ -222,6 +223,7 @@ ANSWER_SCHEMA = record(
     {
         "request_id?": TEXT,
         "usage?": {"type": "object"},
+        "quota?": {"type": "object"},
         "image_url?": TEXT,
         "other_image_urls?": TEXTS,
         "expires_at?": MOMENT,

@@ -105,6 +105,7 @@ class Evidence:
             held=self.held.exists(),
             billable=self.data["billable"],
             lead=next(iter(self.data.get("answer", {}).get("links", [])), ""),
+            in_quota=self.data["billable"] and self.data["cost"].get("estimate") == 0,
         )
 
     @property
@@ -217,6 +218,7 @@ def said_of(generated: Generated) -> Response:
     response = {
         "request_id": generated.request_id,
         "usage": dict(generated.usage),
+        "quota": dict(generated.quota) or None,
         "image_url": generated.image_url or None,
         "other_image_urls": list(generated.other_urls) or None,
         "expires_at": timestamp(generated.expires_at) if generated.expires_at else None,
@@ -335,6 +337,7 @@ def response_of(evidence: Evidence, image: Image) -> dict[str, Any]:
         "image_path": image["path"],
         "evidence_path": str(evidence.path),
         "estimated_cost": data["cost"].get("estimate"),
+        "quota": said.get("quota"),
         "warnings": [*data.get("warnings", ()), *image.get("warnings", ())] or None,
     }
     return {name: value for name, value in response.items() if value is not None}

@@ -43,6 +43,7 @@ class Attempt(AttemptEnd):
 class Response(TypedDict, total=False):
     request_id: str
     usage: dict[str, Any]
+    quota: dict[str, int]
     image_url: str
     other_image_urls: list[str]
     expires_at: str

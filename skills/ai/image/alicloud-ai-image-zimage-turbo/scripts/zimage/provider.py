@@ -17,6 +17,7 @@ from zimage.contract import (
 )
 from zimage.errors import Failure
 from zimage.outside import shown
+from zimage.quota import Quota
 from zimage.settings import Setting
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ class Generated(NamedTuple):
     reasoning: str = ""
     usage: Mapping[str, Any] = {}
     other_urls: tuple[str, ...] = ()  # of further pictures in the same answer
+    quota: Mapping[str, int] = {}  # `Quota.told`
     warnings: tuple[str, ...] = ()
     http_status: int | None = None  # of the answer to the paid call; None where it came by no answer of its own
 
@@ -150,6 +152,8 @@ class Provider:
     links_to_itself: ClassVar[bool] = False  # a link may lead to the server that is asked, and name only its path
     links_elsewhere: ClassVar[bool] = False  # pictures lie on hosts that nobody can name before they are paid for
     billable: ClassVar[bool] = True  # a picture can cost money or quota
+    costs_quota: ClassVar[bool] = False  # and no money: its price is 0
+    quota: Quota = Quota()  # what the service has told last
     takes_seed: bool = True
     sizes_are_ratios: ClassVar[bool] = False  # of a size only the ratio can be asked for
     long_prompt: ClassVar[int] = LONG_PROMPT  # characters; longer ones may be cut

@@ -32,6 +32,7 @@ from zimage.errors import (
     internal_error,
 )
 from zimage.outside import outside_text
+from zimage.quota import in_quota_words
 from zimage.quoting import command_line
 from zimage.waiting import Stopped, wait_before
 
@@ -71,6 +72,7 @@ class Have(NamedTuple):
     held: bool  # its bytes lie beside the evidence
     billable: bool
     lead: str = ""  # a link in an answer that was not understood: it may be the picture's
+    in_quota: bool = False  # it costs quota, and no money
 
     @property
     def is_task_open(self) -> bool:
@@ -209,11 +211,12 @@ def explained(
     have = have or evidence.have
     fault, path = failure.fault, str(evidence.path)
     way, left = way_back(fault, have), left_by(fault, have)
-    own = (hints or {}).get(fault.code, fault.hint)
+    words = in_quota_words if have.in_quota else str
+    own = words((hints or {}).get(fault.code, fault.hint))
     named = command_line([path, *place]) or "EVIDENCE"
-    hint = next((row.hint for row in ADVICE if row.fits(fault, way, have, left, written)), "{hint}")
+    hint = words(next((row.hint for row in ADVICE if row.fits(fault, way, have, left, written)), "{hint}"))
     # Only words of this file are filled in, in one step: what stands in a path or an answer is never taken for one.
-    ours = next((words for words in OWN_HINTS if own.endswith(words)), "")  # the rest may repeat an answer
+    ours = next((text for text in map(words, OWN_HINTS) if own.endswith(text)), "")  # the rest may repeat an answer
     own = own.removesuffix(ours) + ours.replace("EVIDENCE", named)
     hint = hint.replace("EVIDENCE", "{named}").format(named=named, hint=own)
     reachable = way is not Way.NONE and (written or not (have.link or have.lead or left is Left.OPEN))

@@ -47,6 +47,7 @@ from zimage.files import check_working_folder, check_writable, permissions_warni
 from zimage.keys import Key
 from zimage.make import get_ready, get_to_know, import_libraries
 from zimage.plan import workspace_of
+from zimage.quota import in_quota_words
 from zimage.registry import provider_class
 from zimage.trust import Own, choose_endpoint, key_for
 from zimage.waiting import Stop
@@ -181,7 +182,7 @@ def take_lock(lock: FolderLock, folder: Path, stop: Stop) -> None:
 
 def conclude(run: Run, failure: Failure | None, console: Console, remarks: Sequence[str]) -> None:
     """Write the results and print the summary; what cannot be written now does not undo what is saved."""
-    folder, database = run.folder, run.database
+    folder, database, provider = run.folder, run.database, run.options.provider
     warnings = []
     files: dict[str, str] = {}
     writers: dict[str, Any] = {"results": lambda: write_results(database, folder)}
@@ -208,10 +209,13 @@ def conclude(run: Run, failure: Failure | None, console: Console, remarks: Seque
         **files,
         "this_run": this_run,
     }
+    if quota := provider.quota.told:
+        summary["quota"] = quota
     if remarks or warnings:
         summary["warnings"] = [*remarks, *warnings]
     if failure is not None:
         failure = failure.but(billed=billed_in(states)) if failure.code in OF_THE_FOLDER else failure
+        failure = failure.but(hint=in_quota_words(failure.fault.hint)) if provider.costs_quota else failure
         console.tell(failure)
         summary["error"] = failure.fault.as_json()
     run.close(failure.fault.exit_code if failure else EXIT_OK)

@@ -11,6 +11,7 @@ from typing import Any
 from zimage.batch.journal import Job, RunRow
 from zimage.console import Console
 from zimage.outside import told_line
+from zimage.provider import Provider
 
 REPORT_EVERY = 5.0  # seconds between progress lines where stderr is no terminal
 
@@ -36,10 +37,11 @@ class Progress:
 
     WINDOW = 60.0  # seconds over which the rate is taken
 
-    def __init__(self, tally: Tally, row: RunRow, console: Console) -> None:
+    def __init__(self, tally: Tally, row: RunRow, console: Console, provider: Provider) -> None:
         self._tally = tally
         self._row = row
         self._console = console
+        self._provider = provider
         self._next_report = time.monotonic() + REPORT_EVERY
         self._done: deque[tuple[float, int]] = deque([(time.monotonic(), self._saved)])
         self._bar: Any = None
@@ -76,10 +78,13 @@ class Progress:
 
     def keep(self) -> None:
         """What --status tells of a running batch."""
-        facts = {"per_minute": round(self.per_minute, 1), "remaining_s": self.remaining}
+        quota = self._provider.quota.told
+        facts = {"per_minute": round(self.per_minute, 1), "remaining_s": self.remaining, "quota": quota or None}
         self._row.keep({name: value for name, value in facts.items() if value is not None})
 
     def close(self) -> None:
+        if self._provider.quota.told:  # the next dry run asks for it
+            self.keep()
         if self._bar is not None:
             self.tick()
             self._bar.close()
@@ -110,4 +115,5 @@ class Progress:
 
     def _rest(self) -> str:
         states = self._tally.states
-        return f"{states['failed']} failed, {states['unknown']} unknown, US${self._tally.spent:.4g}"
+        spent = str(self._provider.quota) if self._provider.costs_quota else f"US${self._tally.spent:.4g}"
+        return ", ".join(filter(None, (f"{states['failed']} failed", f"{states['unknown']} unknown", spent)))

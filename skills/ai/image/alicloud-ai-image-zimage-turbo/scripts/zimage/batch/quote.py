@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from collections.abc import Mapping
@@ -17,7 +18,9 @@ from zimage.batch.plan import Stage, made_kinds
 from zimage.contract import DEFAULT_SIZE
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure
+from zimage.evidence import moment_of, utc_now
 from zimage.files import check_space, nearest_folder
+from zimage.quota import Quota, in_quota_words
 from zimage.request import ImageRequest
 from zimage.trust import key_for
 
@@ -79,6 +82,17 @@ def extended_rows(stage: Stage) -> int:
 def saved_before(stage: Stage) -> int:
     """How many pictures the folder holds already."""
     return int(stage.db.execute("SELECT count(*) FROM folder.pictures WHERE state = 'saved'").fetchone()[0])
+
+
+LONGEST_TRUE = 24 * 3600.0  # seconds; a quota of a day says nothing of another day
+
+
+def quota_told(stage: Stage) -> tuple[Quota, str]:
+    """What was left of the quota when the service told it last, in an earlier run of this folder, and when."""
+    last = "SELECT progress, updated_at FROM folder.runs WHERE progress LIKE '%\"quota\"%' ORDER BY number DESC LIMIT 1"
+    progress, told_at = stage.db.execute(last).fetchone() or ("{}", "")
+    is_true = (utc_now() - moment_of(told_at)).total_seconds() < LONGEST_TRUE
+    return Quota.of(json.loads(progress).get("quota")) if is_true else Quota(), told_at
 
 
 def staying_unknown(stage: Stage) -> Unknown:
@@ -148,6 +162,10 @@ def dry_run(options: BatchOptions, stage: Stage, reading: Reading, env: Mapping[
     extended = sum(alike.pictures for alike in made if alike.prompt_extend)
     unknown = staying_unknown(stage)
     left = survey.made(with_changed=options.accept_changes)[0] - pictures
+    quota, told_at = quota_told(stage) if options.provider.costs_quota else (Quota(), "")
+    lack = f"{pictures} pictures are to be made, and of the quota were left at {told_at}: {quota}"
+    is_lacking = quota.least_left is not None and quota.least_left < pictures
+    words = in_quota_words if options.provider.costs_quota else str
     plan = {
         "ok": not problems,
         "rows": survey.rows,
@@ -158,7 +176,8 @@ def dry_run(options: BatchOptions, stage: Stage, reading: Reading, env: Mapping[
         "prices": [alike._asdict() for alike in made] if is_priced else None,
         "rows_with_prompt_extend": extended_rows(stage),
         "estimated_cost": round(sum(alike.pictures * alike.price for alike in made), 6) if is_priced else None,
-        "cost_basis": None if is_priced else price.basis,
+        "cost_basis": None if is_priced and not options.provider.costs_quota else price.basis,
+        "quota": quota.told | {"told_at": told_at} if quota.told else None,
         "estimated_duration_s": round(duration(pictures, options.rpm, options.concurrency, extended)),
         "left_pending": left,
         "stays_unknown": unknown.told(is_priced) if unknown.pictures else None,
@@ -172,8 +191,8 @@ def dry_run(options: BatchOptions, stage: Stage, reading: Reading, env: Mapping[
         "settings": options.provider.known_settings or None,
         "output_dir": str(options.folder),
         "billable": billable and pictures > 0,
-        "warnings": [*stage.endpoint.warnings, *reading.remarks] or None,
+        "warnings": [*stage.endpoint.warnings, *reading.remarks, *[lack] * is_lacking] or None,
         "problems": problems,
-        "next": next_step(len(problems), pictures, left, unknown.pictures, is_first=saved_before(stage) == 0),
+        "next": words(next_step(len(problems), pictures, left, unknown.pictures, is_first=saved_before(stage) == 0)),
     }
     return {name: value for name, value in plan.items() if value is not None}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from zimage.batch.folder import facts_of
 from zimage.batch.names import evidence_name, path_in
 from zimage.errors import Failure, os_reason
 from zimage.files import aside
+from zimage.registry import provider_class
 
 if TYPE_CHECKING:
     from zimage.facts import Error, Facts
@@ -46,8 +47,15 @@ def twin_warning(count: int) -> str:
 def unpriced_pictures(database: sqlite3.Connection) -> int:
     """How many pictures were asked for at a price that nobody knew."""
     where = "paid > 0 AND price = 0 AND facts LIKE '%\"billable\": true%'"
-    (count,) = database.execute(f"SELECT count(*) FROM pictures WHERE {where}").fetchone()
-    return int(count)
+    rows = database.execute(f"SELECT service, count(*) FROM pictures WHERE {where} GROUP BY service")
+    in_quota = services_in_quota(database)
+    return sum(count for service, count in rows if service not in in_quota)
+
+
+def services_in_quota(database: sqlite3.Connection) -> set[int]:
+    """The services that take quota, and no money: the price of 0 is known."""
+    rows = database.execute("SELECT number, provider FROM services")
+    return {number for number, provider in rows if provider_class(provider).costs_quota}
 
 
 def counts(states: Mapping[str, int]) -> dict[str, int]:
@@ -61,7 +69,7 @@ def counts(states: Mapping[str, int]) -> dict[str, int]:
 def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict[str, Any]]:
     """What results and gallery say of each picture, in the order of the input; earlier inputs' pictures last."""
     several = {identity for (identity,) in database.execute("SELECT DISTINCT identity FROM pictures WHERE variant > 0")}
-    alike = twins(database)
+    alike, in_quota = twins(database), services_in_quota(database)
     rows = database.execute(
         f"SELECT * FROM pictures WHERE {LISTED} ORDER BY position IS NULL, position, variant, number"
     )
@@ -92,7 +100,7 @@ def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict
             "sha256": image.get("sha256"),
             "evidence_path": path_in(folder, evidence_name(row["number"])) if has_evidence else None,
             "request_id": said.get("request_id"),
-            "estimated_cost": None if is_unpriced(row, facts) else round(row["price"] * row["paid"], 6),
+            "estimated_cost": None if is_unpriced(row, facts, in_quota) else round(row["price"] * row["paid"], 6),
             "attempts": len(facts.get("attempts", [])),
             "finished_at": facts.get("finished_at") if row["state"] != "pending" else None,
             "warnings": [*facts.get("warnings", ()), *image.get("warnings", ()), *same] or None,
@@ -102,9 +110,10 @@ def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict
         yield {name: value for name, value in entry.items() if value is not None}
 
 
-def is_unpriced(row: Mapping[str, Any], facts: Facts) -> bool:
-    """Whether a picture was asked for at a price that nobody knew."""
-    return row["paid"] > 0 and row["price"] == 0 and facts.get("billable", False)
+def is_unpriced(row: Mapping[str, Any], facts: Facts, in_quota: Collection[int]) -> bool:
+    """Whether a picture was asked for at a price that nobody knew. `in_quota`: as of `services_in_quota`."""
+    is_free = row["price"] == 0 and row["service"] not in in_quota
+    return row["paid"] > 0 and is_free and facts.get("billable", False)
 
 
 def without_link(error: Error | None) -> dict[str, Any] | None:

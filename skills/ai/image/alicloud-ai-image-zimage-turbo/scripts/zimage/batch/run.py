@@ -89,7 +89,7 @@ class Run:
         self._bound: str | None = None  # what keeps the rest from being sent: limit | cost
         self._told = 0
         self._behind: dict[int, JournalRow] = {}  # pictures of which the disk does not know the last word
-        self.progress = Progress(self.tally, self._row, console)
+        self.progress = Progress(self.tally, self._row, console, place.provider)
         console.warn(self._jobs.out_of_reach())
 
     # The loop
