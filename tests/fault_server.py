@@ -251,7 +251,10 @@ class FaultServer:
             thread.join(10)
 
     def play(self, path: str, *behaviours: Behaviour) -> None:
-        """What requests for a path get, one after the other; the last behaviour holds for all that follow."""
+        """What requests for a path get, one after the other; the last behaviour holds for all that follow.
+
+        A path that ends in a slash stands for all that lie right below it and are not played themselves.
+        """
         with self._lock:
             self._scripts[path] = list(behaviours)
 
@@ -352,7 +355,8 @@ class FaultServer:
 
     def _answer_to(self, request: Received) -> Answer:
         with self._lock:
-            script = self._scripts.get(request.path)
+            folder = request.path.rpartition("/")[0] + "/"
+            script = self._scripts.get(request.path) or self._scripts.get(folder)
             behaviour = None if script is None else script.pop(0) if len(script) > 1 else script[0]
         if behaviour is None:
             is_picture = request.path.startswith(PICTURE_FOLDER)

@@ -31,6 +31,7 @@ KEYS = {
     "DASHSCOPE_API_KEY": "ds-key-4c1f0a9e7b2d8365",
     "ZIMAGETURBO_API_KEY": "zt-key-9d27e5b0a3c8f146",
     "OPENAI_API_KEY": "oa-key-6b80f2d4c91e7a35",
+    "MODELSCOPE_API_KEY": "ms-1e6f03b8-test-4d2a-9c57-a0b1c2d3e4f5",
 }
 NO_WAIT = (("Retry-After", "0"),)
 NOT_NOW = (("Retry-After", "600"),)  # longer than any command here: no reason to wait for it
@@ -61,6 +62,9 @@ class Case(ABC):
     key_variable: ClassVar[str]
     url_variable: ClassVar[str]
     cost: ClassVar[float]
+    is_billed: ClassVar[bool] = True  # a picture costs money or quota
+    lists_models: ClassVar[bool] = True
+    first_task: ClassVar[str] = ""  # how the service of `TaskBook` calls it
     key_is_optional: ClassVar[bool] = False
     takes_seed: ClassVar[bool] = True
     by_task: ClassVar[bool] = False
@@ -85,6 +89,10 @@ class Case(ABC):
         """All that --check asks."""
         return [self.free_path, *([self.root + self.limits] if self.limits else [])]
 
+    def is_free_path(self, path: str) -> bool:
+        """Whether that is asked without cost: questions after tasks too."""
+        return path in self.free_paths
+
     @abstractmethod
     def said(self, status: int, code: str, message: str) -> object:
         """The body of an error in the service's own form."""
@@ -104,6 +112,10 @@ class Case(ABC):
     def listed(self) -> object:
         """The body that answers --check where the key is good."""
         return {"object": "list", "data": [{"id": "Tongyi-MAI/Z-Image-Turbo", "object": "model"}]}
+
+    def told(self) -> object:
+        """The body that answers what --check asks then."""
+        return {"success": True, "data": {}}
 
     def prompt_in(self, body: dict[str, Any]) -> str:
         return str(body["prompt"])
@@ -170,6 +182,8 @@ class ZImageTurboCase(Case):
     cost = 0.02
     takes_seed = False
     by_task = True
+    first_task = "task_0000"
+    lists_models = False
     exact_size = False
     refused_as: ClassVar = {
         "invalid": (400, ""),
@@ -198,6 +212,47 @@ class ZImageTurboCase(Case):
         return {"prompt": prompt, "aspect_ratio": "1:1"}
 
 
+class ModelScopeCase(Case):
+    id = provider = "modelscope"
+    root = "/v1"
+    paid = "/images/generations"
+    free = "/models"
+    key_variable = "MODELSCOPE_API_KEY"
+    url_variable = "MODELSCOPE_BASE_URL"
+    cost = 0.0
+    by_task = True
+    first_task = "5075000"
+    refused_as: ClassVar = {
+        "invalid": (400, "invalid size"),
+        "key": (401, "Authentication failed, please make sure that a valid ModelScope token is supplied"),
+        "balance": (429, "insufficient balance (1008)"),
+        "blocked": (400, "data inspection failed"),
+        "busy": (429, "Too many requests, rate limit exceeded for this model"),
+        "failing": (500, "oops"),
+        "overloaded": (503, "Server is busy, please try again later"),
+        "teapot": (418, "teapot"),
+    }
+
+    @property
+    def free_paths(self) -> list[str]:
+        return [self.free_path, "/openapi/v1/magicubes/balance"]
+
+    def is_free_path(self, path: str) -> bool:
+        return super().is_free_path(path) or path.startswith("/v1/tasks/")
+
+    def said(self, status: int, code: str, message: str) -> object:
+        return {"errors": {"message": f"{message}: {code}"}, "request_id": "req-0003"}
+
+    def made(self, request: Received, content: bytes) -> object:
+        raise NotImplementedError  # TaskBook answers
+
+    def empty(self) -> object:
+        return {"request_id": "req-0003"}
+
+    def expected_payload(self, prompt: str, seed: int | None) -> dict[str, Any]:
+        return {"model": "Tongyi-MAI/Z-Image-Turbo", "prompt": prompt, "size": "1024x1024", "seed": seed}
+
+
 class OpenAICase(Case):
     id = provider = "openai"
     root = "/v1"
@@ -206,6 +261,7 @@ class OpenAICase(Case):
     key_variable = "OPENAI_API_KEY"
     url_variable = "OPENAI_BASE_URL"
     cost = 0.0
+    is_billed = False
     key_is_optional = True
     by_link = False
     refused_as: ClassVar = {
@@ -256,8 +312,9 @@ class OpenAILinkCase(OpenAICase):
 
 
 DASHSCOPE, ZIMAGETURBO, OPENAI, OPENAI_LINK = DashScopeCase(), ZImageTurboCase(), OpenAICase(), OpenAILinkCase()
-CASES: tuple[Case, ...] = (DASHSCOPE, ZIMAGETURBO, OPENAI)
-LINKED_CASES: tuple[Case, ...] = (DASHSCOPE, ZIMAGETURBO, OPENAI_LINK)
+MODELSCOPE = ModelScopeCase()
+CASES: tuple[Case, ...] = (DASHSCOPE, ZIMAGETURBO, OPENAI, MODELSCOPE)
+LINKED_CASES: tuple[Case, ...] = (DASHSCOPE, ZIMAGETURBO, OPENAI_LINK, MODELSCOPE)
 OTHER_TABLES = {"diffusers"}  # in this process, no protocol: tests/test_diffusers.py
 
 
@@ -282,12 +339,19 @@ class TaskBook:
         return envelope({"task_id": task_id, "status": "IN_PROGRESS"}, bills=True)
 
     def status(self, request: Received) -> Answer:
-        task_id = parse_qs(urlsplit(request.target).query)["task_id"][0]
+        task_id = self.asked_for(request)
         with self._lock:
             self.asked[task_id] += 1
         if task_id not in self.tasks:
-            return json_answer({"code": 404, "message": "task not found", "data": None}, 404)
+            return self.unknown()
         return self.course(self, task_id, request) if self.course else self.done(task_id, request)
+
+    def asked_for(self, request: Received) -> str:
+        """The name of the task that a question is after."""
+        return parse_qs(urlsplit(request.target).query)["task_id"][0]
+
+    def unknown(self) -> Answer:
+        return json_answer({"code": 404, "message": "task not found", "data": None}, 404)
 
     def done(self, task_id: str, request: Received, **changes: Any) -> Answer:
         """The task has succeeded; `changes` replace fields of its data."""
@@ -319,6 +383,35 @@ class TaskBook:
         self.course = course
 
 
+class ScopeBook(TaskBook):
+    """The tasks of ModelScope: named by numbers, which answers tell as a number or as a text."""
+
+    def submit(self, request: Received) -> Answer:
+        with self._lock:
+            number = 5075000 + len(self.tasks)
+            self.tasks[str(number)] = json.loads(request.body)["prompt"]
+        return json_answer({"task_id": number, "request_id": "req-0003"}, bills=True)
+
+    def asked_for(self, request: Received) -> str:
+        return request.path.rpartition("/")[2]
+
+    def unknown(self) -> Answer:
+        return json_answer({"errors": {"message": "task not found"}, "request_id": "req-0003"}, 404)
+
+    def done(self, task_id: str, request: Received, **changes: Any) -> Answer:
+        return json_answer(self.data(task_id, "SUCCEED", request.root + PICTURE) | changes)
+
+    def working(self, task_id: str, status: str = "RUNNING") -> Answer:
+        return json_answer(self.data(task_id, status))
+
+    def failed(self, task_id: str, message: str) -> Answer:
+        return json_answer(self.data(task_id, "FAILED") | {"errors": {"message": message}})
+
+    def data(self, task_id: str, status: str, *links: str) -> dict[str, Any]:
+        told = {"task_status": status, "task_id": task_id, "request_id": "req-0003"}
+        return told | ({"output_images": list(links), "time_taken": 18812.86} if links else {})
+
+
 class Lab:
     """The script pointed at a server that speaks a case's protocol, with the keys of all providers at hand."""
 
@@ -326,14 +419,15 @@ class Lab:
         self.case = case
         self.shell = shell
         self.server = server
-        self.book = TaskBook()
+        self.book = ScopeBook() if case is MODELSCOPE else TaskBook()
         self.streams: list[str] = []
         shell.env |= {**KEYS, case.url_variable: server.root + case.root}
         self.picture(png())
-        if case.by_task:
-            server.play(case.free_path, self.book.status)
-        else:
+        self.about_tasks(self.book.status)
+        if case is not ZIMAGETURBO:  # where that is the same
             server.play(case.free_path, json_answer(case.listed()))
+        for path in case.free_paths[1:]:
+            server.play(path, json_answer(case.told()))
 
     # What the service does
 
@@ -352,6 +446,13 @@ class Lab:
     def answers(self, *behaviours: Behaviour) -> None:
         """What paid calls get, one after the other; the last one holds for all that follow."""
         self.server.play(self.case.paid_path, *behaviours)
+
+    def about_tasks(self, *behaviours: Behaviour) -> None:
+        """What questions after tasks get."""
+        if self.case is ZIMAGETURBO:
+            self.server.play(self.case.free_path, *behaviours)
+        if self.case is MODELSCOPE:
+            self.server.play("/v1/tasks/", *behaviours)
 
     # What the script does
 
@@ -398,8 +499,8 @@ class Lab:
 
     @property
     def questions(self) -> list[Received]:
-        """Those after tasks."""
-        return [request for request in self.server.downloads if request.path == self.case.free_path]
+        """Those after tasks, and of what the server is."""
+        return [request for request in self.server.downloads if self.case.is_free_path(request.path)]
 
     def status(self) -> str:
         return str(self.shell.evidence()["status"])
@@ -421,7 +522,7 @@ class Lab:
 def assert_keys_at(server: FaultServer, case: Case | None) -> None:
     """A server has seen the key of the case, in the one header of service calls, and no other key anywhere."""
     for request in server.requests:
-        calls = case is not None and request.path in (case.paid_path, *case.free_paths)
+        calls = case is not None and (request.path == case.paid_path or case.is_free_path(request.path))
         sent = f"{request.target} {request.body.decode('utf-8', 'replace')}"
         for name, value in request.headers:
             if name == "authorization" and calls and case is not None and value == f"Bearer {case.key}":

@@ -221,12 +221,15 @@ class TestSharedFaults:
                 assert image_of(bytes_of(reply.json()["data"][0])).format == "PNG"
 
     def test_every_fault_says_who_knows_it(self) -> None:
-        own = {"zimageturbo": {"two-pictures", *(name for name in FAULTS if re.match("task-|status-|envelope-", name))}}
+        own = {"zimageturbo": {name for name in FAULTS if name.startswith("envelope-")}}
+        own |= {"modelscope": {"unbound", "unnamed", "retired"}}
         own |= {"openai": {"url", "data-url", "bad-base64"}, "dashscope": {"quota"}}
         for service, names in own.items():
             assert {name for name in FAULTS if services_that_know(name) == [service]} == names
-        assert services_that_know("quota-429") == ["dashscope", "openai"]
-        assert len(own["zimageturbo"]) == 12
+        assert services_that_know("quota-429") == ["dashscope", "openai", "modelscope"]
+        tasks = {"two-pictures", *(name for name in FAULTS if re.match("task-|status-", name))}
+        assert {name for name in FAULTS if services_that_know(name) == ["zimageturbo", "modelscope"]} == tasks
+        assert (len(own["zimageturbo"]), len(tasks)) == (4, 8)
 
 
 class TestStatistics:

@@ -604,6 +604,7 @@ class TestCommandLine:
             assert where["providers"] == {
                 "zimageturbo": {"base_url": f"{root}/api", "api_key": where["api_key"]},
                 "openai": {"base_url": f"{root}/v1", "api_key": where["api_key"]},
+                "modelscope": {"base_url": f"{root}/modelscope/v1", "api_key": where["api_key"]},
             }
             for status in (200, 429):
                 headers = {"Authorization": f"Bearer {where['api_key']}"}
@@ -644,7 +645,9 @@ class TestCommandLine:
         assert mock_server.main(["--fault", "list"]) == 0
         lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
         assert list(lines) == list(FAULTS)
-        assert lines["task-lost"].endswith("(zimageturbo only)") and lines["bad-base64"].endswith("(openai only)")
+        assert lines["task-lost"].endswith("(zimageturbo, modelscope only)") and lines["bad-base64"].endswith(
+            "(openai only)"
+        )
         assert "only" not in lines["hangup-after"]
 
 

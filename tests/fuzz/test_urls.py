@@ -32,6 +32,7 @@ TRUSTED = "proxy.example.com"
 OWNERS = {
     "dashscope": r"dashscope(-[a-z0-9]+)?\.aliyuncs\.com|([a-z0-9_-]+\.)+(dashscope|maas)\.aliyuncs\.com",
     "zimageturbo": r"zimageturbo\.ai",
+    "modelscope": r"api-inference\.modelscope\.(cn|ai)",
     "openai": "(?!)",
 }
 

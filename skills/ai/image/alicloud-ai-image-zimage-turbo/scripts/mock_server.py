@@ -5,8 +5,9 @@
 # ///
 """The image services on loopback: offline, free, and as strict as the real ones.
 
-For rehearsals, demos and tests. Each of the three ways to the model answers at its natural path with its own bodies
-and errors: DashScope below /api/v1, zimageturbo.ai below /api, a server of one's own (OpenAI's Images API) below /v1.
+For rehearsals, demos and tests. Each of the four ways to the model answers at its natural path with its own bodies
+and errors: DashScope below /api/v1, zimageturbo.ai below /api, a server of one's own (OpenAI's Images API) below /v1;
+ModelScope, whose /v1 is taken, below /modelscope/v1.
 The mock hands out signed links that expire, limits the rate, fails on request (--fault), and keeps count of what
 would have been paid for. Its pictures are drawn from prompt, seed and size, and say in their caption that no model
 made them.
@@ -20,7 +21,8 @@ This file is the command line. Its parts lie in zimage_mock/ beside it, and impo
     drawing -> faults                  the pictures, and what can befall them or the answer
     limits, ledger, gallery            rate and memory, the counters, pictures behind links
     rules -> provider                  what a field may hold, what the image services share
-    dashscope, zimageturbo, openai     a file a protocol
+    tasks                              what the services share that answer with a task
+    dashscope, zimageturbo, openai, modelscope   a file a protocol
     server                             all of them on one port
 """
 
@@ -111,7 +113,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         where = {name: getattr(mock, name) for name in ("base_url", "endpoint", "api_key", "stats_url")}
         providers = {
             name: {"base_url": url, "api_key": mock.api_key}
-            for name, url in (("zimageturbo", mock.zimageturbo_url), ("openai", mock.openai_url))
+            for name, url in (
+                ("zimageturbo", mock.zimageturbo_url),
+                ("openai", mock.openai_url),
+                ("modelscope", mock.modelscope_url),
+            )
         }
         print(json.dumps(where | {"providers": providers, "pid": os.getpid()}), flush=True)
         while not done.wait(0.5):  # with a limit: on Windows an endless wait hears no Ctrl-C

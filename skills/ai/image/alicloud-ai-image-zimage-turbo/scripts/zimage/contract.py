@@ -128,6 +128,12 @@ ABSOLUTE = described("Absolute.")
 OF_SAVED_FILE = described("Pixels of the saved file.", "integer")
 IF_CONVERTED = described("Where the picture was converted.")
 
+CALLS = INTEGER | {"minimum": 0}
+QUOTA_SCHEMA = record(
+    {"calls_left?": CALLS, "calls_limit?": CALLS, "model_calls_left?": CALLS, "model_calls_limit?": CALLS},
+    description="Of a free allowance, as the service told when the picture came: in all, and of the model alone.",
+)
+
 REQUEST_SCHEMA = DRAFT | record(
     {
         "prompt": described("What to draw, in English or Chinese. Over 800 characters gives a warning.", pattern=r"\S"),
@@ -199,7 +205,7 @@ RESPONSE_SCHEMA = DRAFT | record(
         "image_path": ABSOLUTE,
         "evidence_path": ABSOLUTE,
         "estimated_cost?": described("US$ by the price list; none where the price is not known.", "number"),
-        "quota?": described("Calls that are left, as the service told when the picture came.", "object"),
+        "quota?": QUOTA_SCHEMA,
         "paid_before?": {"const": True, "description": "Of a recovery: the cost is that of an earlier command."},
         "warnings?": TEXTS | {"minItems": 1},
     },
@@ -223,7 +229,7 @@ ANSWER_SCHEMA = record(
     {
         "request_id?": TEXT,
         "usage?": {"type": "object"},
-        "quota?": {"type": "object"},
+        "quota?": QUOTA_SCHEMA,
         "image_url?": TEXT,
         "other_image_urls?": TEXTS,
         "expires_at?": MOMENT,

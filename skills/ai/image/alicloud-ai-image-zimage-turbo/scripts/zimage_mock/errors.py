@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from zimage_mock.exchange import Reply, json_reply
@@ -55,6 +55,7 @@ class Dialect:
     service: str
     body: Callable[[int, str, str], object]
     codes: Mapping[str, tuple[int, str]]  # HTTP status and code, by the names of ERRORS
+    messages: Mapping[str, str] = field(default_factory=dict)  # its own words, by the same names
 
     def error(self, status: int, code: str, message: str, **fields: Any) -> Reply:
         """An error in the service's form; `fields` are further fields of the Reply."""
@@ -64,4 +65,8 @@ class Dialect:
         """The error of this name. Message and wait are those of its row unless given."""
         row = ERRORS[name]
         wait = retry_after_s or row.retry_after_s
-        return self.error(*self.codes[name], message or row.message, headers={"Retry-After": str(wait)} if wait else {})
+        return self.error(
+            *self.codes[name],
+            message or self.messages.get(name, row.message),
+            headers={"Retry-After": str(wait)} if wait else {},
+        )

@@ -19,7 +19,7 @@ from zimage_mock.exchange import Reply, html_page, xml_error
 
 
 class Course(NamedTuple):
-    """How a task of zimageturbo goes on, as the status queries tell it."""
+    """How a task goes on, as the status queries tell it."""
 
     end: Literal["SUCCESS", "FAILED", "IN_PROGRESS"] = "SUCCESS"
     error_message: str | None = None

@@ -21,6 +21,7 @@ from zimage_mock.exchange import Reply, Request
 from zimage_mock.faults import COMMON_FAULTS, Fault, fault_plan
 from zimage_mock.gallery import Gallery
 from zimage_mock.ledger import Ledger
+from zimage_mock.modelscope import ModelScope
 from zimage_mock.openai import OpenAI
 from zimage_mock.provider import Provider, Studio
 from zimage_mock.service import Service
@@ -30,8 +31,8 @@ MAX_BODY_BYTES = 1024 * 1024
 DEFAULT_RPM = 120  # requests a minute and account: the vendor's model page, 2026
 DEFAULT_LINK_TTL_S = 24 * 3600
 # The first whose prefix fits answers: /api/v1/ before /api/.
-PROVIDERS: Sequence[type[Provider]] = (DashScope, ZImageTurbo, OpenAI)
-FAULTS: dict[str, Fault] = {**COMMON_FAULTS, **ZImageTurbo.own_faults, **OpenAI.own_faults}
+PROVIDERS: Sequence[type[Provider]] = (DashScope, ZImageTurbo, OpenAI, ModelScope)
+FAULTS: dict[str, Fault] = {**COMMON_FAULTS, **ModelScope.own_faults, **ZImageTurbo.own_faults, **OpenAI.own_faults}
 
 
 def services_that_know(fault: str) -> list[str]:
@@ -83,8 +84,9 @@ class MockServer(ThreadingHTTPServer):
         super().__init__((_loopback(host), port), _Handler)
         root = f"http://{self.server_name}:{self.server_port}"
         self.base_url, self.zimageturbo_url, self.openai_url = (
-            f"{root}{provider.prefix}".rstrip("/") for provider in PROVIDERS
+            f"{root}{provider.prefix}".rstrip("/") for provider in (DashScope, ZImageTurbo, OpenAI)
         )
+        self.modelscope_url = f"{root}{ModelScope.root}"
         self.endpoint = f"{root}{DashScope.generation_path}"
         self.stats_url = f"{root}{Ledger.stats_path}"
         rate_codes = {provider.dialect.codes["429"][1] for provider in PROVIDERS}
