@@ -305,6 +305,15 @@ def test_a_batch_ends_with_the_quota_and_goes_on_another_day(ms: Lab) -> None:
     assert len(ms.book.tasks) == 3
 
 
+def test_calls_are_counted_where_only_the_first_answer_told_what_is_left(ms: Lab) -> None:
+    ms.answers(changed(ms.good, headers=((MODEL_LEFT, "8"),)), ms.good)
+    (ms.shell.folder / "rows.txt").write_text("a\nb\nc\n")
+    ms.shell.script = BATCH
+    command = ("--provider", "modelscope", "--input", "rows.txt", "--output-dir", "out")
+    assert ms.call(*command).json["quota"] == {"model_calls_left": 6}
+    assert Quota(calls_left=0, calls_limit=5).after_a_call() == Quota(calls_left=0, calls_limit=5)
+
+
 @pytest.mark.parametrize(
     ("text", "calls"),
     [("12", 12), ("0", 0), (" 7 ", 7), ("", None), ("-1", None), ("1e3", None), ("soon", None), ("9" * 30, None)],

@@ -145,6 +145,8 @@ class ModelScope(Provider):
         task_id = str(said) if isinstance(said, int) and not isinstance(said, bool) else said
         if not isinstance(task_id, str) or not is_task_id(task_id):
             raise Failure("answer_unusable", f"the service named its task {shown(said)}, which is no usable name")
+        if quota_in(answer).least_left is None:  # what was told before is true but for this call
+            self.quota = self.quota.after_a_call()
         return Submitted(task_id, request_id(answer, begun) or task_id)
 
     def poll(self, task_id: str, endpoint: Endpoint, key: str) -> HttpCall:

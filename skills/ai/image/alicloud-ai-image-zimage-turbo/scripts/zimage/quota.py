@@ -28,6 +28,11 @@ class Quota(NamedTuple):
         """How many calls can be made at most; None where that is not told."""
         return min((left for left in (self.calls_left, self.model_calls_left) if left is not None), default=None)
 
+    def after_a_call(self) -> Quota:
+        """The same with one call less, of what is known."""
+        left = {name: max(0, getattr(self, name) - 1) for name in self.told if name.endswith("_left")}
+        return self._replace(**left)
+
     @property
     def told(self) -> dict[str, int]:
         """As JSON; empty where nothing is told."""
