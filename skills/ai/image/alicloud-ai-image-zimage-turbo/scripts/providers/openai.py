@@ -6,18 +6,17 @@ own way, and some of it some of them drop without a word: DIALECTS says what is 
 
 from __future__ import annotations
 
-import base64
-import binascii
 import datetime as dt
 import json
 import re
 from collections.abc import Callable, Generator, Mapping
 from typing import Any, ClassVar, NamedTuple
-from urllib.parse import unquote_to_bytes, urljoin
 
 from zimage.answers import (
+    base64_picture,
     bearer,
     found_elsewhere,
+    is_data,
     json_post,
     link_expiry,
     read_begun_json,
@@ -30,13 +29,13 @@ from zimage.endpoint import Endpoint, is_own_machine
 from zimage.errors import Failure
 from zimage.keys import KeyPlaces
 from zimage.outside import at, kept_text, outside_json, outside_text
-from zimage.provider import Generated, HttpAnswer, HttpCall, OpenModel, Price
+from zimage.provider import Generated, HttpAnswer, HttpCall
 from zimage.request import ImageRequest
-from zimage.settings import GUIDANCE, STEPS, Setting, added_fields, left_out_fields, number
+from zimage.servers import PRICE, THIS_MODEL, OpenServer, Sign, first_sign
+from zimage.settings import GUIDANCE, STEPS, Setting, added_fields, left_out_fields
 
 LINK_LIFETIME = dt.timedelta(hours=1)  # OpenAI's own; engines that link to themselves say nothing
 STATUS_KINDS = {402: "balance", 413: "rejected_by_service", 422: "rejected_by_service"}
-THIS_MODEL = re.compile("z-?image", re.IGNORECASE)
 # Calls of the same API whose addresses people paste: none of them makes pictures from words.
 OTHER_CALLS = re.compile(
     "/(chat/completions|completions|responses|embeddings|messages|models|images/edits|images/variations|audio/[a-z]+)$"
@@ -139,15 +138,6 @@ HOSTS = {
 HOSTS |= {"api.siliconflow.com": HOSTS["api.siliconflow.cn"], "api.together.xyz": HOSTS["api.together.ai"]}
 
 
-class Sign(NamedTuple):
-    """A path below the server's root that only one of them answers so; `anywhere`: also asked of a public host."""
-
-    path: str
-    dialect: Dialect
-    says_so: Callable[[HttpAnswer], bool]
-    anywhere: bool = False
-
-
 def is_ready_word(answer: HttpAnswer) -> bool:
     """LocalAI's /readyz answers with no JSON; a server that answers every path alike does not speak of itself."""
     return len(answer.body) < 100 and read_json(answer) is None
@@ -193,14 +183,7 @@ OPTIONS = (
     Setting("model", "NAME", "model name to send, where the server serves several", None, model_name),
     added_fields(OWN_OPTIONS),
     left_out_fields({"prompt": "no picture can be asked for without it"}),
-    Setting(
-        "price",
-        "USD",
-        "what a picture costs at this host; 0 where it is a server of the user's own",
-        None,
-        number(float, 0, 1000, "a price"),
-        shapes_picture=False,
-    ),
+    PRICE,
 )
 
 # Words of servers that do not know a field, beside the field's name.
@@ -211,7 +194,7 @@ REFUSES_FIELDS = re.compile(
 )
 
 
-class OpenAI(OpenModel):
+class OpenAI(OpenServer):
     """One POST, answered with the picture in base64, or with a link to it."""
 
     name = "openai"
@@ -246,22 +229,9 @@ class OpenAI(OpenModel):
     def likely_root(self, path: str) -> str:
         return OTHER_CALLS.sub("", path) or self.default_root
 
-    # Money
-
-    def is_billable_at(self, endpoint: Endpoint) -> bool:
-        return self._price_at(endpoint) != 0
-
-    def _price_at(self, endpoint: Endpoint) -> float | None:
-        """US$ a picture; None where it is not known, as that of any host that is not surely the user's own."""
-        if self.settings["price"] is not None:
-            return float(self.settings["price"])
-        return 0.0 if is_own_machine(endpoint.host) and not self.dialect.passes_on else None
-
-    def price_at(self, request: ImageRequest, endpoint: Endpoint) -> Price:
-        price = self._price_at(endpoint)
-        if self.settings["price"] is not None:
-            return Price(price, "--price", "none")
-        return Price(price, "own hardware" if price == 0 else "not known; --price USD names it", "none")
+    @property
+    def passes_on(self) -> bool:
+        return self.dialect.passes_on
 
     # What the server is
 
@@ -271,11 +241,9 @@ class OpenAI(OpenModel):
             models = yield self.query(endpoint, key, None)
             self._dialect = self._dialect_of(models) if models is not None else UNKNOWN
             signs = [sign for sign in SIGNS if sign.anywhere or is_own_machine(endpoint.host)]
-            while models is not None and self._dialect is UNKNOWN and signs:
-                sign = signs.pop(0)
-                answer = yield HttpCall("GET", urljoin(endpoint.root, sign.path), bearer(""))
-                if answer is not None and answer.status == 200 and sign.says_so(answer):
-                    self._dialect = sign.dialect
+            if models is not None and self._dialect is UNKNOWN:
+                found = yield from first_sign(signs, endpoint.root, "")
+                self._dialect = found[0] if found else UNKNOWN
         if "steps" not in self._given:
             self.settings["steps"] = self.dialect.steps
         self._note_seed()
@@ -317,11 +285,6 @@ class OpenAI(OpenModel):
         if self.dialect.put is in_kwargs and "kwargs" in users:
             return tuple(FIELDS)
         return tuple(name for name in FIELDS if fields.get(name) not in extras or fields[name] in users)
-
-    @property
-    def known_settings(self) -> dict[str, Any]:
-        unused = self.unused()
-        return {name: value for name, value in super().known_settings.items() if name not in unused}
 
     def payload(self, request: ImageRequest) -> dict[str, Any]:
         fields: dict[str, Any] = {
@@ -428,15 +391,8 @@ class OpenAI(OpenModel):
         return any(name == wanted if wanted else THIS_MODEL.search(name) for name in names)
 
 
-URL_SAFE = str.maketrans("-_", "+/")  # some servers write base64 so
-
-
 def is_text(value: object) -> bool:
     return isinstance(value, str) and value.strip() != ""
-
-
-def is_data(link: str) -> bool:
-    return link.lstrip()[:5].lower() == "data:"
 
 
 def bytes_in(picture: dict[str, Any]) -> bytes:
@@ -451,15 +407,8 @@ def bytes_in(picture: dict[str, Any]) -> bytes:
         if not is_data(str(text)):
             return b""
     try:
-        head, comma, data = str(text).partition(",")
-        if comma and is_data(head) and not head.lower().endswith(";base64"):
-            return unquote_to_bytes(data) or b"\0"  # none of it is a picture
-        plain = re.sub(r"\s", "", data if comma else head).rstrip("=").translate(URL_SAFE)
-        content = base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
-        if not content:
-            raise ValueError("empty")
-        return content
-    except (binascii.Error, ValueError):
+        return base64_picture(str(text))
+    except ValueError:
         link = picture.get("url")
         if text is not link and is_text(link) and not is_data(str(link)):
             return b""

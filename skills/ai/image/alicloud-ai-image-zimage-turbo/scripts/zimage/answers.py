@@ -9,7 +9,7 @@ import re
 import time
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
-from urllib.parse import parse_qs, urlsplit
+from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 
 from zimage.codes import COMMON_CODES, Code, kind_of
 from zimage.contract import MAX_KEPT_ANSWER, MAX_LINK_LENGTH, MAX_OTHER_LINKS, MAX_TASK_ID
@@ -217,6 +217,31 @@ def _decoded(text: str) -> bytes:
         return base64.b64decode(re.sub(r"\s", "", text[text.find(",") + 1 :]), validate=True)
     except ValueError:
         return b""
+
+
+URL_SAFE = str.maketrans("-_", "+/")  # some servers write base64 so
+
+
+def is_data(link: str) -> bool:
+    return link.lstrip()[:5].lower() == "data:"
+
+
+def base64_picture(text: str) -> bytes:
+    """The bytes of a picture that is handed over in base64, or as a data: link, in whatever spelling of both.
+
+    Raises:
+        ValueError: where it is not whole, or empty.
+    """
+    import base64
+
+    head, comma, data = text.partition(",")
+    if comma and is_data(head) and not head.lower().endswith(";base64"):
+        return unquote_to_bytes(data) or b"\0"  # none of it is a picture
+    plain = re.sub(r"\s", "", data if comma else head).rstrip("=").translate(URL_SAFE)
+    content = base64.b64decode(plain + "=" * (-len(plain) % 4), validate=True)
+    if not content:
+        raise ValueError("empty")
+    return content
 
 
 def bearer(key: str) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
-from zimage.contract import ASKING_SHARE, ASKING_TIME, FORMATS, SKILL
+from zimage.contract import FORMATS, SKILL
 from zimage.download import fetch_anew, fetch_source
 from zimage.errors import Failure
 from zimage.evidence import EVIDENCE_ID, MADE, Evidence, EvidenceFile, elapsed_ms, response_of, utc_now
@@ -19,14 +19,13 @@ from zimage.picture import converted, size_warning
 from zimage.provider import Generated, Submitted
 from zimage.settle import TASK_ENDS, ended_early, explained, retry_wait, settle
 from zimage.task import Task
-from zimage.transport import ask
+from zimage.transport import ask, get_to_know
 from zimage.trust import Own, home_of, key_for, naming_flags, telling_of_refused, telling_of_withheld
 from zimage.waiting import Stopped, in_time
 from zimage.wire import wired_adapter
 
 if TYPE_CHECKING:
     from zimage.console import Console
-    from zimage.endpoint import Endpoint
     from zimage.evidence import Record
     from zimage.facts import Image
     from zimage.keys import Key
@@ -74,19 +73,6 @@ def get_ready(provider: Provider, stop: Stop) -> None:
     provider.preflight()
     if provider.in_process:
         in_time(lambda until: provider.prepare(), stop.generating)
-
-
-def get_to_know(provider: Provider, endpoint: Endpoint, key: Key, stop: Stop) -> None:
-    """Let a server say what it is, by free questions; one that says nothing is no reason to fail. Raises Stopped."""
-    patience = stop.part(min(ASKING_TIME, ASKING_SHARE * stop.left_s))
-    questions = provider.introduction(endpoint, key.value)
-    answer = None
-    with contextlib.suppress(StopIteration):
-        while True:
-            call = questions.send(answer)
-            answer = None
-            with contextlib.suppress(Failure):
-                answer = ask(call, lambda said: said, patience, endpoint)
 
 
 def make(

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from zimage.answers import read_json
-from zimage.contract import MAX_ANSWER_BYTES, MAX_ERROR_BYTES, MIB, SKILL, VERSION
+from zimage.contract import ASKING_SHARE, ASKING_TIME, MAX_ANSWER_BYTES, MAX_ERROR_BYTES, MIB, SKILL, VERSION
 from zimage.errors import Failure, NotSent
 from zimage.outside import outside_text
 from zimage.page import base_url_advice
@@ -22,7 +22,8 @@ from zimage.wire import Wire, wired_adapter
 
 if TYPE_CHECKING:
     from zimage.endpoint import Endpoint
-    from zimage.provider import HttpCall
+    from zimage.keys import Key
+    from zimage.provider import HttpCall, Provider
 
 PIECE = 64 * 1024  # bytes of an answer that are read at once
 
@@ -204,6 +205,19 @@ def ask(
         return read(answer)
     except Failure as failure:
         raise _placed(failure, answer, call.url, endpoint) from None
+
+
+def get_to_know(provider: Provider, endpoint: Endpoint, key: Key, stop: Stop) -> None:
+    """Let a server say what it is, by free questions; one that says nothing is no reason to fail. Raises Stopped."""
+    patience = stop.part(min(ASKING_TIME, ASKING_SHARE * stop.left_s))
+    questions = provider.introduction(endpoint, key.value)
+    answer = None
+    with contextlib.suppress(StopIteration):
+        while True:
+            call = questions.send(answer)
+            answer = None
+            with contextlib.suppress(Failure):
+                answer = ask(call, lambda said: said, patience, endpoint)
 
 
 def _placed(failure: Failure, answer: HttpAnswer, url: str, endpoint: Endpoint) -> Failure:

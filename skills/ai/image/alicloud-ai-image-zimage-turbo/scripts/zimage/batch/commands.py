@@ -45,10 +45,11 @@ from zimage.errors import Failure, missing_packages, raise_problems
 from zimage.evidence import moment_of, utc_now
 from zimage.files import check_working_folder, check_writable, permissions_warning, to_json
 from zimage.keys import Key
-from zimage.make import get_ready, get_to_know, import_libraries
+from zimage.make import get_ready, import_libraries
 from zimage.plan import workspace_of
 from zimage.quota import in_quota_words
 from zimage.registry import provider_class
+from zimage.transport import get_to_know
 from zimage.trust import Own, choose_endpoint, key_for
 from zimage.waiting import Stop
 
