@@ -1,7 +1,7 @@
 """No key in anything that the program leaves: all output and all files of every run of the suite are searched.
 
-A key is what an environment gives the program (`…_API_KEY`), or a test has put into a file; it is looked for as it
-is, percent-encoded, in hex, and in base64 wherever its first byte falls in a group of three. `SEARCHED` counts what
+A key is what an environment gives the program (`…_API_KEY`, `…_PASSWORD`), or a test has put into a file; it is
+looked for as it is, percent-encoded, in hex, and in base64 wherever its first byte falls in a group of three. `SEARCHED` counts what
 was searched, for the last line of a run of pytest.
 """
 
@@ -20,7 +20,7 @@ SEARCHED: Counter[str] = Counter(runs=0, files=0, bytes=0)
 
 
 def keys_in(env: Mapping[str, str]) -> list[str]:
-    values = (value.strip() for name, value in env.items() if name.endswith("_API_KEY"))
+    values = (value.strip() for name, value in env.items() if name.endswith(("_API_KEY", "_PASSWORD")))
     return [value for value in values if len(value) >= SHORTEST]
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from conftest import TEST_KEY
 from zimage import outside
+from zimage.answers import bearer
 from zimage.endpoint import IN_PROCESS, Endpoint
 from zimage.errors import Failure
 from zimage.keys import NO_KEY, Key, KeyPlaces
@@ -28,6 +29,7 @@ from zimage.trust import (
     naming_flags,
     parse_base_url,
     recorded_endpoint,
+    telling_of_refused,
     telling_of_withheld,
     trusted_hosts,
     unnamed,
@@ -122,6 +124,87 @@ def test_an_optional_key_that_is_malformed_is_told_where_it_would_go() -> None:
         key_for(OPEN, at("http://127.0.0.1:8000"), NOBODY, env)
     assert code_of(caught) == "key_malformed"
     assert key_for(OPEN, at(OURS), NOBODY, env) == NO_KEY
+
+
+# A login, of the server or of the proxy before it -------------------------------------------------------------------
+
+LOGIN = {"OPENAI_USER": "fox", "OPENAI_PASSWORD": "hole-7Gq2-den"}
+PAIR = "Basic Zm94OmhvbGUtN0dxMi1kZW4="
+
+
+def test_a_login_goes_where_a_key_would_and_before_it() -> None:
+    key = key_for(OPEN, at("http://127.0.0.1:8000"), NOBODY, KEYS | LOGIN)
+    assert (key.value, key.noun) == (PAIR, "login")
+    assert key.source == "environment OPENAI_USER and OPENAI_PASSWORD"
+    assert "OPENAI_API_KEY" in "".join(key.others())
+    assert bearer(key.value)["Authorization"] == PAIR
+    assert key_for(OPEN, at(OURS), NOBODY, LOGIN | {"OPENAI_BASE_URL": OURS}).value == PAIR
+
+
+@pytest.mark.parametrize("url", ["http://gpu.example/v1", OURS, "http://10.0.0.1:8000/v1"])
+def test_a_login_goes_nowhere_else_and_the_user_is_told(url: str) -> None:
+    key = key_for(OPEN, at(url), NOBODY, LOGIN)
+    assert key.value == "" and "login of environment OPENAI_USER and OPENAI_PASSWORD is not sent" in key.warning
+    assert "hole" not in repr(tuple(key)) and PAIR.split()[1] not in repr(tuple(key))
+
+
+def test_a_service_with_a_host_of_its_own_has_no_login_by_accident() -> None:
+    assert VENDOR.login_variables() is None
+    assert LOCAL.login_variables() is None
+
+
+class NoKey(type(OPEN)):  # type: ignore[misc]
+    """A server that has no key at all, such as one behind a proxy."""
+
+    key_places = None
+    user_variable, password_variable = "FARM_USER", "FARM_PASSWORD"
+
+
+def test_a_provider_without_a_key_has_a_login_all_the_same() -> None:
+    env = {"FARM_USER": "fox", "FARM_PASSWORD": "hole-7Gq2-den"}
+    assert key_for(NoKey(), at("http://127.0.0.1:8000"), NOBODY, env).value == PAIR
+    assert key_for(NoKey(), at("http://127.0.0.1:8000"), NOBODY, {}) == NO_KEY
+    assert "FARM_USER" in key_for(NoKey(), at(OURS), NOBODY, env).warning
+    assert NoKey.key_hint() == "FARM_USER and FARM_PASSWORD"
+
+
+@pytest.mark.parametrize(
+    ("env", "what"),
+    [
+        ({"OPENAI_USER": "fox"}, "OPENAI_PASSWORD is not set"),
+        ({"OPENAI_PASSWORD": "hole-7Gq2-den"}, "OPENAI_USER is not set"),
+        (LOGIN | {"OPENAI_USER": "a:b"}, "colon"),
+        (LOGIN | {"OPENAI_PASSWORD": "hole\r\nX: 7Gq2"}, "control"),
+        (LOGIN | {"OPENAI_PASSWORD": "h" * 600}, "longer"),
+    ],
+)
+def test_a_login_that_is_none_is_told_where_it_would_go(env: dict[str, str], what: str) -> None:
+    with pytest.raises(Failure) as caught:
+        key_for(OPEN, at("http://127.0.0.1:8000"), NOBODY, env)
+    assert code_of(caught) == "key_malformed" and what in caught.value.message
+    assert "hole" not in caught.value.message
+    assert key_for(OPEN, at(OURS), NOBODY, env) == NO_KEY
+
+
+def test_a_login_may_lie_in_the_dotenv_of_the_working_folder_and_is_masked_in_every_form() -> None:
+    Path(".env").write_text("OPENAI_USER=fox\nexport OPENAI_PASSWORD='hole-7Gq2-den'\n")
+    key = key_for(OPEN, at("http://127.0.0.1:8000"), NOBODY, {})
+    assert (key.value, key.source) == (PAIR, "OPENAI_USER and OPENAI_PASSWORD")
+    said = outside.outside_text(f"401 for {PAIR}, fox:hole-7Gq2-den, password hole-7Gq2-den")
+    assert said == "401 for Basic ***, ***, password ***"
+
+
+def test_who_is_asked_for_a_login_hears_where_it_goes() -> None:
+    there = at("http://127.0.0.1:8000")
+    with pytest.raises(Failure) as caught, telling_of_refused(NO_KEY, there, OPEN):
+        raise Failure("key_rejected", "no")
+    assert "OPENAI_USER and OPENAI_PASSWORD" in caught.value.fault.hint
+    with pytest.raises(Failure) as caught, telling_of_refused(key_for(OPEN, there, NOBODY, LOGIN), there, OPEN):
+        raise Failure("key_rejected", "no")
+    assert "the login is that of environment OPENAI_USER and OPENAI_PASSWORD" in caught.value.message
+
+
+# Which hosts are asked at all ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

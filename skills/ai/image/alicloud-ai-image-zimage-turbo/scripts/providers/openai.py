@@ -199,6 +199,7 @@ class OpenAI(OpenServer):
 
     name = "openai"
     key_places = KeyPlaces(variable="OPENAI_API_KEY", optional=True)
+    user_variable, password_variable = "OPENAI_USER", "OPENAI_PASSWORD"
     roots: ClassVar = {"self-hosted": ""}
     default_region = "self-hosted"
     base_url_variables = ("OPENAI_BASE_URL",)
@@ -242,7 +243,7 @@ class OpenAI(OpenServer):
             self._dialect = self._dialect_of(models) if models is not None else UNKNOWN
             signs = [sign for sign in SIGNS if sign.anywhere or is_own_machine(endpoint.host)]
             if models is not None and self._dialect is UNKNOWN:
-                found = yield from first_sign(signs, endpoint.root, "")
+                found = yield from first_sign(signs, endpoint.root, key)
                 self._dialect = found[0] if found else UNKNOWN
         if "steps" not in self._given:
             self.settings["steps"] = self.dialect.steps

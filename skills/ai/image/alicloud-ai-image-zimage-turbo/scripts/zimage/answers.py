@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 
 from zimage.codes import COMMON_CODES, Code, kind_of
-from zimage.contract import MAX_KEPT_ANSWER, MAX_LINK_LENGTH, MAX_OTHER_LINKS, MAX_TASK_ID
+from zimage.contract import BASIC, MAX_KEPT_ANSWER, MAX_LINK_LENGTH, MAX_OTHER_LINKS, MAX_TASK_ID
 from zimage.errors import KINDS, Failure
 from zimage.outside import at, json_of, kept_text, mask, outside_text, without_surrogates
 from zimage.page import media_type, redirect_words
@@ -245,8 +245,9 @@ def base64_picture(text: str) -> bytes:
 
 
 def bearer(key: str) -> dict[str, str]:
-    """The headers of a call whose answer is JSON; without a key, none of it."""
-    return {"Accept": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
+    """The headers of a call whose answer is JSON; without a key, none of it. A login names its own scheme."""
+    credentials = key if key.startswith(BASIC) else f"Bearer {key}"
+    return {"Accept": "application/json"} | ({"Authorization": credentials} if key else {})
 
 
 def json_post(url: str, payload: Mapping[str, Any], headers: dict[str, str]) -> HttpCall:

@@ -54,6 +54,7 @@ MAX_EVIDENCE_BYTES = 16 * MIB  # more than what is written: a prompt of 1 MiB tw
 MAX_SAVED_BYTES = 512 * MIB  # the largest picture that is decoded, saved without compression
 MAX_JSON_VALUES, MAX_JSON_DEPTH = 100_000, 600  # of JSON that somebody else wrote: `{},{},` takes 30 times its size
 MAX_LINK_LENGTH, MAX_OTHER_LINKS = 8192, 20  # characters of a link; links beside the first that are kept
+BASIC = "Basic "  # how a login stands in the header (RFC 7617): no key has a blank
 MAX_TASK_ID = 500  # characters of the name that a service gives to a task
 MAX_KEPT_ANSWER = 4000  # characters of an answer in which no picture was found
 MAX_USAGE_BYTES = 64 * 1024  # of what a service says of its own usage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import functools
 import io
@@ -11,9 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from zimage.account import below_home, config_of, path_of, shown_place
+from zimage.contract import BASIC
 from zimage.errors import Failure, os_reason
 from zimage.files import open_regular
-from zimage.outside import outside_text, remember_secret
+from zimage.outside import CONTROL, outside_text, remember_secret
 
 if TYPE_CHECKING:
     from zimage.provider import ConfigFile
@@ -40,12 +42,16 @@ class KeyPlaces(NamedTuple):
 
 
 class Key(NamedTuple):
-    """A key and the place it came from; only `source` is ever shown. An empty one is not sent."""
+    """A key, or a login, and the place it came from; only `source` is ever shown. An empty one is not sent."""
 
     value: str
     source: str
     warning: str = ""
     others: Callable[[], Sequence[str]] = tuple  # what else is to be said of its places, should it be refused
+
+    @property
+    def noun(self) -> str:
+        return "login" if self.value.startswith(BASIC) else "key"
 
     def __repr__(self) -> str:
         return f"Key(source={self.source!r})"
@@ -76,6 +82,36 @@ def find_key(places: KeyPlaces, env: Mapping[str, str]) -> Key:
         f"no API key found{trouble}",
         hint=f"have the user set {' or '.join(options)}; a key never belongs in the chat or on a command line",
     )
+
+
+def find_login(names: tuple[str, str], places: KeyPlaces | None, env: Mapping[str, str]) -> Key | None:
+    """User and password for HTTP's basic authentication (RFC 7617), from environment or `.env`; None where none is set.
+
+    `names`: the variables of both. `places`: of a key, which it goes before: one header holds but one of them.
+
+    Raises:
+        Failure: key_malformed.
+    """
+    notes: list[str] = []
+    dotenv = "" if all(map(env.get, names)) else _read_text(Path(".env"), notes)
+    user, password = (env.get(name) or dotenv_value(dotenv, name) for name in names)
+    if not user and not password:
+        return None
+    source = f"environment {' and '.join(names)}" if not dotenv else f"{' and '.join(names)}"
+    pair = base64.b64encode(f"{user}:{password}".encode(errors="surrogateescape")).decode()
+    for secret in (password, f"{user}:{password}", pair):
+        remember_secret(secret)
+    for is_so, what in (
+        (not user or not password, f"is half of one: {names[0] if password else names[1]} is not set"),
+        (":" in user, "has a colon in the user's name, which no login can have"),
+        (CONTROL.search(user + password), "has control characters in it"),
+        (len(user + password) > LONGEST_KEY, f"is longer than any: {LONGEST_KEY} characters"),
+    ):
+        if is_so:
+            hint = "tell the user to set both anew, or none"
+            raise Failure("key_malformed", f"the login of {source} {what}", hint=hint)
+    login = Key(BASIC + pair, source)
+    return login if places is None else login._replace(others=functools.partial(_other_places, places, env, login))
 
 
 def _other_places(places: KeyPlaces, env: Mapping[str, str], used: Key) -> Sequence[str]:

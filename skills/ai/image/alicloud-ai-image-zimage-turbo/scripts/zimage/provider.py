@@ -133,6 +133,8 @@ class Provider:
 
     name: ClassVar[str]
     key_places: ClassVar[KeyPlaces | None] = None  # None: there is no key
+    user_variable: ClassVar[str | None] = None  # with the next: a login for basic authentication, of server or proxy
+    password_variable: ClassVar[str | None] = None
     roots: ClassVar[dict[str, str]]  # region -> API root; empty text where only the user can name one
     region_aliases: ClassVar[dict[str, str]] = {}
     other_regions: ClassVar[tuple[str, ...]] = ()  # of the service, without the model
@@ -176,10 +178,15 @@ class Provider:
     @classmethod
     def key_hint(cls) -> str:
         """Where users keep the key, in words."""
-        places = cls.key_places
-        if places is None:
-            return "none"
-        return places.variable + (f", or {places.ini_option} in ~/{places.ini_file}" if places.ini_file else "")
+        places, login = cls.key_places, cls.login_variables()
+        ways = [places.variable] if places else []
+        ways += [f"{places.ini_option} in ~/{places.ini_file}"] if places and places.ini_file else []
+        return ", or ".join([*ways, *([" and ".join(login)] if login else [])]) or "none"
+
+    @classmethod
+    def login_variables(cls) -> tuple[str, str] | None:
+        """The variables of user and password; None where there is no login."""
+        return (cls.user_variable, cls.password_variable) if cls.user_variable and cls.password_variable else None
 
     def root_of(self, path: str) -> str | None:
         """The path of the API root that a base URL's path means; None where it means none."""

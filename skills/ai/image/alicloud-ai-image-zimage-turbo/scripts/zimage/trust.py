@@ -22,7 +22,7 @@ from zimage.endpoint import (
     split_netloc,
 )
 from zimage.errors import Failure, Problem
-from zimage.keys import NO_KEY, find_key
+from zimage.keys import NO_KEY, find_key, find_login
 from zimage.outside import outside_text, shown
 
 if TYPE_CHECKING:
@@ -151,23 +151,21 @@ def key_for(provider: Provider, endpoint: Endpoint, trusted: frozenset[str], env
     Raises:
         Failure: key_missing, key_malformed.
     """
-    places = provider.key_places
-    if places is None:
-        return NO_KEY
-    if not places.optional:
+    places, login = provider.key_places, provider.login_variables()
+    if places is not None and not places.optional:
         return find_key(places, env)
     entitled = may_have_optional_key(endpoint, provider, trusted, env)
     try:
-        key = find_key(places, env)
+        key = (find_login(login, places, env) if login else None) or (find_key(places, env) if places else NO_KEY)
     except Failure as failure:
         if entitled and failure.code != "key_missing":
             raise
         return NO_KEY
-    if entitled:
+    if entitled or not key.value:
         return key
     how = f"--trust-host {endpoint.host}" if endpoint.root.startswith("https://") else "https, or a tunnel to loopback"
     only = f"only if that host needs it and the user says that it is theirs: {how}"
-    return NO_KEY._replace(warning=f"{places.variable} is not sent to {endpoint.host}; {only}")
+    return NO_KEY._replace(warning=f"the {key.noun} of {key.source} is not sent to {endpoint.host}; {only}")
 
 
 def may_have_optional_key(
@@ -367,7 +365,11 @@ def telling_of_refused(key: Key, endpoint: Endpoint, provider: Provider) -> Iter
     try:
         yield
     except Failure as failure:
-        if failure.fault.exit_code != EXIT_KEY or not key.source:
+        if failure.fault.exit_code != EXIT_KEY:
+            raise
+        if not key.value and (login := provider.login_variables()):
+            raise failure.but(hint=f"tell the user: this server asks who it is; {_ways_in(provider, login)}") from None
+        if not key.source:
             raise
         hint = failure.fault.hint
         if failure.code == "key_rejected":
@@ -375,7 +377,13 @@ def telling_of_refused(key: Key, endpoint: Endpoint, provider: Provider) -> Iter
             if endpoint.source == "default" and others:
                 hint += f"; --check --region {others[0]} tries that one, free"
             elif endpoint.source:
-                hint += f"; {endpoint.source} leads to {endpoint.host}: it must be a key of that server"
+                hint += f"; {endpoint.source} leads to {endpoint.host}: it must be a {key.noun} of that server"
             hint = "; ".join([hint, *key.others()])
-        message = f"{failure.message}; the key is that of {key.source}"
+        message = f"{failure.message}; the {key.noun} is that of {key.source}"
         raise failure.but(message=message, hint=hint) from None
+
+
+def _ways_in(provider: Provider, login: tuple[str, str]) -> str:
+    """The variables by which a server that asks for a key or a login gets one."""
+    key = f", or {provider.key_places.variable} for a key" if provider.key_places else ""
+    return f"they set {' and '.join(login)} for a login{key}"
