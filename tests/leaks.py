@@ -1,8 +1,8 @@
 """No key in anything that the program leaves: all output and all files of every run of the suite are searched.
 
 A key is what an environment gives the program (`…_API_KEY`, `…_PASSWORD`), or a test has put into a file; it is
-looked for as it is, percent-encoded, in hex, and in base64 wherever its first byte falls in a group of three. `SEARCHED` counts what
-was searched, for the last line of a run of pytest.
+looked for as it is, percent-encoded, in hex, and in base64 wherever its first byte falls in a group of three.
+`SEARCHED` counts what was searched, for the last line of a run of pytest.
 """
 
 from __future__ import annotations

@@ -312,6 +312,8 @@ FACTS: tuple[object, ...] = (
     {"response": {"image_url": 5}},
     {"response": {"image_url": "https://x.example/", "expires_at": "tomorrow"}},
     {"response": {"expires_at": 5}},
+    {"response": {"seed": -1}},
+    {"response": {"seed": 2**31}},
     {"image": "photo.png"},
     {"image": {"path": "/etc/passwd"}},
     {"image": {"path": 5, "sha256": "", "bytes": 1, "format": "PNG", "width": 1, "height": 1}},
@@ -768,6 +770,7 @@ GOOD_FACTS: tuple[object, ...] = (
     {"attempts": []},
     {"timings_ms": {"total": 1}},
     {"response": {"usage": {"a": [{}]}}},
+    {"response": {"seed": 5}},
 )
 
 

@@ -236,6 +236,7 @@ ANSWER_SCHEMA = record(
         "expires_at?": MOMENT,
         "rewritten_prompt?": TEXT,
         "reasoning?": TEXT,
+        "seed?": described("That it was drawn from, where it says so.", "integer", minimum=0, maximum=MAX_SEED),
     },
 )
 UNREAD_SCHEMA = record(

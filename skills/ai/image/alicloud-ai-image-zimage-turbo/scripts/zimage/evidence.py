@@ -176,6 +176,17 @@ class Evidence:
             warnings=[*warnings, *several, *generated.warnings] or None,
             error=None,
         )
+        if generated.unused:
+            settings = self.data.get("settings", {})
+            used = {name: value for name, value in settings.items() if name not in generated.unused}
+            unused = [*self.data.get("unused", ()), *generated.unused]
+            self.update(settings=used or None, unused=list(dict.fromkeys(unused)))
+
+    @property
+    def seed(self) -> int | None:
+        """That the picture was drawn from, as far as is known: the service's word goes before ours."""
+        asked = None if "seed" in self.data.get("unused", ()) else self.data["request"].get("seed")
+        return self.said.get("seed", asked)
 
     def saved(self, image: Image, download_ms: float, total_ms: float) -> None:
         """The picture lies in its place. `timings_ms` is of the command that saved it, but for `generate`."""
@@ -224,6 +235,7 @@ def said_of(generated: Generated) -> Response:
         "expires_at": timestamp(generated.expires_at) if generated.expires_at else None,
         "rewritten_prompt": generated.rewritten_prompt or None,
         "reasoning": generated.reasoning or None,
+        "seed": generated.seed,
     }
     return cast("Response", {name: value for name, value in response.items() if value is not None})
 
@@ -330,7 +342,7 @@ def response_of(evidence: Evidence, image: Image) -> dict[str, Any]:
         "rewritten_prompt": said.get("rewritten_prompt"),
         "reasoning": said.get("reasoning"),
         "request_id": said.get("request_id", ""),
-        "seed": request.get("seed"),
+        "seed": evidence.seed,
         "size": request["size"],
         "provider": data["provider"],
         "region": data["region"],

@@ -49,6 +49,7 @@ class Response(TypedDict, total=False):
     expires_at: str
     rewritten_prompt: str
     reasoning: str
+    seed: int
 
 
 class _Unread(TypedDict):

@@ -183,6 +183,8 @@ def read_request(options: Options, stop: Stop) -> tuple[Any, Content | None]:
     if options.mode == "replay":
         recorded = Evidence.load("--replay", options.source, stop).data
         raw: Any = {name: value for name, value in recorded["request"].items() if name != "base_url"}
+        if (drawn_from := recorded.get("response", {}).get("seed")) is not None:
+            raw["seed"] = drawn_from
     elif options.mode == "prompt":
         raw = {"prompt": options.source}
     elif options.mode == "file":

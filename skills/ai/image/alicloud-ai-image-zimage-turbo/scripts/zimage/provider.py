@@ -67,6 +67,8 @@ class Generated(NamedTuple):
     quota: Mapping[str, int] = {}  # `Quota.told`
     warnings: tuple[str, ...] = ()
     http_status: int | None = None  # of the answer to the paid call; None where it came by no answer of its own
+    seed: int | None = None  # that the service says it was drawn from
+    unused: tuple[str, ...] = ()  # what of seed, steps and guidance it was not, or not surely, made with
 
     def bounded(self) -> Generated:
         """The same with no more than an evidence file takes, so that what is written can be read again.

@@ -260,6 +260,11 @@ def string_checker(schema: Mapping[str, Any]) -> Check:
     return lambda value: type(value) is str and len(value) >= shortest and found(value) is not None
 
 
+def integer_checker(schema: Mapping[str, Any]) -> Check:
+    least, most = schema.get("minimum", -math.inf), schema.get("maximum", math.inf)
+    return lambda value: type(value) is int and least <= value <= most
+
+
 def is_number(value: Any) -> bool:
     return type(value) is int or (type(value) is float and math.isfinite(value))
 
@@ -278,7 +283,7 @@ CHECKERS: Mapping[str, Callable[[Mapping[str, Any]], Check]] = {
     "array": array_checker,
     "string": string_checker,
     "boolean": lambda _: lambda value: type(value) is bool,
-    "integer": lambda _: lambda value: type(value) is int,
+    "integer": integer_checker,
     "number": lambda _: is_number,
     "any": lambda _: is_json,
 }

@@ -90,7 +90,7 @@ def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict
             "prompt": row["prompt"],
             "rewritten_prompt": said.get("rewritten_prompt"),
             "size": row["size"],
-            "seed": row["seed"] if row["seed"] != NO_SEED and "seed" not in facts.get("unused", ()) else None,
+            "seed": said.get("seed", row["seed"] if is_seeded(row, facts) else None),
             "prompt_extend": bool(row["prompt_extend"]),
             "output": row["output"],
             "image_path": path_in(folder, row["output"]) if image else None,
@@ -108,6 +108,11 @@ def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict
             "in_input": None if row["position"] is not None else False,
         }
         yield {name: value for name, value in entry.items() if value is not None}
+
+
+def is_seeded(row: Mapping[str, Any], facts: Facts) -> bool:
+    """Whether a picture has been, or will be, drawn from the seed of its row, as far as is known."""
+    return row["seed"] != NO_SEED and "seed" not in facts.get("unused", ())
 
 
 def is_unpriced(row: Mapping[str, Any], facts: Facts, in_quota: Collection[int]) -> bool:
