@@ -32,6 +32,7 @@ KEYS = {
     "ZIMAGETURBO_API_KEY": "zt-key-9d27e5b0a3c8f146",
     "OPENAI_API_KEY": "oa-key-6b80f2d4c91e7a35",
     "MODELSCOPE_API_KEY": "ms-1e6f03b8-test-4d2a-9c57-a0b1c2d3e4f5",
+    "SDAPI_API_KEY": "sa-key-e17c3b9f5d20a684",
 }
 NO_WAIT = (("Retry-After", "0"),)
 NOT_NOW = (("Retry-After", "600"),)  # longer than any command here: no reason to wait for it
@@ -58,6 +59,7 @@ class Case(ABC):
     root: ClassVar[str]  # path of the API root
     paid: ClassVar[str]  # below it
     free: ClassVar[str]  # what --check asks, below it
+    says: ClassVar[dict[str, object]] = {}  # what it is, to whom asks: whole paths, and the bodies of answers
     limits: ClassVar[str] = ""  # what it asks then, below it; nothing where that is all
     key_variable: ClassVar[str]
     url_variable: ClassVar[str]
@@ -108,6 +110,10 @@ class Case(ABC):
     @abstractmethod
     def expected_payload(self, prompt: str, seed: int | None) -> dict[str, Any]:
         """The body of a paid call for a square picture of about 1024*1024."""
+
+    def unasked_payload(self, prompt: str, seed: int | None) -> dict[str, Any]:
+        """The same where nobody has asked yet what the server is."""
+        return self.expected_payload(prompt, seed)
 
     def listed(self) -> object:
         """The body that answers --check where the key is good."""
@@ -300,6 +306,9 @@ class OpenAICase(Case):
             "guidance_scale": 0.0,
         }
 
+    def unasked_payload(self, prompt: str, seed: int | None) -> dict[str, Any]:
+        return self.expected_payload(prompt, seed) | {"num_inference_steps": 8}
+
 
 class OpenAILinkCase(OpenAICase):
     """A server that answers with a link although bytes were asked for: some do."""
@@ -311,9 +320,71 @@ class OpenAILinkCase(OpenAICase):
         return {"created": 1767000000, "data": [{"url": request.root + PICTURE}]}
 
 
+class SdApiCase(Case):
+    """A server that says that it is Forge."""
+
+    id = provider = "sdapi"
+    root = "/sdapi/v1"
+    paid = "/txt2img"
+    free = "/sd-models"
+    says: ClassVar = {"/sdapi/v1/sd-modules": [{"model_name": "ae.safetensors"}]}
+    key_variable = "SDAPI_API_KEY"
+    url_variable = "SDAPI_BASE_URL"
+    cost = 0.0
+    is_billed = False
+    key_is_optional = True
+    by_link = False
+    refused_as: ClassVar = {
+        "invalid": (422, ""),
+        "key": (401, ""),
+        "balance": (402, ""),
+        "blocked": (400, "content_policy_violation"),
+        "busy": (429, ""),
+        "failing": (500, "RuntimeError"),
+        "overloaded": (503, ""),
+        "teapot": (418, ""),
+    }
+
+    def said(self, status: int, code: str, message: str) -> object:
+        if status == 500:
+            return {"error": code, "detail": "", "body": "", "errors": message}
+        return {"detail": {"msg": message, "type": code}} if code else {"detail": message}
+
+    def made(self, request: Received, content: bytes) -> object:
+        asked = json.loads(request.body)
+        told = {name: asked.get(name) for name in ("prompt", "seed", "steps", "cfg_scale", "sampler_name")}
+        image = base64.b64encode(content).decode()
+        return {"images": [image], "parameters": asked, "info": json.dumps(told)}
+
+    def listed(self) -> object:
+        return [{"title": "z_image_turbo.safetensors [abcdef1234]", "model_name": "z_image_turbo"}]
+
+    def empty(self) -> object:
+        return {"images": [], "parameters": {}, "info": ""}
+
+    def expected_payload(self, prompt: str, seed: int | None) -> dict[str, Any]:
+        return self.unasked_payload(prompt, seed) | {"scheduler": "Simple"}
+
+    def unasked_payload(self, prompt: str, seed: int | None) -> dict[str, Any]:
+        return {
+            "prompt": prompt,
+            "negative_prompt": "",
+            "width": 1024,
+            "height": 1024,
+            "steps": 8,
+            "cfg_scale": 1.0,
+            "seed": seed,
+            "sampler_name": "Euler",
+            "batch_size": 1,
+            "n_iter": 1,
+            "send_images": True,
+            "save_images": False,
+        }
+
+
 DASHSCOPE, ZIMAGETURBO, OPENAI, OPENAI_LINK = DashScopeCase(), ZImageTurboCase(), OpenAICase(), OpenAILinkCase()
-MODELSCOPE = ModelScopeCase()
-CASES: tuple[Case, ...] = (DASHSCOPE, ZIMAGETURBO, OPENAI, MODELSCOPE)
+MODELSCOPE, SDAPI = ModelScopeCase(), SdApiCase()
+CASES: tuple[Case, ...] = (DASHSCOPE, ZIMAGETURBO, MODELSCOPE, OPENAI, SDAPI)
 LINKED_CASES: tuple[Case, ...] = (DASHSCOPE, ZIMAGETURBO, OPENAI_LINK, MODELSCOPE)
 OTHER_TABLES = {"diffusers"}  # in this process, no protocol: tests/test_diffusers.py
 
@@ -423,6 +494,8 @@ class Lab:
         self.streams: list[str] = []
         shell.env |= {**KEYS, case.url_variable: server.root + case.root}
         self.picture(png())
+        for path, body in case.says.items():
+            server.play(path, json_answer(body))
         self.about_tasks(self.book.status)
         if case is not ZIMAGETURBO:  # where that is the same
             server.play(case.free_path, json_answer(case.listed()))
@@ -522,7 +595,8 @@ class Lab:
 def assert_keys_at(server: FaultServer, case: Case | None) -> None:
     """A server has seen the key of the case, in the one header of service calls, and no other key anywhere."""
     for request in server.requests:
-        calls = case is not None and (request.path == case.paid_path or case.is_free_path(request.path))
+        pays = case is not None and request.path == case.paid_path
+        calls = case is not None and (pays or case.is_free_path(request.path) or request.path in case.says)
         sent = f"{request.target} {request.body.decode('utf-8', 'replace')}"
         for name, value in request.headers:
             if name == "authorization" and calls and case is not None and value == f"Bearer {case.key}":

@@ -52,6 +52,7 @@ FOR_PROVIDERS = {
     "contract",
     "endpoint",
     "errors",
+    "formats",
     "keys",
     "outside",
     "provider",

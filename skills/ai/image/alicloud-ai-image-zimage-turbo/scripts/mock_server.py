@@ -117,6 +117,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ("zimageturbo", mock.zimageturbo_url),
                 ("openai", mock.openai_url),
                 ("modelscope", mock.modelscope_url),
+                ("sdapi", mock.sdapi_url),
             )
         }
         print(json.dumps(where | {"providers": providers, "pid": os.getpid()}), flush=True)

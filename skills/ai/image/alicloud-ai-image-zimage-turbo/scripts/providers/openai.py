@@ -102,6 +102,7 @@ class Dialect(NamedTuple):
     is_known: bool = True  # what it does with these fields
     passes_on: bool = False  # to others, who may be paid
     headers: Mapping[str, str] = {}
+    better: str = ""  # another way to the same server, and why
 
 
 UNKNOWN = Dialect("this server, which does not say what it is,", is_known=False)
@@ -111,6 +112,7 @@ SD_SERVER = Dialect(
     fields={"seed": "seed", "steps": "sample_params.sample_steps", "guidance": "sample_params.guidance.txt_cfg"},
     put=in_tag_of_prompt,
     no_guidance=1.0,
+    better="--provider sdapi asks it by fields of its own, and is told the true seed",
 )
 LOCALAI = Dialect("LocalAI", fields={"seed": "seed", "steps": "step"}, needs_model=True, splits_prompt_at="|")
 OWNERS = {  # `owned_by` in GET /v1/models
@@ -319,6 +321,8 @@ class OpenAI(OpenServer):
         elif self._dialect is not None and not self.dialect.is_known:
             names = ", ".join(name for name in FIELDS if name not in unused)
             notes.append(f"not confirmed: {self.dialect.name} may ignore {names}")
+        if self.dialect.better:
+            notes.append(f"{self.dialect.name}: {self.dialect.better}")
         return tuple(notes)
 
     def learns_from(self, failure: Failure) -> bool:

@@ -12,7 +12,7 @@ from zimage.files import check_free_name, check_space
 from zimage.keys import NO_KEY, Key
 from zimage.plan import planned_endpoint, planned_provider, workspace_of
 from zimage.settle import retry_wait
-from zimage.transport import ask
+from zimage.transport import ask, get_to_know
 from zimage.trust import key_for, telling_of_refused, telling_of_withheld
 
 if TYPE_CHECKING:
@@ -86,7 +86,7 @@ def _look(options: Options, stop: Stop, env: Mapping[str, str], told: dict[str, 
     if warnings := [*endpoint.warnings, *filter(None, [key.warning])]:
         told["warnings"] = warnings
     provider.preflight()
-    call = provider.query(endpoint, key.value, workspace)
+    call, is_known = provider.query(endpoint, key.value, workspace), False
     attempt = 0
     while True:
         try:
@@ -94,6 +94,12 @@ def _look(options: Options, stop: Stop, env: Mapping[str, str], told: dict[str, 
                 told["model_listed"] = ask(call, provider.read_query, stop, endpoint)
             break
         except Failure as error:
+            if error.code == "not_found" and not is_known:  # servers that say what they are may be asked otherwise
+                get_to_know(provider, endpoint, key, stop)
+                is_known, earlier = True, call
+                call = provider.query(endpoint, key.value, workspace)
+                if call != earlier:
+                    continue
             failure = free_of_charge(error)
             wait = retry_wait(failure, attempt, options.max_retries, stop)
             if wait is None:

@@ -44,6 +44,31 @@ def lean_png(content: bytes) -> bytes:
     return b"".join([PNG, *chunks, png_chunk(b"IDAT", pixels), png_chunk(b"IEND", b"")])
 
 
+MOST_CHUNKS = 100  # before the pixels; a picture of a stranger may have any number
+
+
+def png_text(content: bytes, keyword: str) -> str:
+    """A text that stands under a keyword before the pixels of a PNG; empty where there is none.
+
+    Plain `tEXt` and `iTXt` chunks: PNG specification (W3C), section 11.3.3. What is packed is not unpacked.
+    """
+    position = len(PNG)
+    for _ in range(MOST_CHUNKS if content.startswith(PNG) else 0):
+        if position + 8 > len(content):
+            break
+        length, kind = struct.unpack_from(">I4s", content, position)
+        if kind == b"IDAT":
+            break
+        data = content[position + 8 : position + 8 + min(length, MAX_METADATA_BYTES)]
+        name, _, text = data.partition(b"\0")
+        if name == keyword.encode() and kind == b"tEXt":
+            return text.decode("latin-1")
+        if name == keyword.encode() and kind == b"iTXt" and text[:1] == b"\0":
+            return text[2:].split(b"\0", 2)[-1].decode("utf-8", "replace")
+        position += 12 + length
+    return ""
+
+
 def png_chunk(kind: bytes, data: bytes | bytearray) -> bytes:
     return b"".join([struct.pack(">I", len(data)), kind, data, struct.pack(">I", zlib.crc32(data, zlib.crc32(kind)))])
 

@@ -24,6 +24,7 @@ from zimage_mock.ledger import Ledger
 from zimage_mock.modelscope import ModelScope
 from zimage_mock.openai import OpenAI
 from zimage_mock.provider import Provider, Studio
+from zimage_mock.sdapi import SdApi
 from zimage_mock.service import Service
 from zimage_mock.zimageturbo import ZImageTurbo
 
@@ -31,8 +32,10 @@ MAX_BODY_BYTES = 1024 * 1024
 DEFAULT_RPM = 120  # requests a minute and account: the vendor's model page, 2026
 DEFAULT_LINK_TTL_S = 24 * 3600
 # The first whose prefix fits answers: /api/v1/ before /api/.
-PROVIDERS: Sequence[type[Provider]] = (DashScope, ZImageTurbo, OpenAI, ModelScope)
-FAULTS: dict[str, Fault] = {**COMMON_FAULTS, **ModelScope.own_faults, **ZImageTurbo.own_faults, **OpenAI.own_faults}
+PROVIDERS: Sequence[type[Provider]] = (DashScope, ZImageTurbo, ModelScope, OpenAI, SdApi)
+FAULTS: dict[str, Fault] = dict(COMMON_FAULTS)
+for _provider in PROVIDERS:
+    FAULTS |= _provider.own_faults
 
 
 def services_that_know(fault: str) -> list[str]:
@@ -83,8 +86,8 @@ class MockServer(ThreadingHTTPServer):
         self._thread: threading.Thread | None = None
         super().__init__((_loopback(host), port), _Handler)
         root = f"http://{self.server_name}:{self.server_port}"
-        self.base_url, self.zimageturbo_url, self.openai_url = (
-            f"{root}{provider.prefix}".rstrip("/") for provider in (DashScope, ZImageTurbo, OpenAI)
+        self.base_url, self.zimageturbo_url, self.openai_url, self.sdapi_url = (
+            f"{root}{provider.prefix}".rstrip("/") for provider in (DashScope, ZImageTurbo, OpenAI, SdApi)
         )
         self.modelscope_url = f"{root}{ModelScope.root}"
         self.endpoint = f"{root}{DashScope.generation_path}"

@@ -303,10 +303,10 @@ class Run:
             return  # of an earlier run: says nothing of this one
         if now >= self.deadline:  # it was cut, which says nothing of service or network
             self._halt_for_time()
-        elif outcome.holds:
-            self._hold(failure, now, sent)
         elif failure.fault.concerns == "run":
             self._halt(failure)
+        elif outcome.holds:
+            self._hold(failure, now, sent)
         elif failure.fault.billed == "unknown" or failure.fault.concerns == "service" or job.state == "generated":
             self._count_failure(outcome.step, failure)
         else:  # the row's own fault: the service works
