@@ -32,7 +32,7 @@ LAYERS = [
     ["task", "download", "plan"],
     ["options"],
     ["check", "make"],
-    ["recover"],
+    ["recover", "trial"],
     ["batch.contract"],
     ["batch.tables", "batch.workbook"],
     ["batch.inputs"],

@@ -99,6 +99,16 @@ def run(arguments: Sequence[str], stop: Stop, console: Console, env: Mapping[str
     check_working_folder()
     if options.mode == "check":
         findings, failure = check(options, stop, env)
+        if failure is None and options.deep:
+            from zimage.trial import Trial
+
+            trial = Trial(options, stop, console, env)
+            findings["held"] = trial.told
+            try:
+                trial.run()
+            except Failure as ended:
+                failure = ended
+                findings |= {"ok": False, "error": failure.fault.as_json()}
         if failure is not None:
             console.tell(failure)
         console.answer(findings)

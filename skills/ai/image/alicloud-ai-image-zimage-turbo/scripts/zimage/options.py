@@ -40,7 +40,8 @@ REQUEST_FLAGS = ("size", "aspect_ratio", "seed", "prompt_extend", "base_url")
 ALWAYS_ALLOWED = {"print_response", "quiet"}
 ALLOWED: dict[str, set[str]] = {  # the flags that mean something in a mode; those not named here allow all
     "recover": ALWAYS_ALLOWED | {"output", "overwrite", "timeout", "trust_host", "base_url"},
-    "check": ALWAYS_ALLOWED | {"base_url", "region", "provider", "timeout", "max_retries", "trust_host"},
+    "check": ALWAYS_ALLOWED
+    | {"base_url", "region", "provider", "timeout", "max_retries", "trust_host", "deep", "accept_cost"},
     "schema": ALWAYS_ALLOWED,
 }
 
@@ -115,6 +116,9 @@ def build_parser(provider: type[Provider] | None = None) -> Parser:
     service.add_argument(
         "--max-retries", metavar="N", help=f"of calls surely not billed (default {DEFAULT_MAX_RETRIES})"
     )
+
+    service.add_argument("--deep", action="store_true", help="with --check: draw 2 to 4 small pictures, say what holds")
+    service.add_argument("--accept-cost", action="store_true", help="with --deep: the user agrees to what these cost")
 
     result = parser.add_argument_group("result")
     result.add_argument("--output", metavar="PATH", help="file to save: .png, .jpg or .webp")
@@ -251,6 +255,9 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
         allowed = allowed | ({setting.name for setting in asked.own_settings} if asked else set())
         strange = [name for name in given if name not in allowed and name not in MODES]
         problems += [Problem("usage", f"{flag(name)} does not go with {flag(mode)}") for name in strange]
+    for name, other in (("deep", "check"), ("accept_cost", "deep")):
+        if name in given and other not in given:
+            problems.append(Problem("usage", f"{flag(name)} goes with {flag(other)} only"))
     if mode == "schema" and arguments.schema not in SCHEMAS:
         problems.append(
             Problem("usage", f"--schema: must be one of {', '.join(SCHEMAS)}, got {shown(arguments.schema)}")
@@ -282,6 +289,8 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
         timeout=timeout,
         max_retries=max_retries,
         trusted=trusted,
+        deep=arguments.deep,
+        accept_cost=arguments.accept_cost,
         problems=tuple(problems),
     )
 

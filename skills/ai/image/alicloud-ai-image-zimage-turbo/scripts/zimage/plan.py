@@ -43,6 +43,8 @@ class Options(NamedTuple):
     max_retries: int | None  # None: as often as the table of `settle` says
     trusted: frozenset[str]
     problems: tuple[Problem, ...]  # of the arguments, to be told together with those of the request
+    deep: bool = False  # --check draws pictures
+    accept_cost: bool = False
 
 
 class Plan(NamedTuple):
