@@ -283,6 +283,7 @@ def test_a_batch_records_the_true_seeds_too(own: Own) -> None:
         ((), {"steps": 20}, "steps"),
         (("--guidance", "30"), {"cfg_scale": 25.0}, "guidance"),
         (("--guidance", "2.5"), {"cfg_scale": None}, "guidance"),
+        (("--sampler", "Res 2S"), {"sampler_name": "Euler a"}, "sampler"),
     ],
 )
 def test_what_the_server_changes_is_told_and_not_recorded_as_used(
@@ -294,11 +295,20 @@ def test_what_the_server_changes_is_told_and_not_recorded_as_used(
     assert any(text.startswith(f"{name}: the server says") for text in response["warnings"])
 
 
+def test_no_guidance_in_any_words_is_what_was_asked_for(own: Own) -> None:
+    for word in (None, 1, 1.0):
+        own.server.play(POST, with_info(cfg_scale=word))
+        own.is_a("forge")
+        assert "warnings" not in own.make().json
+
+
 def test_guidance_is_never_recorded_of_a_server_that_drops_it(own: Own) -> None:
     own.is_a("mfluxible")
     own.server.play(POST, with_info(cfg_scale=None))
-    response, evidence = own.make("--guidance", "3").json, own.shell.evidence()
-    assert evidence["unused"] == ["guidance"] and "guidance" not in evidence["settings"]
+    response, evidence = own.make("--guidance", "3", "--sampler", "euler").json, own.shell.evidence()
+    assert evidence["unused"] == ["guidance", "sampler"]
+    assert not {"guidance", "sampler"} & evidence["settings"].keys()
+    assert any("guidance, sampler; mfluxible drops it" in text for text in response["warnings"])
     assert response["seed"] == evidence["request"]["seed"]
 
 

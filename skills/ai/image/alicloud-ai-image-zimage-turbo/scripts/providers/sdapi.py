@@ -46,6 +46,7 @@ CODES = (
 # How servers differ ---------------------------------------------------------------------------------------------------
 
 FIELDS = {"seed": "seed", "steps": "steps", "guidance": "cfg_scale"}
+SAMPLING = {"sampler": "sampler_name", "scheduler": "scheduler"}
 NO_PROJECT = "tell the user to open a project in Draw Things: without one the picture is made and not handed over"
 NO_MODEL = "tell the user to look at the server: is the model loaded, or was the picture given up there?"
 
@@ -53,15 +54,16 @@ NO_MODEL = "tell the user to look at the server: is the model loaded, or was the
 class Dialect(NamedTuple):
     """What is so of one kind of server; sources in facts of references/providers.md.
 
-    `seed`: the sent one is used, also where the answer does not name it. `lists`: a free path below the server's root
-    that names the model. `model`: how a request names one; None where it cannot. `own`: further fields that it must
-    get, made of the payload. `empty`: what to do where an answer has no picture.
+    `sampler`: None where its own choice is right, or its names are not known. `steps`: what makes 8 evaluations of the
+    model. `seed`: the sent one is used, also where the answer does not name it. `unused`: what it drops. `lists`: a
+    free path below the server's root that names the model. `model`: how a request names one; None where it cannot.
+    `own`: further fields that it must get, made of the payload. `empty`: what to do where an answer has no picture.
     """
 
     name: str
-    sampler: str | None = None  # None: its own choice is right, or its names are not known
+    sampler: str | None = None
     scheduler: str | None = None
-    steps: int = 8  # what makes 8 evaluations of the model
+    steps: int = 8
     seed: bool = True
     unused: tuple[str, ...] = ()
     lists: str = "sdapi/v1/sd-models"
@@ -82,7 +84,7 @@ FORGE = A1111._replace(name="Forge", scheduler="Simple")
 SD_NEXT = A1111._replace(name="SD.Next", sampler="Default")
 SD_SERVER = Dialect("stable-diffusion.cpp", "euler", "simple")
 KOBOLDCPP = Dialect("koboldcpp", "euler", "default")
-MFLUXIBLE = Dialect("mfluxible", unused=("guidance",), lists="health")
+MFLUXIBLE = Dialect("mfluxible", unused=("guidance", "sampler", "scheduler"), lists="health")
 XINFERENCE = Dialect(
     "Xinference", steps=9, seed=False, lists="v1/models", model=lambda name: {"model": name}, needs_model=True
 )
@@ -307,7 +309,9 @@ class SdApi(OpenServer):
 
     def unused(self) -> tuple[str, ...]:
         users = {*(self.settings["body"] or {}), *(self.settings["omit"] or ())}
-        return tuple(name for name, field in FIELDS.items() if name in self.dialect.unused or field in users)
+        named = {name: field for name, field in SAMPLING.items() if self.settings[name]}
+        asked = FIELDS | named
+        return tuple(name for name, field in asked.items() if name in self.dialect.unused or field in users)
 
     @property
     def known_settings(self) -> dict[str, Any]:
@@ -357,6 +361,10 @@ class SdApi(OpenServer):
             notes.append("not confirmed: this server does not say what it is, and may ignore steps and guidance")
         if self.settings["model"] and not self.dialect.model:
             notes.append(f"--model is not sent: {self.dialect.name} draws with the one model that it has loaded")
+        if dropped := sorted(self._given.intersection(self.dialect.unused)):
+            notes.append(
+                f"not used, so not recorded: {', '.join(dropped)}; {self.dialect.name} drops it for this model"
+            )
         sampler = self.settings["sampler"]
         if self._samplers and sampler and folded(sampler) not in map(folded, self._samplers):
             what = "it may take another one without a word"
@@ -373,8 +381,8 @@ class SdApi(OpenServer):
         said = failure.message.lower()
         doubtful = {"negative_prompt", "batch_size", "n_iter", "send_images", "save_images", "guidance_scale"}
         named = {name for name in doubtful if name in said}
-        if re.search("sampler|scheduler", said) and not self._given & {"sampler", "scheduler"}:
-            named |= {"sampler_name", "scheduler"}
+        if re.search("sampler|scheduler", said) and not self._given & SAMPLING.keys():
+            named |= {*SAMPLING.values()}
         self._refused |= named
         return bool(named)
 
@@ -391,7 +399,7 @@ class SdApi(OpenServer):
             elsewhere = found_elsewhere(answer, body or None, now + LINK_LIFETIME)
             if elsewhere is None:
                 raise self._failure_of(answer, request.prompt)
-            return elsewhere
+            return elsewhere if self.dialect.seed else elsewhere._replace(unused=("seed",))
         info = info_in(body)
         first = info.get("index_of_first_image")  # before it A1111 puts all of them in one
         try:
@@ -408,7 +416,7 @@ class SdApi(OpenServer):
         return Generated(
             content=content,
             request_id=request_id(answer, body),
-            rewritten_prompt=said if said != request.prompt else "",
+            rewritten_prompt=said if said != request.prompt.strip() else "",
             usage=outside_json(usage | {name: told[name] for name in KEPT if name in told}),
             warnings=tuple(warnings),
             seed=seed,
@@ -417,23 +425,24 @@ class SdApi(OpenServer):
 
     def _held_against(self, told: Mapping[str, Any], request: ImageRequest) -> tuple[int | None, list[str], list[str]]:
         """What is told of a picture against what was asked for: the true seed, what was not used, warnings."""
-        asked = {
-            "seed": request.seed,
-            "steps": self.settings["steps"],
-            "guidance": self.settings["guidance"] or NO_GUIDANCE,
-        }
+        guidance = self.settings["guidance"] or NO_GUIDANCE
+        asked = {"seed": request.seed, "steps": self.settings["steps"], "guidance": guidance}
+        if "cfg_scale" in told and told["cfg_scale"] is None:  # it drew without
+            told = {**told, "cfg_scale": NO_GUIDANCE}
         unused, warnings = [], []
         for name in FIELDS.keys() - set(self.unused()):
-            is_told = FIELDS[name] in told and (name != "seed" or is_seed(told["seed"]))
-            if is_told and told[FIELDS[name]] != asked[name]:
+            value = told.get(FIELDS[name])
+            if value is None or (name == "seed" and not is_seed(value)):
+                if name == "seed" and not self.dialect.seed:
+                    unused.append(name)
+                    warnings.append("seed: not confirmed by the server, so not recorded")
+            elif value != asked[name]:
                 unused.append(name)
-                said = outside_text(told[FIELDS[name]], 60)
+                said = outside_text(value, 60)
                 warnings.append(f"{name}: the server says that it drew with {said}, not with {asked[name]}")
-            elif name == "seed" and not is_told and not self.dialect.seed:
-                unused.append(name)
-                warnings.append("seed: not confirmed by the server, so not recorded; the same may give another picture")
         sampler = self.settings["sampler"]
         if sampler and "sampler_name" in told and folded(told["sampler_name"]) != folded(sampler):
+            unused.append("sampler")
             said = outside_text(told["sampler_name"], 60)
             warnings.append(f"sampler: the server says that it drew with {said}, not with {sampler}")
         seed = told["seed"] if is_seed(told.get("seed")) and told["seed"] <= MAX_SEED else None
@@ -455,8 +464,7 @@ class SdApi(OpenServer):
 
     def _help(self, failure: Failure) -> dict[str, Any]:
         """Facts of a failure that are better known here: rows of codes, words of the message, and what helps then."""
-        dialect = self.dialect
-        asked = "sampler" in self._given or "scheduler" in self._given
+        dialect, asked = self.dialect, self._given & SAMPLING.keys()
         samplers = f"; it has {self._listed_samplers()}" if self._samplers else ""
         way_out = f"--sampler NAME{samplers}" if asked else "--sampler NAME, or --omit sampler_name --omit scheduler"
         models = f"; it lists {', '.join(self._models[:5])}" if self._models else ""
