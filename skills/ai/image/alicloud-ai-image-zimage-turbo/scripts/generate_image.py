@@ -114,7 +114,7 @@ def run(arguments: Sequence[str], stop: Stop, console: Console, env: Mapping[str
         console.answer(findings)
         return failure
     if options.mode == "recover":
-        response = recover(options, stop, env)
+        response = recover(options, stop, console, env)
     else:
         plan = make_plan(options, stop, env)
         if options.dry_run:

@@ -132,8 +132,10 @@ class Evidence:
         merged = {**self.data, **changes}
         self.data = cast("Content", {name: value for name, value in merged.items() if value is not None})
 
-    def begin_attempt(self) -> None:
-        self.update(attempts=[*self.data["attempts"], {"at": timestamp(utc_now())}])
+    def begin_attempt(self, **named: Unpack[Changes]) -> None:
+        """`named`: what is new of it, where its task has a name already."""
+        self.update(**named)
+        self.update(attempts=[*self.data["attempts"], {"at": timestamp(utc_now())}], status="submitting", error=None)
 
     def end_attempt(self, **facts: Unpack[AttemptEnd]) -> None:
         """Add to the last attempt how it ended."""
@@ -147,6 +149,13 @@ class Evidence:
             http_status=fault.http_status, service_code=fault.service_code, billed=fault.billed, outcome=fault.code
         )
         self.update(answer=cast("Unread | None", fault.answer))
+        if fault.billed == "no":
+            self.never_left()
+
+    def never_left(self) -> None:
+        """A name that was given to a task of which nothing will come is of nobody's use."""
+        if self.status == "submitting":
+            self.data.pop("task_id", None)
 
     def submitted(self, submitted: Submitted) -> None:
         """The id of a task is known."""
@@ -255,8 +264,12 @@ class Record(Protocol):
     def leads_back(self) -> bool:
         """Whether the disk knows as well as the memory where the picture, or its task, is to be had."""
 
-    def begin(self) -> None:
-        """One more attempt is on disk. Raises Failure: disk; then nothing may be sent."""
+    def begin(self, **named: Unpack[Changes]) -> None:
+        """One more attempt is on disk. `named`: as of `Evidence.begin_attempt`.
+
+        Raises:
+            Failure: disk; then nothing may be sent.
+        """
 
     def ended(self, fault: Fault) -> None:
         """The attempt has failed."""
@@ -287,20 +300,21 @@ class EvidenceFile:
         have = self.evidence.have
         return have.link or have.lead, self.evidence.task_id, have.held
 
-    def begin(self) -> None:
+    def begin(self, **named: Unpack[Changes]) -> None:
         evidence = self.evidence
-        earlier = evidence.data["attempts"]
-        evidence.begin_attempt()
+        before = evidence.data
+        evidence.begin_attempt(**named)
         try:
             evidence.path.parent.mkdir(parents=True, exist_ok=True)
-            if earlier:
+            if before["attempts"]:
                 replace_private(evidence.path, to_json(evidence.data))
             else:
                 write_gitignore(evidence.path.parent, "*\n")
                 write_new(evidence.path, to_json(evidence.data), mode=OWNER_ONLY)
         except OSError as error:
-            evidence.update(attempts=earlier)
+            evidence.data = before
             raise self._unwritten(error) from None
+        self._known = self._places
 
     def ended(self, fault: Fault) -> None:
         self.evidence.end_failed_attempt(fault)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -83,11 +84,16 @@ def make(
     Raises:
         Failure: with `billed` as far as it is known. Stopped.
     """
-    made: Generated | Submitted | None = None
     tries = 0
-    while made is None:
+    while True:
         try:
             made = attempt(plan, key, record, stop.generating, console if not tries else None)
+            came(plan, record, made, stop.start)
+            if isinstance(made, Submitted):
+                tell = console.note if console else None
+                where = (plan.provider, plan.endpoint, key, plan.request)
+                follow(Task(*where, made.task_id, is_sure=made.is_sure, tell=tell), plan, record, stop)
+            break
         except Failure as failure:
             wait = retry_wait(failure, tries, max_retries, stop.generating, billable=plan.billable)
             tries += 1
@@ -96,9 +102,6 @@ def make(
             record.evidence.end_attempt(wait_s=round(wait, 3))
             record.keep()
             stop.wait(wait)
-    came(plan, record, made, stop.start)
-    if isinstance(made, Submitted):
-        follow(Task(plan.provider, plan.endpoint, key, plan.request, made.task_id), plan, record, stop)
     home = home_of(plan.endpoint.url, plan.provider)._replace(key=key.value)
     return save(record, plan.provider, plan.output, stop, home, overwrite=plan.overwrite)
 
@@ -106,26 +109,38 @@ def make(
 def attempt(plan: Plan, key: Key, record: Record, stop: Stop, console: Console | None = None) -> Generated | Submitted:
     """The one step that costs money: the attempt is on record, then the request is sent, once.
 
-    What was refused, and so not billed, is sent once more where the refusal says how it would be taken.
+    What was refused, and so not billed, is sent once more where the refusal says how it would be taken. A task that has
+    a name before its call leaves is on the service, as far as is known, if the answer is lost: it is asked after by it.
 
     Raises:
         Failure: with `billed` as far as it is known. Stopped.
     """
-    record.begin()
+    evidence, task_id, out = record.evidence, "", plan
+    if plan.provider.names_tasks:
+        task_id = evidence.task_id or str(uuid.uuid4())  # of a try that was lost: then it cannot be made twice
+        out = plan._replace(payload=plan.provider.named(plan.payload, task_id))
+        record.begin(task_id=task_id, payload=out.payload)
+    else:
+        record.begin()
     if console is not None:
-        console.note(f"evidence: {record.evidence.path}")
+        console.note(f"evidence: {evidence.path}")
     try:
-        return send(plan, key, stop)
+        made = send(out, key, stop)
+        return made._replace(task_id=made.task_id or task_id) if isinstance(made, Submitted) else made
     except Failure as failure:
+        if task_id and failure.fault.billed != "no":
+            evidence.end_failed_attempt(failure.fault)
+            return Submitted(task_id, is_sure=False)
         record.ended(failure.fault)
         plainer = plan.anew() if plan.provider.learns_from(failure) else plan
         if plainer.payload == plan.payload:
             raise
     except Stopped as stopped:
         if not stopped.request_left:
-            record.evidence.end_attempt(outcome="interrupted", billed="no")
+            evidence.end_attempt(outcome="interrupted", billed="no")
+            evidence.never_left()
         raise
-    record.evidence.update(**plainer.sent)
+    evidence.update(**plainer.sent)
     made = attempt(plainer, key, record, stop)
     news = tuple(text for text in plainer.warnings if text not in plan.warnings)
     return made._replace(warnings=(*news, *made.warnings)) if isinstance(made, Generated) else made

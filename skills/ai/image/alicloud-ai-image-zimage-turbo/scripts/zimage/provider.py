@@ -89,9 +89,16 @@ class Generated(NamedTuple):
 class Submitted(NamedTuple):
     """A task that the service works on; it is billed once it succeeds."""
 
-    task_id: str
+    task_id: str  # empty: the one that it was given by `named`
     request_id: str = ""
     http_status: int | None = None
+    is_sure: bool = True  # else its call was lost, and whether it has come is found out by asking after it
+
+
+class Working(NamedTuple):
+    """A task that is worked on, and how far it is, in words of ours."""
+
+    told: str
 
 
 class Price(NamedTuple):
@@ -159,6 +166,7 @@ class Provider:
     costs_quota: ClassVar[bool] = False  # and no money: its price is 0
     quota: Quota = Quota()  # what the service has told last
     takes_seed: bool = True
+    names_tasks: ClassVar[bool] = False  # by `named`, before the call leaves: its lost answer can be looked up
     sizes_are_ratios: ClassVar[bool] = False  # of a size only the ratio can be asked for
     long_prompt: ClassVar[int] = LONG_PROMPT  # characters; longer ones may be cut
     own_settings: ClassVar[tuple[Setting, ...]] = ()
@@ -296,6 +304,25 @@ class Provider:
         """
         raise NotImplementedError
 
+    def named(self, payload: dict[str, Any], task_id: str) -> dict[str, Any]:
+        """The body that gives its task the name by which it will be asked after: a UUID. For `names_tasks`."""
+        raise NotImplementedError
+
+    @classmethod
+    def has_tasks(cls) -> bool:
+        """Whether pictures may be asked after."""
+        return cls.poll is not Provider.poll or cls.look_up is not Provider.look_up
+
+    def look_up(
+        self, task_id: str, endpoint: Endpoint, key: str, request: ImageRequest, now: dt.datetime
+    ) -> Generator[HttpCall, HttpAnswer, Generated | Working | None]:
+        """Free questions after a task, and as their value what the answers mean: by default `poll` alone.
+
+        Raises:
+            Failure: as `read_poll`.
+        """
+        return self.read_poll((yield self.poll(task_id, endpoint, key)), request, now)
+
     def poll(self, task_id: str, endpoint: Endpoint, key: str) -> HttpCall:
         """A free question after a submitted task."""
         raise NotImplementedError
@@ -308,7 +335,7 @@ class Provider:
         """What the answer to `poll` means; None where the service still works on the task.
 
         Raises:
-            Failure: task_failed, blocked or no_image where the task has ended so; not_found where it is not known;
+            Failure: a code of TASK_IS_DONE (`settle`) where the task has ended so; not_found where it is not known;
                 else by the provider's error table.
         """
         raise NotImplementedError

@@ -26,13 +26,14 @@ from zimage.trust import Own, home_of, home_of_record, key_for, recorded_endpoin
 from zimage.waiting import Late
 
 if TYPE_CHECKING:
+    from zimage.console import Console
     from zimage.facts import Image
     from zimage.plan import Options
     from zimage.trust import Home
     from zimage.waiting import Stop
 
 
-def recover(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, Any]:
+def recover(options: Options, stop: Stop, console: Console, env: Mapping[str, str]) -> dict[str, Any]:
     """Finish a picture that has been paid for, without paying; returns the response.
 
     Raises:
@@ -65,7 +66,7 @@ def recover(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, A
     except Failure as failure:
         raise explained(evidence, failure, flags, place) from None
     try:
-        task = task_of(evidence, provider, own) if task_is_open else None
+        task = task_of(evidence, provider, own, console) if task_is_open else None
     except Failure as failure:
         raise explained(evidence, failure.but(billed="unknown"), flags, place) from None
     # Only an answer that comes now, from a place that the user names, may lead where a file alone may not.
@@ -97,7 +98,7 @@ def recover(options: Options, stop: Stop, env: Mapping[str, str]) -> dict[str, A
             output,
             stop,
             home,
-            task=lambda: task_of(evidence, provider, own),
+            task=lambda: task_of(evidence, provider, own, console),
             overwrite=options.overwrite,
             again=True,
         )
@@ -146,18 +147,19 @@ def one_more_copy(
         return collect(evidence, source, output, provider, stop, overwrite=options.overwrite, again=True)
 
 
-def task_of(evidence: Evidence, provider: Provider, own: Own) -> Task:
+def task_of(evidence: Evidence, provider: Provider, own: Own, console: Console) -> Task:
     """The submitted task of an evidence file, to be asked after where it was submitted.
 
     Raises:
         Failure: invalid_evidence, key_missing, key_malformed; as `recorded_endpoint`.
     """
-    if type(provider).poll is Provider.poll or not is_task_id(evidence.task_id):
+    if not provider.has_tasks() or not is_task_id(evidence.task_id):
         raise Failure("invalid_evidence", f"{evidence.path.name}: task_id: not one of {provider.name}")
     endpoint = recorded_endpoint(evidence.data["endpoint"], provider, own)
     key = key_for(provider, endpoint, own.trusted, own.env)
     request = normalize(evidence.data["request"], with_seed=provider.takes_seed)
-    return Task(provider, endpoint, key, request, evidence.task_id)
+    is_sure = evidence.status != "submitting"
+    return Task(provider, endpoint, key, request, evidence.task_id, is_sure=is_sure, tell=console.note)
 
 
 def recovery_output(evidence: Evidence, options: Options) -> Path:

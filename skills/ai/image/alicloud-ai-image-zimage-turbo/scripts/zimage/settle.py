@@ -76,8 +76,8 @@ class Have(NamedTuple):
 
     @property
     def is_task_open(self) -> bool:
-        """Whether the service may still be working on a task that was submitted."""
-        return self.status == "submitted" and self.task
+        """Whether the service may still be working on a task: one that was submitted, or may have been."""
+        return self.status in ("submitting", "submitted") and self.task
 
 
 class Way(Enum):
@@ -101,7 +101,7 @@ def left_by(fault: Fault, have: Have) -> Left:
     if kind.leaves is Left.SPENT:
         return Left.SPENT
     known = most_billed(fault.billed, have.billed)
-    if known == "unknown" and not have.billable and not have.task:
+    if known == "unknown" and not have.billable and (not have.task or fault.code == "outcome_unknown"):
         return Left.ANEW
     return {"yes": Left.PAID, "unknown": Left.UNKNOWN, "no": kind.leaves}[known]
 

@@ -15,10 +15,13 @@ from zimage.contract import (
 from zimage.errors import GO_ON_FREE, Failure
 from zimage.evidence import utc_now
 from zimage.outside import mask, outside_text, without_surrogates
+from zimage.provider import Working
 from zimage.settle import TASK_IS_DONE
-from zimage.transport import ask
+from zimage.transport import ask_all
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from zimage.endpoint import Endpoint
     from zimage.keys import Key
     from zimage.provider import Generated, Provider
@@ -27,11 +30,28 @@ if TYPE_CHECKING:
 
 
 class Task:
-    """A submitted task, asked after at growing intervals. `pause_s` is the time to the next question, in seconds."""
+    """A submitted task, asked after at growing intervals. `pause_s` is the time to the next question, in seconds.
 
-    def __init__(self, provider: Provider, endpoint: Endpoint, key: Key, request: ImageRequest, task_id: str) -> None:
+    `is_sure`: as of `Submitted`. `told` is how far it is, in words, as far as the service says; `tell` is given what is
+    new of that while it is waited for.
+    """
+
+    def __init__(
+        self,
+        provider: Provider,
+        endpoint: Endpoint,
+        key: Key,
+        request: ImageRequest,
+        task_id: str,
+        *,
+        is_sure: bool = True,
+        tell: Callable[[str], None] | None = None,
+    ) -> None:
         self.id = task_id
         self.pause_s = provider.poll_pause(0)
+        self.told = ""
+        self._is_sure = is_sure
+        self._tell = tell
         self._provider = provider
         self._endpoint = endpoint
         self._key = key
@@ -50,11 +70,10 @@ class Task:
         provider = self._provider
         self._asked += 1
         pause_s = self.pause_s = provider.poll_pause(self._asked)
-        call = provider.poll(self.id, self._endpoint, self._key.value)
+        questions = provider.look_up(self.id, self._endpoint, self._key.value, self._request, utc_now())
         try:
-            found = ask(
-                call,
-                lambda answer: provider.read_poll(answer, self._request, utc_now()),
+            found = ask_all(
+                questions,
                 stop.part(min(POLL_TIMEOUT, max(LAST_POLL, POLL_SHARE * stop.left_s))),
                 self._endpoint,
                 provider.max_answer_bytes,
@@ -73,6 +92,10 @@ class Task:
             self._trouble = f"; the last question failed: {failure.message}"
             return None
         self._strange_in_a_row, self._trouble, self._retry_after_s = 0, "", None
+        self._is_sure = True
+        if isinstance(found, Working):
+            self.told = found.told
+            return None
         return found and found.bounded()
 
     @property
@@ -91,15 +114,21 @@ class Task:
         Raises:
             Failure: as `ask`; paid_not_downloaded where it is not at its end in time. Stopped.
         """
+        told = ""
         while (left := stop.left_s) > self.pause_s or (left > LAST_POLL and not self._trouble):
             stop.wait(min(self.pause_s, left - LAST_POLL / 2))
             found = self.ask(stop)
             if found is not None:
                 return found
+            if self._tell and self.told != told:
+                told = self.told
+                self._tell(f"task {outside_text(self.id, 100)}: {told}")
         raise self.unfinished()
 
     def unfinished(self) -> Failure:
-        what = f"the service still works on task {outside_text(self.id, 100)}{self._trouble}"
+        how = "the service still works on" if self._is_sure else "whether the service has got it is not known yet:"
+        far = f" ({self.told})" if self.told else ""
+        what = f"{how} task {outside_text(self.id, 100)}{far}{self._trouble}"
         return Failure(
             "paid_not_downloaded", what, billed="unknown", hint=GO_ON_FREE, retry_after_s=self._retry_after_s
         )

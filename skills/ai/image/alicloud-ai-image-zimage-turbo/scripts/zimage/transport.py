@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
@@ -218,6 +218,17 @@ def get_to_know(provider: Provider, endpoint: Endpoint, key: Key, stop: Stop) ->
             answer = None
             with contextlib.suppress(Failure):
                 answer = ask(call, lambda said: said, patience, endpoint)
+
+
+def ask_all(questions: Generator[HttpCall, HttpAnswer, Read], stop: Stop, endpoint: Endpoint, limit: int) -> Read:
+    """Send calls one after the other, each of which may hang on the answers so far. Raises as `ask`."""
+    call = next(questions)
+    while True:
+        try:
+            call = ask(call, questions.send, stop, endpoint, limit)
+        except StopIteration as end:
+            found: Read = end.value
+            return found
 
 
 def _placed(failure: Failure, answer: HttpAnswer, url: str, endpoint: Endpoint) -> Failure:

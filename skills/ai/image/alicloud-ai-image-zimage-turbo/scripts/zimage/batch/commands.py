@@ -254,8 +254,9 @@ def states_now(database: sqlite3.Connection, folder: Path, *, running: bool) -> 
             "WHERE state = 'submitting'"
         )
         for number, provider, facts in rows:
-            costs = facts_of(facts).get("billable", provider_class(provider).billable)
-            states["generated" if is_held(folder, number) else "unknown" if costs else "pending"] += 1
+            known = facts_of(facts)
+            state = "unknown" if known.get("billable", provider_class(provider).billable) else "pending"
+            states["generated" if is_held(folder, number) else "submitted" if known.get("task_id") else state] += 1
     return states, spent, cut_off
 
 

@@ -212,7 +212,7 @@ class FactsOfPictures:
             checked_settings(provider, facts.get("settings", {}))
         except (ValueError, Failure):
             return False
-        has_task = provider.poll is not Provider.poll and is_task_id(facts.get("task_id", ""))
+        has_task = provider.has_tasks() and is_task_id(facts.get("task_id", ""))
         return has_task or state != "submitted"
 
 

@@ -33,7 +33,9 @@ from zimage.trust import Own
 from zimage.waiting import needing_threads
 
 if TYPE_CHECKING:
-    from zimage.facts import Facts, State
+    from typing_extensions import Unpack
+
+    from zimage.facts import Changes, Facts, State
 
 TO_SEND = ("pending", "failed", "unknown")  # states from which a picture may be sent, the latter two where asked for
 
@@ -59,6 +61,8 @@ class Job:
         if self.state in TO_SEND:  # of earlier tries only the attempts are true of the next one
             facts = {"attempts": facts.get("attempts", [])}
         self.evidence.update(status=self.state, **facts)
+        if plan.provider.names_tasks and self.evidence.task_id:
+            self.evidence.update(payload=plan.provider.named(plan.payload, self.evidence.task_id))
 
     def renew(self) -> None:
         """Take what the provider has learnt of the server since the plan was made."""
@@ -74,13 +78,16 @@ class Job:
         return f"{row} ({outside_text(self.id)})" if self.line and self.id else row
 
     def take_back(self, fault: Fault) -> State:
-        """Forget a try that cost nothing; returns the state from before it, which stays true."""
-        if self.state_before == "pending":
+        """Forget a try that cost nothing; returns the state from before it, which stays true.
+
+        That of an earlier run, whose task was lost, is over too.
+        """
+        if self.state_before not in ("failed", "unknown"):
             self.evidence.update(error=fault.as_json())
-        else:
-            attempts = self.evidence.data["attempts"]
-            self.evidence.update(**self.facts_before)
-            self.evidence.update(attempts=attempts)
+            return "pending"
+        attempts = self.evidence.data["attempts"]
+        self.evidence.update(**self.facts_before)
+        self.evidence.update(attempts=attempts)
         return self.state_before
 
     @property
@@ -341,20 +348,19 @@ class JournalRow:
     def leads_back(self) -> bool:
         return self.behind is None
 
-    def begin(self) -> None:
+    def begin(self, **named: Unpack[Changes]) -> None:
         job, evidence = self._job, self.evidence
-        earlier = evidence.data["attempts"]
+        before = evidence.data
         job.tries += 1
         if job.tries == 1:
             evidence.update(started_at=timestamp(utc_now()))
-        evidence.begin_attempt()
-        evidence.update(status="submitting", error=None)
+        evidence.begin_attempt(**named)
         job.paid += 1
         try:
             self._journal.keep(job, "submitting").result()
         except Failure:
             job.paid -= 1
-            evidence.update(attempts=earlier)
+            evidence.data = before
             raise
 
     def ended(self, fault: Fault) -> None:

@@ -119,6 +119,9 @@ def close_submitting(database: sqlite3.Connection, folder: Path, stop: Stop) -> 
             database.execute("UPDATE pictures SET state = 'pending' WHERE number = ?", (job.number,))
         if row["state"] != "submitting" and not adopted:
             continue
+        if not adopted and job.evidence.task_id:  # it may have come: the run asks after it
+            database.execute("UPDATE pictures SET state = 'submitted' WHERE number = ?", (job.number,))
+            continue
         if not adopted and is_free(job):  # what it was making cost nothing
             job.paid -= 1
             database.execute("UPDATE pictures SET state = 'pending', paid = ? WHERE number = ?", (job.paid, job.number))
@@ -135,8 +138,8 @@ def close_submitting(database: sqlite3.Connection, folder: Path, stop: Stop) -> 
 
 
 def is_free(job: Job) -> bool:
-    """Whether a picture cost nothing when it was asked for, and has no task to ask after."""
-    return not job.facts_before.get("billable", job.plan.billable) and not job.facts_before.get("task_id")
+    """Whether a picture cost nothing when it was asked for."""
+    return not job.facts_before.get("billable", job.plan.billable)
 
 
 def adopt(job: Job, folder: Path) -> bool:

@@ -311,7 +311,7 @@ class Run:
             self._count_failure(outcome.step, failure)
         else:  # the row's own fault: the service works
             self._storms.calm(outcome.step)
-        if outcome.step == "generate" and outcome.left in (Left.AGAIN, Left.ANEW) and self._stop is None:
+        if outcome.step in ("generate", "ask") and outcome.left in (Left.AGAIN, Left.ANEW) and self._stop is None:
             self._plan_retry(job, failure, now)
 
     def _hold(self, failure: Failure, now: float, sent: float) -> None:

@@ -98,10 +98,10 @@ class Worker:
             return Outcome("find", job, record.behind, stop.start)
         return self._came("find", job, record, made, stop)
 
-    def task(self, job: Job, task_id: str) -> Task:
+    def task(self, job: Job, task_id: str, *, is_sure: bool = True) -> Task:
         """A task of this service, to be asked after."""
         plan = job.plan
-        return Task(plan.provider, plan.endpoint, self._key, plan.request, task_id)
+        return Task(plan.provider, plan.endpoint, self._key, plan.request, task_id, is_sure=is_sure)
 
     def ask(self, job: Job) -> Outcome:
         """Ask once after a task that the service works on; it stays `submitted` until it has ended."""
@@ -153,7 +153,7 @@ class Worker:
     def _came(self, step: str, job: Job, record: JournalRow, made: Generated | Submitted, stop: Stop) -> Outcome:
         seconds = time.monotonic() - stop.start
         if isinstance(made, Submitted):
-            job.task = self.task(job, made.task_id)
+            job.task = self.task(job, made.task_id, is_sure=made.is_sure)
         came(job.plan, record, made, job.began or stop.start)
         return Outcome(step, job, record.behind, stop.start, seconds, record=record)
 
