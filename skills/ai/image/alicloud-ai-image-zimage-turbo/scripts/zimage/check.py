@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from zimage.contract import EXIT_KEY
@@ -11,8 +11,9 @@ from zimage.errors import KINDS, Failure, raise_problems
 from zimage.files import check_free_name, check_space
 from zimage.keys import NO_KEY, Key
 from zimage.plan import planned_endpoint, planned_provider, workspace_of
+from zimage.provider import HttpCall
 from zimage.settle import retry_wait
-from zimage.transport import ask, get_to_know
+from zimage.transport import ask, ask_all, get_to_know
 from zimage.trust import key_for, telling_of_refused, telling_of_withheld
 
 if TYPE_CHECKING:
@@ -86,19 +87,22 @@ def _look(options: Options, stop: Stop, env: Mapping[str, str], told: dict[str, 
     if warnings := [*endpoint.warnings, *filter(None, [key.warning])]:
         told["warnings"] = warnings
     provider.preflight()
-    call, is_known = provider.query(endpoint, key.value, workspace), False
+    is_known = False
     attempt = 0
     while True:
+        query = provider.query(endpoint, key.value, workspace)
         try:
             with telling_of_withheld(key), telling_of_refused(key, endpoint, provider):
-                told["model_listed"] = ask(call, provider.read_query, stop, endpoint)
+                if isinstance(query, Generator):
+                    told["model_listed"] = ask_all(query, stop, endpoint)
+                else:
+                    told["model_listed"] = ask(query, provider.read_query, stop, endpoint)
             break
         except Failure as error:
-            if error.code == "not_found" and not is_known:  # servers that say what they are may be asked otherwise
-                get_to_know(provider, endpoint, key, stop)
-                is_known, earlier = True, call
-                call = provider.query(endpoint, key.value, workspace)
-                if call != earlier:
+            if error.code == "not_found" and not is_known and isinstance(query, HttpCall):
+                get_to_know(provider, endpoint, key, stop)  # servers that say what they are may be asked otherwise
+                is_known = True
+                if provider.query(endpoint, key.value, workspace) != query:
                     continue
             failure = free_of_charge(error)
             wait = retry_wait(failure, attempt, options.max_retries, stop)

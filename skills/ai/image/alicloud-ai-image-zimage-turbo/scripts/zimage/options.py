@@ -19,7 +19,7 @@ from zimage.contract import (
     TIMEOUT_RANGE,
     VERSION,
 )
-from zimage.errors import Failure, Problem, noting, raise_problems
+from zimage.errors import Failure, Problem, noting, os_reason, raise_problems
 from zimage.files import read_file
 from zimage.outside import argument_text, at, json_of, outside_text, shown
 from zimage.paths import user_path
@@ -31,6 +31,7 @@ from zimage.trust import trusted_hosts
 
 if TYPE_CHECKING:
     from zimage.provider import Provider
+    from zimage.settings import Setting
 
 
 MODES = ("request", "file", "prompt", "replay", "recover", "check", "schema")
@@ -172,10 +173,25 @@ def provider_in(argv: Sequence[str]) -> type[Provider] | None:
 def read_settings(provider: type[Provider], given: Mapping[str, Any], problems: list[Problem]) -> dict[str, Any]:
     """The provider's own options that are given, as values."""
     return {
-        setting.name: read_value(setting.name, given, setting.read, setting.default, problems)
+        setting.name: read_value(setting.name, given, reader_of(setting), setting.default, problems)
         for setting in provider.own_settings
         if setting.name in given
     }
+
+
+def reader_of(setting: Setting) -> Callable[[Any], Any]:
+    """How the text of a provider's option is read: where it names a file, what that holds."""
+
+    def read_named(name: str) -> Any:
+        try:
+            content = read_file(user_path(flag(setting.name), name), setting.max_bytes)
+        except Failure as failure:
+            raise ValueError(f"a file ({failure.message})") from None
+        except OSError as error:
+            raise ValueError(f"a file that can be read ({os_reason(error)})") from None
+        return setting.read(content)
+
+    return read_named if setting.max_bytes else setting.read
 
 
 Value = TypeVar("Value")

@@ -154,6 +154,7 @@ class Provider:
     workspace_id_variable: ClassVar[str | None] = None  # for the host alone, outside the default region
     config_file: ClassVar[ConfigFile | None] = None
     default_root: ClassVar[str] = ""  # path of the API root
+    usual_port: ClassVar[str] = "PORT"  # of a server on this machine
     generate_path: ClassVar[str] = ""  # below the root
     in_process: ClassVar[bool] = False  # there is no endpoint: calls are LocalCalls
     requests_per_minute: ClassVar[float] = 0.0  # the account's published limit; 0 where there is none
@@ -232,6 +233,10 @@ class Provider:
     def region_of(self, host: str) -> str | None:
         """The region that a host belongs to; None where the host does not tell."""
         return None
+
+    def unfit(self, host: str) -> str:
+        """Why a host is none that this provider can ask, as the end of a sentence; empty where nothing is known."""
+        return ""
 
     def owns(self, host: str) -> bool:
         """Whether the host belongs to the owner of the key."""
@@ -340,8 +345,13 @@ class Provider:
         """
         raise NotImplementedError
 
-    def query(self, endpoint: Endpoint, key: str, workspace: str | None) -> HttpCall | LocalCall:
-        """A read-only call that costs nothing, to check connection and permission. Local work returns a bool."""
+    def query(
+        self, endpoint: Endpoint, key: str, workspace: str | None
+    ) -> HttpCall | LocalCall | Generator[HttpCall, HttpAnswer, bool]:
+        """A read-only call that costs nothing, to check connection and permission.
+
+        Local work returns what `read_query` would; so does a generator, where one call is not enough.
+        """
         raise NotImplementedError
 
     def read_query(self, answer: HttpAnswer) -> bool:

@@ -21,6 +21,7 @@ class Setting(NamedTuple):
     repeatable: bool = False  # then `read` gets all texts
     said: Callable[[Any], Any] = str  # what a value was read from; raises ValueError
     shapes_picture: bool = True  # a row of a batch is another one where it is another
+    max_bytes: int = 0  # of the file that the text names: then `read` gets its bytes, and of evidence what it holds
 
 
 Number = TypeVar("Number", int, float)

@@ -220,7 +220,9 @@ def get_to_know(provider: Provider, endpoint: Endpoint, key: Key, stop: Stop) ->
                 answer = ask(call, lambda said: said, patience, endpoint)
 
 
-def ask_all(questions: Generator[HttpCall, HttpAnswer, Read], stop: Stop, endpoint: Endpoint, limit: int) -> Read:
+def ask_all(
+    questions: Generator[HttpCall, HttpAnswer, Read], stop: Stop, endpoint: Endpoint, limit: int = MAX_ANSWER_BYTES
+) -> Read:
     """Send calls one after the other, each of which may hang on the answers so far. Raises as `ask`."""
     call = next(questions)
     while True:

@@ -82,6 +82,8 @@ def parse_base_url(text: str, source: str, provider: Provider) -> Endpoint:
         host, port = split_netloc(match["netloc"])
     except ValueError as error:
         refuse(str(error))
+    if why := provider.unfit(host):
+        refuse(f"{host} {why}", "ask the user for the address of a server of theirs, or take another --provider")
     netloc = (f"[{host}]" if ":" in host else host) + (f":{port}" if port else "")
     root = provider.root_of(match["path"])
     if root is None:
@@ -204,7 +206,7 @@ def choose_endpoint(
     text, source = given[0] if given else account.root or Said(provider.roots[provider.default_region], "default")
     if not text and source in ("--region", "default"):
         variables = " or ".join(provider.base_url_variables)
-        hint = f"set {variables}, or give --base-url http://127.0.0.1:PORT{provider.default_root}"
+        hint = f"set {variables}, or give --base-url http://127.0.0.1:{provider.usual_port}{provider.default_root}"
         raise Failure("invalid_base_url", f"no server is named for {provider.name}: {hint}", hint=hint)
     if source == "base_url":
         endpoint = requested_endpoint(text, provider, trusted)
