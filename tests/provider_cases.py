@@ -386,7 +386,8 @@ DASHSCOPE, ZIMAGETURBO, OPENAI, OPENAI_LINK = DashScopeCase(), ZImageTurboCase()
 MODELSCOPE, SDAPI = ModelScopeCase(), SdApiCase()
 CASES: tuple[Case, ...] = (DASHSCOPE, ZIMAGETURBO, MODELSCOPE, OPENAI, SDAPI)
 LINKED_CASES: tuple[Case, ...] = (DASHSCOPE, ZIMAGETURBO, OPENAI_LINK, MODELSCOPE)
-OTHER_TABLES = {"diffusers"}  # in this process, no protocol: tests/test_diffusers.py
+# In this process, no protocol: tests/test_diffusers.py; a queue and a history: tests/test_comfyui.py.
+OTHER_TABLES = {"diffusers", "comfyui"}
 
 
 def envelope(data: object, code: object = 200, **fields: Any) -> Answer:

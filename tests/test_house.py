@@ -21,7 +21,7 @@ LAYERS = [
     ["outside"],
     ["errors", "page"],
     ["tls", "proxy"],
-    ["settings", "paths", "waiting", "registry", "formats"],
+    ["settings", "paths", "waiting", "registry", "formats", "workflow"],
     ["provider"],
     ["files", "settle", "memory", "wire", "words", "traces"],
     ["codes", "account"],
@@ -64,6 +64,7 @@ FOR_PROVIDERS = {
     "task",
     "traces",
     "words",
+    "workflow",
 }
 
 ROOMS = {

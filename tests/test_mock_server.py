@@ -606,6 +606,7 @@ class TestCommandLine:
                 "openai": {"base_url": f"{root}/v1", "api_key": where["api_key"]},
                 "modelscope": {"base_url": f"{root}/modelscope/v1", "api_key": where["api_key"]},
                 "sdapi": {"base_url": f"{root}/sdapi/v1", "api_key": where["api_key"]},
+                "comfyui": {"base_url": f"{root}/comfyui", "api_key": where["api_key"]},
             }
             for status in (200, 429):
                 headers = {"Authorization": f"Bearer {where['api_key']}"}

@@ -5,9 +5,9 @@
 # ///
 """The image services on loopback: offline, free, and as strict as the real ones.
 
-For rehearsals, demos and tests. Each of the four ways to the model answers at its natural path with its own bodies
-and errors: DashScope below /api/v1, zimageturbo.ai below /api, a server of one's own (OpenAI's Images API) below /v1;
-ModelScope, whose /v1 is taken, below /modelscope/v1.
+For rehearsals, demos and tests. Each of the ways to the model answers with its own bodies and errors: DashScope below
+/api/v1, zimageturbo.ai below /api, a server of one's own (OpenAI's Images API) below /v1; ModelScope, whose /v1 is
+taken, below /modelscope/v1, and ComfyUI, which has no path of its own, below /comfyui.
 The mock hands out signed links that expire, limits the rate, fails on request (--fault), and keeps count of what
 would have been paid for. Its pictures are drawn from prompt, seed and size, and say in their caption that no model
 made them.
@@ -22,7 +22,7 @@ This file is the command line. Its parts lie in zimage_mock/ beside it, and impo
     limits, ledger, gallery            rate and memory, the counters, pictures behind links
     rules -> provider                  what a field may hold, what the image services share
     tasks                              what the services share that answer with a task
-    dashscope, zimageturbo, openai, modelscope   a file a protocol
+    dashscope, zimageturbo, openai, …  a file a protocol
     server                             all of them on one port
 """
 
@@ -118,6 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 ("openai", mock.openai_url),
                 ("modelscope", mock.modelscope_url),
                 ("sdapi", mock.sdapi_url),
+                ("comfyui", mock.comfyui_url),
             )
         }
         print(json.dumps(where | {"providers": providers, "pid": os.getpid()}), flush=True)

@@ -55,7 +55,7 @@ STATES: dict[Left, tuple[State, State | None]] = {
 }
 
 # Failures that say how a task has ended. All others say something of the question, and the task goes on.
-TASK_IS_DONE = ("task_failed", "blocked", "no_image")
+TASK_IS_DONE = ("task_failed", "blocked", "no_image", "too_little_memory")
 TASK_ENDS = (*TASK_IS_DONE, "outcome_unknown")  # what was lost may be found again
 DEAD_LINK = ("link_expired", "link_refused")
 GATEWAY_STATUSES = (502, 503, 504)

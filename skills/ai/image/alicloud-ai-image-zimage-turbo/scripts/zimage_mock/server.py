@@ -16,6 +16,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import parse_qsl, urlsplit
 
+from zimage_mock.comfyui import ComfyUI
 from zimage_mock.dashscope import DashScope
 from zimage_mock.exchange import Reply, Request
 from zimage_mock.faults import COMMON_FAULTS, Fault, fault_plan
@@ -32,7 +33,7 @@ MAX_BODY_BYTES = 1024 * 1024
 DEFAULT_RPM = 120  # requests a minute and account: the vendor's model page, 2026
 DEFAULT_LINK_TTL_S = 24 * 3600
 # The first whose prefix fits answers: /api/v1/ before /api/.
-PROVIDERS: Sequence[type[Provider]] = (DashScope, ZImageTurbo, ModelScope, OpenAI, SdApi)
+PROVIDERS: Sequence[type[Provider]] = (DashScope, ZImageTurbo, ModelScope, OpenAI, SdApi, ComfyUI)
 FAULTS: dict[str, Fault] = dict(COMMON_FAULTS)
 for _provider in PROVIDERS:
     FAULTS |= _provider.own_faults
@@ -86,8 +87,8 @@ class MockServer(ThreadingHTTPServer):
         self._thread: threading.Thread | None = None
         super().__init__((_loopback(host), port), _Handler)
         root = f"http://{self.server_name}:{self.server_port}"
-        self.base_url, self.zimageturbo_url, self.openai_url, self.sdapi_url = (
-            f"{root}{provider.prefix}".rstrip("/") for provider in (DashScope, ZImageTurbo, OpenAI, SdApi)
+        self.base_url, self.zimageturbo_url, self.openai_url, self.sdapi_url, self.comfyui_url = (
+            f"{root}{provider.prefix}".rstrip("/") for provider in (DashScope, ZImageTurbo, OpenAI, SdApi, ComfyUI)
         )
         self.modelscope_url = f"{root}{ModelScope.root}"
         self.endpoint = f"{root}{DashScope.generation_path}"
