@@ -163,6 +163,7 @@ class Shell:
         self.env["DASHSCOPE_BASE_URL"] = mock.base_url
         self.env |= {"ZIMAGETURBO_API_KEY": mock.api_key, "ZIMAGETURBO_BASE_URL": mock.zimageturbo_url}
         self.env |= {"OPENAI_BASE_URL": mock.openai_url, "SDAPI_BASE_URL": mock.sdapi_url}
+        self.env["COMFYUI_BASE_URL"] = mock.comfyui_url
         self.env |= {"MODELSCOPE_API_KEY": mock.api_key, "MODELSCOPE_BASE_URL": mock.modelscope_url}
 
     def environment(self) -> dict[str, str]:

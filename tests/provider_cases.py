@@ -31,6 +31,7 @@ KEYS = {
     "DASHSCOPE_API_KEY": "ds-key-4c1f0a9e7b2d8365",
     "ZIMAGETURBO_API_KEY": "zt-key-9d27e5b0a3c8f146",
     "OPENAI_API_KEY": "oa-key-6b80f2d4c91e7a35",
+    "COMFYUI_TOKEN": "cu-key-83a5d0c6f1b9e247",
     "MODELSCOPE_API_KEY": "ms-1e6f03b8-test-4d2a-9c57-a0b1c2d3e4f5",
     "SDAPI_API_KEY": "sa-key-e17c3b9f5d20a684",
 }
@@ -61,12 +62,14 @@ class Case(ABC):
     free: ClassVar[str]  # what --check asks, below it
     says: ClassVar[dict[str, object]] = {}  # what it is, to whom asks: whole paths, and the bodies of answers
     limits: ClassVar[str] = ""  # what it asks then, below it; nothing where that is all
+    picture: ClassVar[str] = PICTURE  # where links lead
     key_variable: ClassVar[str]
     url_variable: ClassVar[str]
     cost: ClassVar[float]
     is_billed: ClassVar[bool] = True  # a picture costs money or quota
     lists_models: ClassVar[bool] = True
     first_task: ClassVar[str] = ""  # how the service of `TaskBook` calls it
+    names_tasks: ClassVar[bool] = False  # the caller does: what was lost is looked up, and not unknown
     key_is_optional: ClassVar[bool] = False
     takes_seed: ClassVar[bool] = True
     by_task: ClassVar[bool] = False
@@ -81,6 +84,10 @@ class Case(ABC):
     @property
     def paid_path(self) -> str:
         return self.root + self.paid
+
+    @property
+    def picture_path(self) -> str:
+        return urlsplit(self.picture).path
 
     @property
     def free_path(self) -> str:
@@ -125,6 +132,10 @@ class Case(ABC):
 
     def prompt_in(self, body: dict[str, Any]) -> str:
         return str(body["prompt"])
+
+    def without_name(self, body: dict[str, Any]) -> dict[str, Any]:
+        """The body of a paid call without the name that its task was given."""
+        return body
 
     def refusal(self, name: str, message: str = "it did not work", **fields: Any) -> Answer:
         """A refusal of REFUSALS; `fields` as in `json_answer`."""
@@ -382,12 +393,103 @@ class SdApiCase(Case):
         }
 
 
+class ComfyUICase(Case):
+    """It may be asked for the picture only after these questions; that its nodes are free and its files there."""
+
+    id = provider = "comfyui"
+    root = ""
+    paid = "/prompt"
+    free = "/system_stats"
+    key_variable = "COMFYUI_TOKEN"
+    url_variable = "COMFYUI_BASE_URL"
+    cost = 0.0
+    is_billed = False
+    key_is_optional = True
+    by_task = True
+    names_tasks = True
+    picture = "/view?filename=z.png&subfolder=&type=output"
+    refused_as: ClassVar = {
+        "invalid": (400, "prompt_outputs_failed_validation"),
+        "key": (401, "unauthorized"),
+        "balance": (402, "payment_required"),
+        "blocked": (400, "content_policy_violation"),
+        "busy": (429, "too_many_requests"),
+        "failing": (500, "server_error"),
+        "overloaded": (503, "overloaded"),
+        "teapot": (418, "teapot"),
+    }
+    files: ClassVar = {
+        "UNETLoader": {"unet_name": "z_image_turbo_bf16.safetensors"},
+        "CLIPLoader": {"clip_name": "qwen_3_4b.safetensors"},
+        "VAELoader": {"vae_name": "ae.safetensors"},
+    }
+
+    @property
+    def free_paths(self) -> list[str]:
+        return [self.free_path, *(f"/object_info/{kind}" for kind in self.files)]
+
+    def is_free_path(self, path: str) -> bool:
+        return super().is_free_path(path) or path == "/queue" or path.startswith("/history/")
+
+    def said(self, status: int, code: str, message: str) -> object:
+        return {"error": {"type": code, "message": message, "details": "", "extra_info": {}}, "node_errors": {}}
+
+    def made(self, request: Received, content: bytes) -> object:
+        raise NotImplementedError  # TaskBook answers
+
+    def empty(self) -> object:
+        return {"number": 1, "node_errors": {}}
+
+    def listed(self) -> object:
+        return {"system": {"comfyui_version": "0.36.0"}, "devices": [{"name": "cuda:0"}]}
+
+    def told(self) -> object:
+        return {
+            kind: {"input": {"required": {field: [[name], {}] for field, name in fields.items()}}}
+            for kind, fields in self.files.items()
+        }
+
+    def prompt_in(self, body: dict[str, Any]) -> str:
+        return str(body["prompt"]["27"]["inputs"]["text"])
+
+    def without_name(self, body: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in body.items() if name != "prompt_id"}
+
+    def expected_payload(self, prompt: str, seed: int | None) -> dict[str, Any]:
+        nodes: dict[str, tuple[str, dict[str, Any]]] = {
+            "28": ("UNETLoader", {"unet_name": "z_image_turbo_bf16.safetensors", "weight_dtype": "default"}),
+            "30": ("CLIPLoader", {"clip_name": "qwen_3_4b.safetensors", "type": "lumina2", "device": "default"}),
+            "29": ("VAELoader", {"vae_name": "ae.safetensors"}),
+            "11": ("ModelSamplingAuraFlow", {"model": ["28", 0], "shift": 3.0}),
+            "27": ("CLIPTextEncode", {"clip": ["30", 0], "text": prompt}),
+            "33": ("ConditioningZeroOut", {"conditioning": ["27", 0]}),
+            "13": ("EmptySD3LatentImage", {"width": 1024, "height": 1024, "batch_size": 1}),
+            "3": (
+                "KSampler",
+                {
+                    "model": ["11", 0],
+                    "positive": ["27", 0],
+                    "negative": ["33", 0],
+                    "latent_image": ["13", 0],
+                    "seed": seed,
+                    "steps": 8,
+                    "cfg": 1.0,
+                    "sampler_name": "res_multistep",
+                    "scheduler": "simple",
+                    "denoise": 1.0,
+                },
+            ),
+            "8": ("VAEDecode", {"samples": ["3", 0], "vae": ["29", 0]}),
+            "9": ("SaveImage", {"images": ["8", 0], "filename_prefix": "z-image-turbo"}),
+        }
+        return {"prompt": {node: {"class_type": kind, "inputs": inputs} for node, (kind, inputs) in nodes.items()}}
+
+
 DASHSCOPE, ZIMAGETURBO, OPENAI, OPENAI_LINK = DashScopeCase(), ZImageTurboCase(), OpenAICase(), OpenAILinkCase()
-MODELSCOPE, SDAPI = ModelScopeCase(), SdApiCase()
-CASES: tuple[Case, ...] = (DASHSCOPE, ZIMAGETURBO, MODELSCOPE, OPENAI, SDAPI)
-LINKED_CASES: tuple[Case, ...] = (DASHSCOPE, ZIMAGETURBO, OPENAI_LINK, MODELSCOPE)
-# In this process, no protocol: tests/test_diffusers.py; a queue and a history: tests/test_comfyui.py.
-OTHER_TABLES = {"diffusers", "comfyui"}
+MODELSCOPE, SDAPI, COMFYUI = ModelScopeCase(), SdApiCase(), ComfyUICase()
+CASES: tuple[Case, ...] = (DASHSCOPE, ZIMAGETURBO, MODELSCOPE, OPENAI, SDAPI, COMFYUI)
+LINKED_CASES: tuple[Case, ...] = (DASHSCOPE, ZIMAGETURBO, OPENAI_LINK, MODELSCOPE, COMFYUI)
+OTHER_TABLES = {"diffusers"}  # in this process, no protocol: tests/test_diffusers.py
 
 
 def envelope(data: object, code: object = 200, **fields: Any) -> Answer:
@@ -484,6 +586,45 @@ class ScopeBook(TaskBook):
         return told | ({"output_images": list(links), "time_taken": 18812.86} if links else {})
 
 
+class GraphBook(TaskBook):
+    """The queue and the history of ComfyUI: tasks are named by whoever sends them."""
+
+    def submit(self, request: Received) -> Answer:
+        body = json.loads(request.body)
+        with self._lock:
+            self.tasks[body["prompt_id"]] = COMFYUI.prompt_in(body)
+        return json_answer({"prompt_id": body["prompt_id"], "number": 1, "node_errors": {}}, bills=True)
+
+    def asked_for(self, request: Received) -> str:
+        return request.path.rpartition("/")[2]
+
+    def unknown(self) -> Answer:
+        return json_answer({})
+
+    def queue(self, request: Received) -> Answer:
+        """Nothing is there: what is not in the history is not known."""
+        return json_answer({"queue_running": [], "queue_pending": []})
+
+    def done(self, task_id: str, request: Received, **changes: Any) -> Answer:
+        return self.entry(
+            task_id, "success", {"9": {"images": [{"filename": "z.png", "subfolder": "", "type": "output"}]}}
+        )
+
+    def working(self, task_id: str, status: str = "RUNNING") -> Answer:
+        return json_answer({})
+
+    def failed(self, task_id: str, message: str) -> Answer:
+        facts = {"node_id": "3", "node_type": "KSampler", "exception_type": "Error", "exception_message": message}
+        return self.entry(task_id, "error", {}, ["execution_error", facts])
+
+    def entry(self, task_id: str, status: str, outputs: object, *messages: object) -> Answer:
+        said = {"status_str": status, "completed": status == "success", "messages": list(messages)}
+        return json_answer({task_id: {"outputs": outputs, "status": said}})
+
+
+BOOKS: dict[str, type[TaskBook]] = {"modelscope": ScopeBook, "comfyui": GraphBook}
+
+
 class Lab:
     """The script pointed at a server that speaks a case's protocol, with the keys of all providers at hand."""
 
@@ -491,7 +632,7 @@ class Lab:
         self.case = case
         self.shell = shell
         self.server = server
-        self.book = ScopeBook() if case is MODELSCOPE else TaskBook()
+        self.book = BOOKS.get(case.provider, TaskBook)()
         self.streams: list[str] = []
         shell.env |= {**KEYS, case.url_variable: server.root + case.root}
         self.picture(png())
@@ -514,7 +655,7 @@ class Lab:
     def picture(self, content: bytes, **fields: Any) -> None:
         """The picture that the service makes from now on, by link or in its answer."""
         self._content = content
-        self.server.play(PICTURE, file(content, **fields))
+        self.server.play(self.case.picture_path, file(content, **fields))
         self.server.play(self.case.paid_path, self.good)
 
     def answers(self, *behaviours: Behaviour) -> None:
@@ -527,6 +668,9 @@ class Lab:
             self.server.play(self.case.free_path, *behaviours)
         if self.case is MODELSCOPE:
             self.server.play("/v1/tasks/", *behaviours)
+        if isinstance(self.book, GraphBook):
+            self.server.play("/history/", *behaviours)
+            self.server.play("/queue", self.book.queue)
 
     # What the script does
 
@@ -564,7 +708,7 @@ class Lab:
 
     @property
     def payloads(self) -> list[dict[str, Any]]:
-        return [json.loads(request.body) for request in self.paid]
+        return [self.case.without_name(json.loads(request.body)) for request in self.paid]
 
     @property
     def prompts(self) -> list[str]:

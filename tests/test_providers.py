@@ -38,7 +38,6 @@ from batch_helpers import BATCH, SMALL_PNG, Batch, assert_counts
 from conftest import GENERATE as SCRIPT
 from conftest import SCRIPTS, Result, Shell
 from fault_server import (
-    PICTURE,
     Answer,
     Behaviour,
     FaultServer,
@@ -54,6 +53,7 @@ from mock_server import MockServer
 from mock_server import Request as MockRequest
 from provider_cases import (
     CASES,
+    COMFYUI,
     DASHSCOPE,
     KEYS,
     LINKED_CASES,
@@ -88,7 +88,8 @@ from zimage.waiting import Stop
 over_all = pytest.mark.parametrize("case", CASES, ids=str)
 # Tests of whole processes, which ask after tasks as patiently as users do.
 in_time = [
-    pytest.param(case, marks=[pytest.mark.heavy] if case is MODELSCOPE else []) for case in (*CASES, OPENAI_LINK)
+    pytest.param(case, marks=[pytest.mark.heavy] if case in (MODELSCOPE, COMFYUI) else [])
+    for case in (*CASES, OPENAI_LINK)
 ]
 over_all_in_time = pytest.mark.parametrize("case", in_time[:-1], ids=str)
 over_both_forms_in_time = pytest.mark.parametrize("case", in_time, ids=str)
@@ -275,20 +276,21 @@ def test_a_picture_is_made_saved_and_accounted_for(lab: Lab, case: Case) -> None
     assert (response["width"], response["height"]) == (1024, 1024)
     assert ("seed" in response) == case.takes_seed
     assert "warnings" not in response
-    link = lab.server.root + PICTURE if case.by_link else None
+    link = lab.server.root + case.picture if case.by_link else None
     assert response.get("image_url") == link
     assert len(lab.paid) == 1
     assert lab.payloads == [case.expected_payload("a fox", response.get("seed"))]
     assert lab.paid[0].header("authorization") == f"Bearer {case.key}"
-    asked = case.by_task or case.key_is_optional  # after the task, or what the server is
+    asked = len(case.free_paths) * case.key_is_optional + case.by_task  # what the server is, and after the task
     assert [request.header("authorization") for request in lab.questions] == [f"Bearer {case.key}"] * asked
     evidence = lab.shell.evidence()
     assert (evidence["provider"], evidence["endpoint"]) == (case.provider, lab.server.root + case.paid_path)
     assert (evidence["cost"]["estimate"], evidence["billable"]) == (case.cost, case.is_billed)
-    assert evidence["payload"] == lab.payloads[0]
+    assert case.without_name(evidence["payload"]) == lab.payloads[0]
     assert [attempt.get("billed") for attempt in evidence["attempts"]] == ["yes"]
     assert evidence["response"].get("image_url") == link
-    assert evidence.get("task_id") == (case.first_task or None)
+    name = evidence["payload"]["prompt_id"] if case.names_tasks else case.first_task or None
+    assert evidence.get("task_id") == name
     (path,) = lab.shell.evidence_files()
     assert {entry.name for entry in path.parent.iterdir()} == {path.name, ".gitignore"}
     requests = len(lab.server.requests)
@@ -366,7 +368,7 @@ def test_what_surely_was_not_billed_is_sent_again_on_its_own(lab: Lab, case: Cas
     lab.answers(case.refusal(name, headers=NO_WAIT), lab.good)
     assert_saved(lab, lab.make(), png())
     assert len(lab.paid) == 2
-    assert len({request.body for request in lab.paid}) == 1
+    assert lab.payloads[0] == lab.payloads[1]
     assert [attempt["billed"] for attempt in lab.shell.evidence()["attempts"]] == ["no", "yes"]
 
 
@@ -426,9 +428,12 @@ def test_a_gateways_status_is_never_sent_again_whatever_its_body_says(lab: Lab, 
 @over_all
 def test_a_good_answer_without_a_picture_is_no_success(lab: Lab, case: Case) -> None:
     lab.answers(json_answer(case.empty(), bills=True))
-    error = assert_error(lab.make(), 8, "unknown")
-    assert error["code"] in ("no_image", "answer_unusable")
-    assert not error["retryable"]
+    if case.names_tasks:  # it is looked up, and is nowhere
+        error = assert_error(lab.make(*ONCE), 7, "unknown", code="outcome_unknown")
+    else:
+        error = assert_error(lab.make(), 8, "unknown")
+        assert error["code"] in ("no_image", "answer_unusable")
+        assert not error["retryable"]
     assert len(lab.paid) == 1
     assert lab.status() == "unknown"
     assert not (lab.shell.folder / "out.png").exists()
@@ -485,10 +490,10 @@ def test_a_service_that_refuses_connections_is_not_reached_and_not_paid(lab: Lab
 
 @over_all_with_links
 def test_a_picture_that_cannot_be_fetched_now_is_fetched_later_free(lab: Lab) -> None:
-    lab.server.play(PICTURE, Answer(status=503, headers=NOT_NOW))
+    lab.server.play(lab.case.picture_path, Answer(status=503, headers=NOT_NOW))
     error = assert_error(lab.make(), 7, "yes", code="paid_not_downloaded")
     assert lab.status() == "generated"
-    lab.server.play(PICTURE, file(png()))
+    lab.server.play(lab.case.picture_path, file(png()))
     assert_saved(lab, advised(lab, error), png())
     assert_recovers_free(lab)
 
@@ -564,6 +569,9 @@ def test_a_kill_while_the_request_is_out_is_unknown_and_never_paid_again(lab: La
     process.kill()
     lab.finish(process)
     assert lab.status() == "submitting"
+    if case.names_tasks:
+        assert_recovers_free(lab)
+        return
     error = assert_error(lab.recover(), 7, "unknown", code="outcome_unknown")
     assert "--replay" in error["hint"]
     assert len(lab.paid) == 1
@@ -571,12 +579,16 @@ def test_a_kill_while_the_request_is_out_is_unknown_and_never_paid_again(lab: La
 
 @needs_kill
 @over_all
-def test_a_signal_while_the_request_is_out_ends_the_command_and_says_what_is_known(lab: Lab) -> None:
+def test_a_signal_while_the_request_is_out_ends_the_command_and_says_what_is_known(lab: Lab, case: Case) -> None:
     lab.answers(changed(lab.good, delay_s=60))
     process = lab.start()
     lab.server.wait_until(lambda: lab.paid)
     process.terminate()
     assert_error(lab.finish(process), 143, "unknown", code="interrupted")
+    if case.names_tasks:
+        assert lab.status() == "submitted"
+        assert_recovers_free(lab)
+        return
     assert lab.status() == "unknown"
     assert_error(lab.recover(), 7, "unknown", code="outcome_unknown")
     assert len(lab.paid) == 1
@@ -603,8 +615,9 @@ def test_a_replay_pays_once_for_the_very_same_request(lab: Lab, case: Case) -> N
     before, after = lab.payloads
     assert after == before
     second = json.loads(Path(result.json["evidence_path"]).read_text())
-    for field in ("provider", "endpoint", "request", "payload", "settings", "cost"):
+    for field in ("provider", "endpoint", "request", "settings", "cost"):
         assert first.get(field) == second.get(field), field
+    assert case.without_name(first["payload"]) == case.without_name(second["payload"])
     assert (lab.shell.folder / "out.png").exists()
 
 
@@ -721,7 +734,7 @@ def in_process(
     handlers = {signum: signal.getsignal(signum) for signum in (signal.SIGINT, signal.SIGTERM)}
     with monkeypatch.context() as patch:
         for name in os.environ:
-            own = ("DASHSCOPE_", "MODELSCOPE_", "OPENAI_", "SDAPI_", "ZIMAGE")
+            own = ("COMFYUI_", "DASHSCOPE_", "MODELSCOPE_", "OPENAI_", "SDAPI_", "ZIMAGE")
             if name.lower().endswith("_proxy") or name.startswith(own):
                 patch.delenv(name)
         for name, value in (KEYS | env).items():
@@ -848,6 +861,8 @@ def test_no_key_of_another_provider_steps_in(tmp_path: Path, monkeypatch: pytest
 def test_a_base_url_in_a_request_does_not_take_the_key_along(lab: Lab, case: Case, elsewhere: FaultServer) -> None:
     """To this machine's own address, as another machine's: over http no key goes there, or no call."""
     elsewhere.play(case.paid_path, lab.good)
+    elsewhere.play("/history/", lab.book.status)  # of whom asks there after tasks
+    elsewhere.play(lab.case.picture_path, file(png()))
     request = json.dumps({"prompt": "a fox", "base_url": elsewhere.root + case.root})
     command = ("--provider", case.provider, "--request", request, "--output", "out.png", "--print-response")
     result = lab.call(*command)
@@ -896,10 +911,10 @@ def test_no_redirect_is_followed_with_the_key(lab: Lab, case: Case, other: Fault
 
 @over_all_with_links
 def test_the_download_carries_no_key_wherever_it_leads(lab: Lab, other: FaultServer) -> None:
-    lab.server.play(PICTURE, redirect(other.root + "/img/there.png"))
+    lab.server.play(lab.case.picture_path, redirect(other.root + "/img/there.png"))
     assert_saved(lab, lab.make(), png())
     assert [request.path for request in other.requests] == ["/img/there.png"]
-    for request in [*other.requests, *(r for r in lab.server.requests if r.path == PICTURE)]:
+    for request in [*other.requests, *(r for r in lab.server.requests if r.path == lab.case.picture_path)]:
         assert request.header("authorization") is None
 
 
@@ -929,7 +944,8 @@ def test_a_key_that_a_service_echoes_is_masked_in_what_is_kept_of_a_picture(lab:
         lab.about_tasks(echoing(lab.book.status))
     else:
         lab.answers(echoing(lab.good))
-    assert assert_saved(lab, lab.make(), png())["request_id"] == "id ***"
+    response = assert_saved(lab, lab.make(), png())
+    assert response["request_id"] == (lab.shell.evidence()["task_id"] if case.names_tasks else "id ***")
     if not case.by_task:
         assert lab.shell.evidence()["response"]["usage"].items() >= {"a ***": "b ***"}.items()
 
@@ -1414,7 +1430,7 @@ def test_a_server_of_ones_own_may_link_to_itself_over_http(oa: Lab, elsewhere: F
 @pytest.mark.parametrize("case", LINKED_CASES, ids=str)
 def test_no_server_links_into_the_network_around(lab: Lab, case: Case, elsewhere: FaultServer) -> None:
     """Neither to another address of this machine, nor to a private one by a redirect."""
-    lab.server.play(PICTURE, redirect(elsewhere.root + "/img/inside.png"))
+    lab.server.play(lab.case.picture_path, redirect(elsewhere.root + "/img/inside.png"))
     assert_error(lab.make(), 8, "yes", code="hop_refused")
     assert elsewhere.connections == 0
 
@@ -1620,7 +1636,7 @@ def test_fifty_rows_killed_and_resumed_are_all_made_and_none_is_paid_for_twice(
         unknown.update(prompt for prompt, state in states.items() if state == "submitting")
         tasks.update(batch.tasks)
 
-    with Watched(latency=1.5 if case.by_task else 0.15) as mock:
+    with Watched(latency=1.5 if case.by_task and not case.names_tasks else 0.15) as mock:
         shell.use(mock)
         shell.env[case.key_variable] = mock.api_key
         killed_when(lambda: len(mock.paid(case)) >= 12)
@@ -1640,7 +1656,7 @@ def test_fifty_rows_killed_and_resumed_are_all_made_and_none_is_paid_for_twice(
         assert left <= unknown
         assert batch.states() == {prompt: "unknown" if prompt in left else "saved" for prompt in prompts}
         assert result.code == (1 if left else 0)
-        again = set() if case.is_billed else unknown
+        again = set() if case.is_billed or case.names_tasks else unknown
         assert all(calls[prompt] == 1 for prompt in prompts if prompt not in left | again)
         assert all(calls[prompt] <= 1 for prompt in left)
         seen = len(mock.seen)

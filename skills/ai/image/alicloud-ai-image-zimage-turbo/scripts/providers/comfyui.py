@@ -558,10 +558,12 @@ def entry_of(answer: HttpAnswer, task_id: str) -> Mapping[str, Any] | None:
         Failure: where it is not the history that answers.
     """
     body = read_json(answer)
+    entry = at(body, task_id)
+    if isinstance(entry, dict):  # whatever status stands beside it: the task has ended
+        return entry
     if answer.status != 200 or body is None:
         raise failure_of(answer)
-    entry = body.get(task_id)
-    return entry if isinstance(entry, dict) else None
+    return None
 
 
 def place_in(answer: HttpAnswer, task_id: str) -> str | None:
