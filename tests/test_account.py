@@ -25,10 +25,11 @@ from mock_server import MockServer
 from providers.dashscope import DashScope
 from providers.openai import OpenAI
 from zimage.account import Account, config_of
+from zimage.calls import HttpAnswer
 from zimage.errors import Failure
 from zimage.keys import Key, find_key
 from zimage.plan import workspace_of
-from zimage.provider import HttpAnswer, RateLimit
+from zimage.provider import RateLimit
 from zimage.trust import choose_endpoint, telling_of_refused
 
 PROVIDER = DashScope()

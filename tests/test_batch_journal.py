@@ -20,9 +20,9 @@ from zimage.batch import journal as room
 from zimage.batch.contract import DATABASE, RESERVE
 from zimage.batch.folder import Reserve, open_database
 from zimage.batch.journal import Job, Jobs, Journal, JournalRow, RunRow, read_services
+from zimage.calls import Generated, Submitted
 from zimage.errors import Failure, Fault, Left
 from zimage.evidence import timestamp
-from zimage.provider import Generated, Submitted
 from zimage.trust import choose_endpoint
 
 LOCAL, NEIGHBOUR = "http://127.0.0.1:9/v1", "http://127.0.0.1:10/v1"

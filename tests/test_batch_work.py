@@ -22,10 +22,10 @@ from zimage.batch import work as room
 from zimage.batch.journal import Job, Journal
 from zimage.batch.names import thumb_name
 from zimage.batch.work import Outcome, own_fault
+from zimage.calls import Generated, HttpAnswer, HttpCall, Submitted
 from zimage.errors import Failure, Left
 from zimage.keys import Key
 from zimage.plan import Plan
-from zimage.provider import Generated, HttpAnswer, HttpCall, Submitted
 from zimage.task import Task
 from zimage.waiting import Stop
 

@@ -13,11 +13,11 @@ import responses
 import zimage.outside
 from conftest import TEST_KEY
 from providers.dashscope import DashScope
+from zimage.calls import Generated, HttpAnswer
 from zimage.errors import KINDS, Failure
 from zimage.evidence import said_of, timestamp
 from zimage.keys import Key
 from zimage.outside import remember_secret
-from zimage.provider import Generated, HttpAnswer
 from zimage.request import ImageRequest, normalize
 from zimage.settle import retry_wait
 from zimage.transport import ask

@@ -30,9 +30,9 @@ from PIL import Image
 
 from conftest import ROOT, SCRIPTS, Result, Shell, cannot
 from zimage import contract
+from zimage.calls import Generated, LocalCall
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure
-from zimage.provider import Generated, LocalCall
 from zimage.registry import provider_class
 from zimage.request import ImageRequest
 

@@ -23,11 +23,11 @@ from fault_server import PICTURE, Answer, FaultServer, Received, file, json_answ
 from mock_server import MockServer
 from providers.dashscope import CODES, DashScope
 from zimage import options
+from zimage.calls import Generated, HttpAnswer
 from zimage.codes import COMMON_CODES
 from zimage.contract import ERROR_SCHEMA, RATIO_SIZES, VERSION
 from zimage.errors import KINDS
 from zimage.options import EPILOG
-from zimage.provider import Generated, HttpAnswer
 from zimage.request import normalize
 
 SKILL_MD = (SKILL / "SKILL.md").read_text(encoding="utf-8")

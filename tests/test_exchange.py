@@ -29,10 +29,10 @@ import trustme
 from conftest import TEST_KEY
 from fault_server import Answer, FaultServer, Received
 from zimage import wire
+from zimage.calls import HttpAnswer, HttpCall, LocalCall
 from zimage.contract import CONNECT_TIMEOUT, MAX_ANSWER_BYTES, MAX_ERROR_BYTES, MIB, SKILL, VERSION
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, NotSent
-from zimage.provider import HttpAnswer, HttpCall, LocalCall
 from zimage.tls import bundle_variable
 from zimage.transport import AnswerEncoded, AnswerLost, AnswerTooLarge, ask, exchange
 from zimage.waiting import WATCHER, Stop, Stopped

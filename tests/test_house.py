@@ -20,6 +20,7 @@ LAYERS = [
     ["contract", "endpoint", "facts", "quota", "quoting"],
     ["outside"],
     ["errors", "page"],
+    ["calls"],
     ["tls", "proxy"],
     ["settings", "paths", "waiting", "registry", "formats", "workflow"],
     ["provider"],
@@ -48,6 +49,7 @@ LONGEST = 400
 # What a provider may know of the house: nothing that waits, sends, keeps or decides.
 FOR_PROVIDERS = {
     "answers",
+    "calls",
     "codes",
     "contract",
     "endpoint",

@@ -36,8 +36,8 @@ from fault_server import (
     png,
 )
 from providers.dashscope import DashScope
+from zimage.calls import HttpAnswer
 from zimage.errors import Failure
-from zimage.provider import HttpAnswer
 from zimage.trust import Home
 from zimage.waiting import Stop, Stopped
 

@@ -16,11 +16,11 @@ import pytest
 
 from conftest import SCRIPTS
 from zimage.answers import link_expiry, read_json, retry_after, service_failure
+from zimage.calls import HttpAnswer
 from zimage.evidence import utc_now
 from zimage.files import to_json
 from zimage.outside import kept_text, outside_json, outside_text, remember_secret, told_line
 from zimage.paths import slug_of
-from zimage.provider import HttpAnswer
 from zimage.request import request_problems
 
 pytestmark = pytest.mark.heavy  # by its time

@@ -18,8 +18,8 @@ from batch_helpers import BATCH
 from conftest import Shell
 from fault_server import PICTURE, Answer, FaultServer, Received, json_answer, png
 from provider_cases import KEYS, MODELSCOPE, NO_WAIT, NOT_NOW, Lab, changed
+from zimage.calls import HttpAnswer
 from zimage.endpoint import Endpoint
-from zimage.provider import HttpAnswer
 from zimage.quota import QUOTA_WORDS, Quota, in_quota_words
 from zimage.registry import provider_class, provider_named
 from zimage.trust import parse_base_url

@@ -22,6 +22,7 @@ from zimage import evidence as evidence_room
 from zimage import make as room
 from zimage import registry, waiting
 from zimage.batch.resume import clean_up
+from zimage.calls import Generated, Submitted
 from zimage.console import Console
 from zimage.errors import Failure, Left
 from zimage.evidence import Evidence, EvidenceFile, utc_now
@@ -29,7 +30,7 @@ from zimage.keys import Key
 from zimage.make import make, settling
 from zimage.options import read_options
 from zimage.plan import Plan, make_plan
-from zimage.provider import Generated, OpenModel, Price, Provider, Submitted
+from zimage.provider import OpenModel, Price, Provider
 from zimage.registry import provider_class, provider_named
 from zimage.settle import Have
 from zimage.task import Task

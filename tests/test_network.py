@@ -24,9 +24,9 @@ from conftest import SCRIPTS, TEST_KEY, Result, Shell
 from fault_server import GENERATE, PICTURE, Answer, FaultServer, error, good, html, json_answer, redirect, typed
 from middlemen import HttpProxy, Middleman, SocksProxy
 from zimage import tls
+from zimage.calls import HttpCall
 from zimage.contract import MIB
 from zimage.errors import NotSent
-from zimage.provider import HttpCall
 from zimage.transport import exchange
 from zimage.waiting import Stop
 from zimage.wire import Wire

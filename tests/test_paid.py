@@ -18,6 +18,7 @@ from conftest import TEST_KEY
 from fault_server import png
 from zimage import make as room
 from zimage import waiting
+from zimage.calls import Generated, LocalCall, Submitted
 from zimage.console import Console
 from zimage.contract import SKILL
 from zimage.errors import Failure, Fault
@@ -27,7 +28,6 @@ from zimage.make import generate, make, save, send, settling
 from zimage.options import read_options
 from zimage.picture import Picture
 from zimage.plan import Plan, make_plan
-from zimage.provider import Generated, LocalCall, Submitted
 from zimage.task import Task
 from zimage.trust import Home
 from zimage.waiting import Stop, Stopped

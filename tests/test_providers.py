@@ -72,13 +72,13 @@ from provider_cases import (
     changed,
     envelope,
 )
+from zimage.calls import Generated, HttpAnswer
 from zimage.contract import ERROR_SCHEMA, EVIDENCE_SCHEMA, RATIO_SIZES, RESPONSE_SCHEMA
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure
 from zimage.evidence import utc_now
 from zimage.keys import NO_KEY, find_key
 from zimage.picture import size_warning, verified
-from zimage.provider import Generated, HttpAnswer
 from zimage.registry import provider_class, provider_named, provider_names
 from zimage.request import ImageRequest, normalize
 from zimage.task import Task
@@ -1827,7 +1827,8 @@ PIGEON = '''
 """A made-up service: it answers with the picture in hexadecimal digits."""
 from zimage.answers import json_post, read_json, service_failure
 from zimage.keys import KeyPlaces
-from zimage.provider import Generated, Price, Provider
+from zimage.calls import Generated
+from zimage.provider import Price, Provider
 
 
 class Pigeon(Provider):

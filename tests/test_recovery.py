@@ -30,8 +30,8 @@ from fault_server import (
     oss_error,
     png,
 )
+from zimage.calls import HttpCall
 from zimage.contract import SKILL
-from zimage.provider import HttpCall
 from zimage.transport import exchange
 from zimage.waiting import Stop, Stopped
 from zimage.wire import request_target

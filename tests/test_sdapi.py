@@ -18,8 +18,8 @@ from conftest import Result, Shell
 from fault_server import Answer, Behaviour, FaultServer, Received, html, json_answer
 from mock_server import MockServer
 from provider_cases import NO_WAIT
+from zimage.calls import HttpAnswer
 from zimage.formats import png_text
-from zimage.provider import HttpAnswer
 from zimage.registry import provider_named
 from zimage.request import ImageRequest
 from zimage.trust import parse_base_url

@@ -21,9 +21,10 @@ from fault_server import PICTURE, Answer, FaultServer, Received, file, html, jso
 from provider_cases import DASHSCOPE, OPENAI, ZIMAGETURBO, Lab
 from test_providers import ProviderBatch, advised, assert_error, assert_saved
 from zimage.answers import kept_answer
+from zimage.calls import Generated, HttpAnswer, Submitted
 from zimage.contract import MAX_KEPT_ANSWER
 from zimage.errors import Failure
-from zimage.provider import Generated, HttpAnswer, Provider, Submitted
+from zimage.provider import Provider
 from zimage.registry import provider_named
 from zimage.request import normalize
 from zimage.traces import traces_in

@@ -18,8 +18,8 @@ from torture.cells import CELLS, SLICE, Cell
 from torture.many import BATCHES, ManyStory
 from torture.story import Story
 from zimage.answers import read_begun_json
+from zimage.calls import HttpAnswer
 from zimage.outside import at
-from zimage.provider import HttpAnswer
 
 pytestmark = pytest.mark.skipif(not IS_WARM, reason="a process each, forked; what a socket still holds is Linux's")
 

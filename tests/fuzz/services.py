@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from fault_server import PICTURE, Received, drawn
 from fuzz.strategies import answers, as_body, changed, changed_bytes, json_values, nested, scalars
 from provider_cases import CASES, OPENAI_LINK, REFUSALS, TaskBook
+from zimage.calls import HttpAnswer, HttpCall
 from zimage.errors import NotSent
-from zimage.provider import HttpAnswer, HttpCall
 from zimage.transport import AnswerLost, AnswerTooLarge
 from zimage.waiting import Stop
 

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
 from provider_cases import KEYS
+from zimage.calls import HttpAnswer
 from zimage.contract import MAX_SEED, RATIO_SIZES
-from zimage.provider import HttpAnswer
 
 KEY = KEYS["DASHSCOPE_API_KEY"]  # of no known form: what hides it must know it, not recognize it
 

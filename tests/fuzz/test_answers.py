@@ -24,11 +24,12 @@ from fuzz.strategies import (
 )
 from provider_cases import CASES, LINKED_CASES, ZIMAGETURBO
 from zimage.answers import link_expiry, looks_cut, read_json, retry_after
+from zimage.calls import Generated, HttpAnswer, Submitted
 from zimage.errors import Failure
 from zimage.evidence import Evidence, utc_now
 from zimage.outside import at
 from zimage.plan import Plan
-from zimage.provider import Generated, HttpAnswer, Provider, Submitted
+from zimage.provider import Provider
 from zimage.registry import provider_named
 from zimage.request import normalize
 from zimage.trust import parse_base_url

@@ -17,7 +17,7 @@ from fuzz.strategies import as_body, changed, changed_bytes, near_requests, text
 from fuzz.test_templates import EXAMPLES
 from zimage import options
 from zimage.batch import options as batch_options
-from zimage.provider import HttpAnswer
+from zimage.calls import HttpAnswer
 from zimage.registry import provider_class, provider_names
 
 # What some option takes; each may be tried on any.

@@ -18,10 +18,10 @@ from fuzz.promises import assert_failure
 from fuzz.services import GOOD, LINK, PICTURE_ANSWER, SMALL, TASK, Service, pictures, said
 from fuzz.strategies import as_body, changed, changed_bytes, json_values, scalars, texts
 from restored import FIXTURES, fixture_names
+from zimage.calls import HttpAnswer
 from zimage.contract import EVIDENCE_SCHEMA, STATUSES
 from zimage.errors import Failure
 from zimage.evidence import Evidence
-from zimage.provider import HttpAnswer
 from zimage.waiting import Stop
 
 VALID = jsonschema.Draft202012Validator(EVIDENCE_SCHEMA)

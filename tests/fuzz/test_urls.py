@@ -18,9 +18,9 @@ from fuzz.conftest import cases
 from fuzz.promises import assert_failure, assert_one_line
 from fuzz.strategies import HOSTILE, texts
 from zimage import download
+from zimage.calls import HttpAnswer, HttpCall
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure
-from zimage.provider import HttpAnswer, HttpCall
 from zimage.registry import provider_named, provider_names
 from zimage.trust import Home, check_trust, choose_endpoint, may_have_optional_key, parse_base_url, trusted_hosts
 from zimage.waiting import Stop

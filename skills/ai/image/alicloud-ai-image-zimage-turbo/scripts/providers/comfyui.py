@@ -15,12 +15,13 @@ from typing import Any, ClassVar, NamedTuple
 from urllib.parse import quote, urlencode
 
 from zimage.answers import bearer, json_post, kept_answer, read_json, request_id, service_failure
+from zimage.calls import Generated, HttpAnswer, HttpCall, Submitted, Working
 from zimage.contract import EXIT_INVALID, MIB
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure
 from zimage.keys import KeyPlaces
 from zimage.outside import at, outside_text
-from zimage.provider import Generated, HttpAnswer, HttpCall, OpenModel, Submitted, Working
+from zimage.provider import OpenModel
 from zimage.request import ImageRequest
 from zimage.settings import GUIDANCE, STEPS, Setting
 from zimage.task import is_task_id

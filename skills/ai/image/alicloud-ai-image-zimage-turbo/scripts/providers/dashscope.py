@@ -17,18 +17,19 @@ from zimage.answers import (
     request_id,
     service_failure,
 )
+from zimage.calls import Generated, HttpCall, Submitted
 from zimage.codes import COMMON_CODES, Code
 from zimage.endpoint import _LABEL, UNKNOWN_REGION
 from zimage.errors import Failure
 from zimage.keys import KeyPlaces
 from zimage.outside import at, kept_text, outside_json
-from zimage.provider import ConfigFile, Generated, HttpCall, Price, Provider, RateLimit, Submitted
+from zimage.provider import ConfigFile, Price, Provider, RateLimit
 from zimage.task import is_task_id
 from zimage.traces import ENDED_BADLY, ENDED_WELL, traces_in
 
 if TYPE_CHECKING:
+    from zimage.calls import HttpAnswer
     from zimage.endpoint import Endpoint
-    from zimage.provider import HttpAnswer
     from zimage.request import ImageRequest
 
 

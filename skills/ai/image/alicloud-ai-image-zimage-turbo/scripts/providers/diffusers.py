@@ -26,10 +26,11 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from zimage import contract
+from zimage.calls import Generated, LocalCall
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, os_reason
 from zimage.outside import at, outside_text
-from zimage.provider import Generated, LocalCall, OpenModel
+from zimage.provider import OpenModel
 from zimage.quoting import command_line, quoted
 from zimage.request import ImageRequest
 from zimage.settings import GUIDANCE, STEPS, Setting

@@ -24,12 +24,13 @@ from zimage.answers import (
     request_id,
     service_failure,
 )
+from zimage.calls import Generated, HttpAnswer, HttpCall, Submitted
 from zimage.codes import COMMON_CODES, Code, kind_of
 from zimage.endpoint import Endpoint
 from zimage.errors import KINDS, Failure
 from zimage.keys import KeyPlaces
 from zimage.outside import at, outside_json, outside_text, shown
-from zimage.provider import Generated, HttpAnswer, HttpCall, Price, Provider, Submitted
+from zimage.provider import Price, Provider
 from zimage.quota import Quota
 from zimage.request import ImageRequest
 from zimage.task import is_task_id

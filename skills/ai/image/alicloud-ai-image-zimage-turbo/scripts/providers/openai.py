@@ -24,12 +24,12 @@ from zimage.answers import (
     request_id,
     service_failure,
 )
+from zimage.calls import Generated, HttpAnswer, HttpCall
 from zimage.contract import MAX_IMAGE_BYTES, MIB
 from zimage.endpoint import Endpoint, is_own_machine
 from zimage.errors import Failure
 from zimage.keys import KeyPlaces
 from zimage.outside import at, kept_text, outside_json, outside_text
-from zimage.provider import Generated, HttpAnswer, HttpCall
 from zimage.request import ImageRequest
 from zimage.servers import PRICE, THIS_MODEL, OpenServer, Sign, first_sign
 from zimage.settings import GUIDANCE, STEPS, Setting, added_fields, left_out_fields

@@ -21,6 +21,7 @@ from zimage.answers import (
     request_id,
     service_failure,
 )
+from zimage.calls import Generated, HttpAnswer, HttpCall
 from zimage.codes import COMMON_CODES, Code
 from zimage.contract import MAX_IMAGE_BYTES, MAX_SEED, MIB
 from zimage.endpoint import Endpoint
@@ -28,7 +29,6 @@ from zimage.errors import Failure
 from zimage.formats import png_text
 from zimage.keys import KeyPlaces
 from zimage.outside import at, json_of, kept_text, outside_json, outside_text
-from zimage.provider import Generated, HttpAnswer, HttpCall
 from zimage.request import ImageRequest
 from zimage.servers import PRICE, THIS_MODEL, OpenServer, Sign, first_sign
 from zimage.settings import GUIDANCE, STEPS, Setting, added_fields, left_out_fields

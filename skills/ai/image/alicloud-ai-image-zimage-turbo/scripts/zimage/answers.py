@@ -11,18 +11,18 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, unquote_to_bytes, urlsplit
 
+from zimage.calls import Generated, HttpCall
 from zimage.codes import COMMON_CODES, Code, kind_of
 from zimage.contract import BASIC, MAX_KEPT_ANSWER, MAX_LINK_LENGTH, MAX_OTHER_LINKS, MAX_TASK_ID
 from zimage.errors import KINDS, Failure
 from zimage.outside import at, json_of, kept_text, mask, outside_text, without_surrogates
 from zimage.page import media_type, redirect_words
-from zimage.provider import Generated, HttpCall
 from zimage.traces import ENDED_WELL, OF_A_PICTURE, Traces, traces_in
 from zimage.words import Said, said_in
 
 if TYPE_CHECKING:
+    from zimage.calls import HttpAnswer
     from zimage.errors import Side
-    from zimage.provider import HttpAnswer
 
 
 # What HTTP statuses mean where the service's own code does not say more.

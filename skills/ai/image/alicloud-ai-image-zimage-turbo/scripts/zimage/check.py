@@ -6,12 +6,12 @@ import contextlib
 from collections.abc import Callable, Generator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from zimage.calls import HttpCall
 from zimage.contract import EXIT_KEY
 from zimage.errors import KINDS, Failure, raise_problems
 from zimage.files import check_free_name, check_space
 from zimage.keys import NO_KEY, Key
 from zimage.plan import planned_endpoint, planned_provider, workspace_of
-from zimage.provider import HttpCall
 from zimage.settle import retry_wait
 from zimage.transport import ask, ask_all, get_to_know
 from zimage.trust import key_for, telling_of_refused, telling_of_withheld

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, NoReturn
 from urllib.parse import urljoin, urlsplit, urlunsplit
 
 from zimage.answers import bearer, retry_after
+from zimage.calls import HttpCall
 from zimage.contract import CORRUPT_DOWNLOAD_RETRIES, DOWNLOAD_RETRIES, MAX_HOPS, MAX_IMAGE_BYTES, MIB
 from zimage.endpoint import _is_address, is_loopback_host, is_public_address, origin_of, split_netloc
 from zimage.errors import RECOVER_FREE, Failure, NotSent, os_reason
@@ -16,16 +17,16 @@ from zimage.evidence import moment_of, said_of, utc_now
 from zimage.files import read_file
 from zimage.outside import without_surrogates
 from zimage.picture import ends_as_it_should, verified
-from zimage.provider import HttpCall
 from zimage.settle import DEAD_LINK
 from zimage.transport import AnswerEncoded, AnswerLost, AnswerTooLarge, exchange
 from zimage.trust import home_of, unnamed
 from zimage.waiting import wait_before
 
 if TYPE_CHECKING:
+    from zimage.calls import HttpAnswer
     from zimage.evidence import Evidence
     from zimage.picture import Picture
-    from zimage.provider import HttpAnswer, Provider
+    from zimage.provider import Provider
     from zimage.task import Task
     from zimage.trust import Home
     from zimage.waiting import Stop

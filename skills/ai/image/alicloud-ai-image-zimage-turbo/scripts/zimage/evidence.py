@@ -24,8 +24,8 @@ from zimage.waiting import Late
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+    from zimage.calls import Generated, Submitted
     from zimage.facts import AttemptEnd, Changes, Content, Image, Response, State, Timings, Unread
-    from zimage.provider import Generated, Submitted
     from zimage.waiting import Stop
 
 

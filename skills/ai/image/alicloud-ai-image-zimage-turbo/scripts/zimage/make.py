@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urljoin
 
+from zimage.calls import Generated, Submitted
 from zimage.contract import FORMATS, SKILL
 from zimage.download import fetch_anew, fetch_source
 from zimage.errors import Failure
 from zimage.evidence import EVIDENCE_ID, MADE, Evidence, EvidenceFile, elapsed_ms, response_of, utc_now
 from zimage.files import check_free_name, check_space, check_writable, place, remove_leftovers
 from zimage.picture import converted, size_warning
-from zimage.provider import Generated, Submitted
 from zimage.settle import TASK_ENDS, ended_early, explained, retry_wait, settle
 from zimage.task import Task
 from zimage.transport import ask, get_to_know
@@ -26,13 +26,14 @@ from zimage.waiting import Stopped, in_time
 from zimage.wire import wired_adapter
 
 if TYPE_CHECKING:
+    from zimage.calls import HttpAnswer
     from zimage.console import Console
     from zimage.evidence import Record
     from zimage.facts import Image
     from zimage.keys import Key
     from zimage.picture import Picture
     from zimage.plan import Options, Plan
-    from zimage.provider import HttpAnswer, Provider
+    from zimage.provider import Provider
     from zimage.trust import Home
     from zimage.waiting import Stop
 

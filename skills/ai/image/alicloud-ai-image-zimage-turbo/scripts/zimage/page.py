@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from zimage.outside import outside_text
 
 if TYPE_CHECKING:
-    from zimage.provider import HttpAnswer
+    from zimage.calls import HttpAnswer
 
 READ_BYTES = 8192  # of a page: its first words are enough
 FIRST_WORDS = 200  # characters

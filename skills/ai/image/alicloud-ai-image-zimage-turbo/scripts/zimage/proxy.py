@@ -14,7 +14,7 @@ from zimage.outside import outside_text
 from zimage.page import first_words
 
 if TYPE_CHECKING:
-    from zimage.provider import HttpAnswer
+    from zimage.calls import HttpAnswer
 
 PYSOCKS_HINT = (
     "run it with `uv run --with 'PySocks>=1.7.1,<2' --script …`, or install it beside the other packages: "

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from zimage.calls import Generated
 from zimage.contract import MAX_SAVED_BYTES, SKILL
 from zimage.download import fetch_source
 from zimage.errors import KINDS, Failure, Problem, noting, raise_problems
@@ -17,7 +18,7 @@ from zimage.make import collect, import_libraries, save, settling
 from zimage.outside import outside_text
 from zimage.paths import checked_output
 from zimage.picture import verified
-from zimage.provider import Generated, Provider
+from zimage.provider import Provider
 from zimage.registry import provider_named
 from zimage.request import normalize, request_problems
 from zimage.settle import explained

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urljoin
 
 from zimage.answers import bearer
+from zimage.calls import HttpAnswer, HttpCall
 from zimage.endpoint import is_own_machine
-from zimage.provider import HttpAnswer, HttpCall, OpenModel, Price
+from zimage.provider import OpenModel, Price
 from zimage.settings import Setting, number
 
 if TYPE_CHECKING:

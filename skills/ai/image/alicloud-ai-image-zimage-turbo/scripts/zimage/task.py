@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from zimage.calls import Working
 from zimage.contract import (
     EXIT_KEY,
     LAST_POLL,
@@ -15,16 +16,16 @@ from zimage.contract import (
 from zimage.errors import GO_ON_FREE, Failure
 from zimage.evidence import utc_now
 from zimage.outside import mask, outside_text, without_surrogates
-from zimage.provider import Working
 from zimage.settle import TASK_IS_DONE
 from zimage.transport import ask_all
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from zimage.calls import Generated
     from zimage.endpoint import Endpoint
     from zimage.keys import Key
-    from zimage.provider import Generated, Provider
+    from zimage.provider import Provider
     from zimage.request import ImageRequest
     from zimage.waiting import Stop
 

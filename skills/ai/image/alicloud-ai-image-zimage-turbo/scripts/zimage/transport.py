@@ -10,20 +10,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 from zimage.answers import read_json
+from zimage.calls import HttpAnswer, LocalCall
 from zimage.contract import ASKING_SHARE, ASKING_TIME, MAX_ANSWER_BYTES, MAX_ERROR_BYTES, MIB, SKILL, VERSION
 from zimage.errors import Failure, NotSent
 from zimage.outside import outside_text
 from zimage.page import base_url_advice
-from zimage.provider import HttpAnswer, LocalCall
 from zimage.proxy import own_refusal, proxy_for
 from zimage.tls import tls_context
 from zimage.waiting import WATCHER, Stop, Stopped, in_time
 from zimage.wire import Wire, wired_adapter
 
 if TYPE_CHECKING:
+    from zimage.calls import HttpCall
     from zimage.endpoint import Endpoint
     from zimage.keys import Key
-    from zimage.provider import HttpCall, Provider
+    from zimage.provider import Provider
 
 PIECE = 64 * 1024  # bytes of an answer that are read at once
 

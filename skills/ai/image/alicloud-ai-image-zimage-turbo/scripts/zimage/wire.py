@@ -21,7 +21,7 @@ from zimage.waiting import Late, Stop
 if TYPE_CHECKING:
     import ssl
 
-    from zimage.provider import HttpCall
+    from zimage.calls import HttpCall
     from zimage.proxy import Proxy
 
 

@@ -10,7 +10,7 @@ from zimage.outside import at, json_of
 from zimage.page import first_words
 
 if TYPE_CHECKING:
-    from zimage.provider import HttpAnswer
+    from zimage.calls import HttpAnswer
 
 Form = Literal["json", "html", "xml", "text", "none"]
 

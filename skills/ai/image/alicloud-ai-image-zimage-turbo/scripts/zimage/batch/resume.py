@@ -26,13 +26,13 @@ from zimage.batch.journal import Job, job_of, read_services
 from zimage.batch.moves import settle_moves
 from zimage.batch.names import Names, path_in
 from zimage.batch.work import ROW_HINTS
+from zimage.calls import Generated
 from zimage.console import Console
 from zimage.contract import MAX_EVIDENCE_BYTES, SKILL
 from zimage.errors import Failure
 from zimage.evidence import EvidenceFile
 from zimage.files import check_space, check_writable, file_hash, leftovers_of, read_file, remove_leftovers
 from zimage.outside import json_of
-from zimage.provider import Generated
 from zimage.settle import settle
 from zimage.waiting import Stop
 

@@ -8,11 +8,11 @@ from typing import NamedTuple
 
 from zimage.batch.gallery import write_thumb
 from zimage.batch.journal import Job, Journal, JournalRow, Place
+from zimage.calls import Generated, Submitted
 from zimage.contract import EXIT_UNKNOWN
 from zimage.errors import Billed, Failure, Left, internal_error
 from zimage.make import attempt, came, save
 from zimage.picture import Picture
-from zimage.provider import Generated, Submitted
 from zimage.settle import TASK_ENDS, is_gateway_page, settle
 from zimage.task import Task
 from zimage.trust import home_of, home_of_record, naming_flags
