@@ -34,10 +34,10 @@ SMALL = ("--prompt", "a cat", "--size", "512x512")
 IMAGES = "output/ai-image-zimage-turbo/images"
 EVIDENCE = "output/alicloud-ai-image-zimage-turbo/evidence"
 OPTIONS = [
-    *("--request", "--file", "--prompt", "--replay", "--recover", "--check", "--schema"),
+    *("--request", "--file", "--prompt", "--replay", "--recover", "--check", "--deep", "--schema"),
     *("--size", "--aspect-ratio", "--seed", "--prompt-extend", "--no-prompt-extend", "--base-url"),
     *("--region", "--provider", "--output", "--overwrite", "--print-response", "--dry-run", "--timeout"),
-    *("--max-retries", "--trust-host", "--quiet", "--version"),
+    *("--max-retries", "--trust-host", "--accept-cost", "--quiet", "--version"),
 ]
 MEANINGS = {  # exit code: a word that the help must say of it
     "0": "saved",

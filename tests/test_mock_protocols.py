@@ -226,7 +226,7 @@ class TestSharedFaults:
         own |= {"openai": {"url", "data-url", "bad-base64"}, "dashscope": {"quota"}}
         for service, names in own.items():
             assert {name for name in FAULTS if services_that_know(name) == [service]} == names
-        assert services_that_know("quota-429") == ["dashscope", "openai", "modelscope"]
+        assert services_that_know("quota-429") == ["dashscope", "modelscope", "openai"]
         tasks = {"two-pictures", *(name for name in FAULTS if re.match("task-|status-", name))}
         assert {name for name in FAULTS if services_that_know(name) == ["zimageturbo", "modelscope"]} == tasks
         assert (len(own["zimageturbo"]), len(tasks)) == (4, 8)

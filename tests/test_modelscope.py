@@ -87,6 +87,7 @@ def test_the_headers_tell_a_quota_that_is_used_up_from_too_many_at_once(
     assert error["retryable"] == (exit_code == 6)
 
 
+@pytest.mark.smoke
 def test_a_quota_comes_back_tomorrow_and_no_hour_is_named(ms: Lab) -> None:
     ms.answers(said(TODAY, 429, headers=((MODEL_LEFT, "0"), (LEFT, "1800"))))
     error = told(ms)

@@ -975,7 +975,7 @@ def test_a_task_is_asked_after_until_it_is_done_and_its_id_is_on_disk_before_the
 
 
 def test_questions_begin_after_a_second_and_come_to_be_five_apart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("zimage.task.ask", lambda *arguments, **options: None)
+    monkeypatch.setattr("zimage.task.ask_all", lambda *arguments: None)
     provider = provider_named("zimageturbo")
     endpoint = parse_base_url("http://127.0.0.1:9/api", "test", provider)
     task = Task(provider, endpoint, NO_KEY, ImageRequest("x", "1024*1024", None), "t")

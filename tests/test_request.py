@@ -680,7 +680,7 @@ def test_the_response_has_exactly_the_promised_fields(
 
 
 def test_every_schema_field_of_the_response_is_one_of_the_contract(shell: Shell) -> None:
-    optional = {"rewritten_prompt", "reasoning", "warnings", "paid_before"}
+    optional = {"rewritten_prompt", "reasoning", "warnings", "paid_before", "quota"}
     assert set(schema(shell, "response")["properties"]) == ALWAYS | optional
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 
 from fault_server import PICTURE, Received, drawn
 from fuzz.strategies import answers, as_body, changed, changed_bytes, json_values, nested, scalars
-from provider_cases import CASES, OPENAI_LINK, REFUSALS, TaskBook
+from provider_cases import BOOKS, CASES, OPENAI_LINK, REFUSALS, TaskBook
 from zimage.calls import HttpAnswer, HttpCall
 from zimage.errors import NotSent
 from zimage.transport import AnswerLost, AnswerTooLarge
@@ -18,10 +19,15 @@ from zimage.waiting import Stop
 ROOT = "https://dashscope-result-bj.oss-cn-beijing.aliyuncs.com"
 LINK = ROOT + PICTURE
 ASKED = Received("POST", "/", (), b"{}", ROOT, 0.0)
-TASK = TaskBook(tasks={"task_0000": "a fox"}).data("task_0000", "SUCCESS", LINK)
+TASK_ID = "task_0000"
+TASK = TaskBook(tasks={TASK_ID: "a fox"}).data(TASK_ID, "SUCCESS", LINK)
 # What services say where all is well, and where it is not: links and bytes, tasks, refusals.
 GOOD = {case.id: case.made(ASKED, b"bytes") for case in (*CASES, OPENAI_LINK) if not case.by_task}
-GOOD |= {"task": {"code": 200, "message": "success", "data": TASK}}
+GOOD |= {
+    case.id: json.loads(BOOKS.get(case.provider, TaskBook)(tasks={TASK_ID: "a fox"}).done(TASK_ID, ASKED).body)
+    for case in CASES
+    if case.by_task
+}
 GOOD |= {"submitted": {"code": 200, "message": "success", "data": {"task_id": "task_1", "status": "IN_PROGRESS"}}}
 SAID = [*GOOD.values(), *(case.empty() for case in CASES), *(case.listed() for case in CASES)]
 SAID += [case.said(*case.refused_as[name], "it did not work") for case in CASES for name in REFUSALS]

@@ -26,7 +26,7 @@ from zimage.waiting import Stop
 
 VALID = jsonschema.Draft202012Validator(EVIDENCE_SCHEMA)
 NAME = "20261001T120000Z-0123abcd"
-DONE = HttpAnswer(200, {}, as_body(GOOD["task"]))
+DONE = HttpAnswer(200, {}, as_body(GOOD["zimageturbo"]))
 NAMES = [*fixture_names("dashscope"), *fixture_names("openai"), *fixture_names("zimageturbo")]
 services = st.builds(
     lambda task, picture: Service((), task, picture),

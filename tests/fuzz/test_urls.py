@@ -33,7 +33,7 @@ OWNERS = {
     "dashscope": r"dashscope(-[a-z0-9]+)?\.aliyuncs\.com|([a-z0-9_-]+\.)+(dashscope|maas)\.aliyuncs\.com",
     "zimageturbo": r"zimageturbo\.ai",
     "modelscope": r"api-inference\.modelscope\.(cn|ai)",
-    "openai": "(?!)",
+    **dict.fromkeys(("openai", "sdapi", "comfyui"), "(?!)"),  # servers of one's own
 }
 
 schemes = st.sampled_from(

@@ -1,4 +1,4 @@
-"""Workflow: a graph of nodes as ComfyUI takes it, and where in it a request stands."""
+"""Workflow: a graph of nodes that a server runs, and where in it a request stands."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Graph = dict[str, dict[str, Any]]  # node id -> class_type, inputs; an input tha
 Hole = tuple[str, str]  # node id and name of an input
 
 MARK = re.compile(r"\{\{\s*(prompt|negative|seed|width|height|steps|guidance)\s*\}\}")
-FORM = "a workflow in API format: in ComfyUI Workflow > Export (API)"
+FORM = "a workflow in API format: in the editor Workflow > Export (API)"
 HASH = re.compile("[0-9a-f]{64}")
 SECRET_INPUT = re.compile("api_?key|auth_?token|access_?token|password|secret", re.IGNORECASE)
 SEEDS = {"KSampler": "seed", "KSamplerAdvanced": "noise_seed", "SamplerCustom": "noise_seed"}
@@ -77,7 +77,7 @@ def workflow_in(content: bytes | str) -> Workflow | str:
 
 
 def _graph_in(content: bytes) -> Graph:
-    """The graph in a JSON file, or in a picture that ComfyUI has made. Raises ValueError."""
+    """The graph in a JSON file, or in a picture that such a server has made. Raises ValueError."""
     text = _text_in_png(content) if content.startswith(b"\x89PNG") else content.decode("utf-8-sig", "replace")
     try:
         graph = json_of(text)
@@ -121,7 +121,7 @@ def _text_in_png(content: bytes) -> str:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         text = None
     if not isinstance(text, str):
-        raise ValueError(f"{FORM}, or a PNG that ComfyUI has made; this picture holds none")
+        raise ValueError(f"{FORM}, or a PNG that was made by one; this picture holds none")
     return text
 
 
