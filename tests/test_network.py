@@ -182,6 +182,18 @@ def test_a_proxy_of_the_other_kind_is_recognized(bare: pytest.MonkeyPatch, schem
     assert ("SOCKS" in caught.value.reason) or "in time" in caught.value.reason
 
 
+def assert_told_by_dry_runs(shell: Shell, words: str) -> None:
+    """Of one picture and of a batch: a problem, as the call itself would meet it, with nothing sent."""
+    (shell.folder / "in.txt").write_text("a fox\n")
+    one = shell.run("--prompt", "a fox", "--dry-run")
+    shell.script = SCRIPTS / "generate_batch.py"
+    many = shell.run("--input", "in.txt", "--output-dir", "out", "--dry-run")
+    for plan in (one.json, many.json):
+        (problem,) = plan["problems"]
+        assert (problem["code"], problem["exit_code"], problem["retryable"]) == ("unreachable", 6, False)
+        assert words in problem["message"] and not plan["ok"]
+
+
 @pytest.mark.parametrize("variable", ["HTTPS_PROXY", "all_proxy"])
 def test_without_pysocks_it_is_named_and_nothing_is_sent(shell: Shell, variable: str) -> None:
     """In a process of its own: requests looks for it when it is imported."""
@@ -194,6 +206,7 @@ def test_without_pysocks_it_is_named_and_nothing_is_sent(shell: Shell, variable:
         assert result.error["retryable"] is False
         check = shell.run("--check")
         assert (check.code, check.error["code"]) == (6, "unreachable")
+        assert_told_by_dry_runs(shell, "PySocks")
     assert not proxy.asked and not proxy.heads
 
 
@@ -209,6 +222,7 @@ def test_without_pysocks_it_is_named_and_nothing_is_sent(shell: Shell, variable:
 def test_a_variable_that_names_no_proxy_is_named(shell: Shell, value: str, words: str) -> None:
     shell.env |= {"DASHSCOPE_API_KEY": TEST_KEY, "ALL_PROXY": value}
     unreachable(shell, make(shell), "ALL_PROXY", words, advice=("socks5h://HOST:PORT", "ALL_PROXY"))
+    assert_told_by_dry_runs(shell, words)
 
 
 # Proxies that speak HTTP ----------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from zimage.files import check_free_name, check_space
 from zimage.keys import NO_KEY, Key
 from zimage.plan import planned_endpoint, planned_provider, workspace_of
 from zimage.settle import retry_wait
-from zimage.transport import ask, ask_all, get_to_know
+from zimage.transport import ask, ask_all, check_way, get_to_know
 from zimage.trust import key_for, telling_of_refused, telling_of_withheld
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ def dry_run(plan: Plan, trusted: frozenset[str], env: Mapping[str, str]) -> dict
     checks: list[Callable[[], object]] = [
         lambda: key_for(plan.provider, plan.endpoint, trusted, env),
         plan.provider.preflight,
+        lambda: check_way(plan.endpoint),
         lambda: check_free_name(plan.output, plan.overwrite),
         lambda: check_space(plan.output.parent),
         lambda: check_space(plan.evidence_path.parent),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import socket
+from types import ModuleType
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
 from urllib.parse import unquote, urlsplit
 
@@ -111,20 +112,39 @@ def proxy_for(url: str) -> Proxy | None:
     return Proxy(scheme, parts.host.strip("[]"), parts.port or DEFAULT_PORTS[scheme], auth, full, source)
 
 
+def check_proxy(url: str) -> None:
+    """That the proxy before a URL can be used by this machine, as far as is known without asking it.
+
+    Raises:
+        NotSent: as `proxy_for`, and without PySocks where it is needed.
+    """
+    if any(name.lower().endswith("_proxy") for name in os.environ):  # else there is no need to load what reads them
+        proxy = proxy_for(url)
+        if proxy is not None and proxy.is_socks:
+            pysocks(proxy)
+
+
 # SOCKS ----------------------------------------------------------------------------------------------------------------
 
 
-def socks_socket(proxy: Proxy, family: int, address: str) -> socket.socket:
-    """A socket whose `connect` goes through a SOCKS proxy at an address.
+def pysocks(proxy: Proxy) -> ModuleType:
+    """The package that speaks with a SOCKS proxy.
 
     Raises:
-        NotSent: without PySocks.
+        NotSent: without it.
     """
     try:
         import socks
     except ImportError:
         reason = f"{proxy} speaks SOCKS, for which the Python package PySocks is missing"
         raise NotSent(reason, lasting=True, hint=PYSOCKS_HINT) from None
+    package: ModuleType = socks
+    return package
+
+
+def socks_socket(proxy: Proxy, family: int, address: str) -> socket.socket:
+    """A socket whose `connect` goes through a SOCKS proxy at an address. Raises as `pysocks`."""
+    socks: Any = pysocks(proxy)
     connection: Any = socks.socksocket(family, socket.SOCK_STREAM)
     version = socks.SOCKS4 if proxy.scheme.startswith("socks4") else socks.SOCKS5
     user, password = proxy.auth

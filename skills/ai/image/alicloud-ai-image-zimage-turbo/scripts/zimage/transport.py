@@ -15,7 +15,7 @@ from zimage.contract import ASKING_SHARE, ASKING_TIME, MAX_ANSWER_BYTES, MAX_ERR
 from zimage.errors import Failure, NotSent
 from zimage.outside import outside_text
 from zimage.page import base_url_advice
-from zimage.proxy import own_refusal, proxy_for
+from zimage.proxy import check_proxy, own_refusal, proxy_for
 from zimage.tls import tls_context
 from zimage.waiting import WATCHER, Stop, Stopped, in_time
 from zimage.wire import Wire, wired_adapter
@@ -169,6 +169,24 @@ def _transport_failure(wire: Wire, error: Exception) -> Exception:
     return AnswerLost("the connection broke before the answer was complete")
 
 
+def _unreachable(error: NotSent, endpoint: Endpoint) -> Failure:
+    message = f"{endpoint.host}: {error.reason}"
+    return Failure("unreachable", message, hint=error.hint, retryable=not error.lasting, everywhere=error.lasting)
+
+
+def check_way(endpoint: Endpoint) -> None:
+    """What this machine can tell of the way to a service without sending anything.
+
+    Raises:
+        Failure: unreachable.
+    """
+    if endpoint.host:  # else the work is done in this process
+        try:
+            check_proxy(endpoint.url)
+        except NotSent as error:
+            raise _unreachable(error, endpoint) from None
+
+
 Read = TypeVar("Read")
 
 
@@ -192,9 +210,7 @@ def ask(
     try:
         answer = exchange(call, stop, limit=limit, reach=reach)
     except NotSent as error:
-        message = f"{endpoint.host}: {error.reason}"
-        retryable, everywhere = not error.lasting, error.lasting
-        raise Failure("unreachable", message, hint=error.hint, retryable=retryable, everywhere=everywhere) from None
+        raise _unreachable(error, endpoint) from None
     except AnswerLost as error:
         raise Failure("outcome_unknown", f"{endpoint.host}: {error.reason}") from None
     except AnswerTooLarge:

@@ -22,6 +22,7 @@ from zimage.evidence import moment_of, utc_now
 from zimage.files import check_space, nearest_folder
 from zimage.quota import Quota, in_quota_words
 from zimage.request import ImageRequest
+from zimage.transport import check_way
 from zimage.trust import key_for
 
 ANY_PICTURE = ImageRequest("x", DEFAULT_SIZE, None)
@@ -146,6 +147,7 @@ def dry_run(options: BatchOptions, stage: Stage, reading: Reading, env: Mapping[
     for check in (
         lambda: key_for(options.provider, stage.endpoint, options.trusted, env),
         options.provider.preflight,
+        lambda: check_way(stage.endpoint),
         lambda: check_space(options.folder),
         FolderLock(nearest_folder(options.folder)).check,
     ):
