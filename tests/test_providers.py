@@ -109,9 +109,9 @@ def server() -> Iterator[FaultServer]:
 
 @pytest.fixture
 def lab(case: Case, shell: Shell, server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
-    """What runs in this process asks ModelScope after tasks sooner than users do."""
-    if case is MODELSCOPE:
-        monkeypatch.setattr(provider_class("modelscope"), "poll_pause", lambda self, asked: 0.1)
+    """What runs in this process asks some services after tasks sooner than users do."""
+    if case in (MODELSCOPE, COMFYUI):
+        monkeypatch.setattr(provider_class(case.provider), "poll_pause", lambda self, asked: 0.1)
     lab = Lab(case, shell, server)
     yield lab
     lab.assert_keys_kept()
