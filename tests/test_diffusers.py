@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib
 import importlib.util
+import io
 import json
 import os
 import re
@@ -28,15 +29,19 @@ from typing import Any
 import pytest
 from PIL import Image
 
+import tiny_model
 from conftest import ROOT, SCRIPTS, Result, Shell, cannot
 from zimage import contract
 from zimage.calls import Generated, LocalCall
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure
+from zimage.model import Model
+from zimage.placement import Place, needs_of
 from zimage.registry import provider_class
 from zimage.request import ImageRequest
+from zimage.weights import Tensor, sha256_of
 
-KIND = provider_class("diffusers")
+KIND: Any = provider_class("diffusers")
 MODULE: dict[str, Any] = KIND.preflight.__globals__  # the file is loaded by its path, and is no module of the system's
 REQUIREMENTS: dict[str, str] = MODULE["REQUIREMENTS"]
 HERE = Endpoint("in-process", "in-process", "", "local")
@@ -170,7 +175,11 @@ def failure_of(work: Callable[[], object]) -> Failure:
 
 def test_requirements_are_those_of_the_provider() -> None:
     lines = (ROOT / "requirements-local.txt").read_text(encoding="utf-8").splitlines()
-    assert [line for line in lines if not line.startswith("#")] == list(REQUIREMENTS.values())
+    packages = {name: text for more in MODULE["MORE_REQUIREMENTS"].values() for name, text in more.items()}
+    packages |= {name: text for one in MODULE["QUANTIZERS"].values() for name, text in one.packages.items()}
+    of_cards = packages.pop("bitsandbytes")
+    assert [line for line in lines if not line.startswith("#")] == [*REQUIREMENTS.values(), *packages.values()]
+    assert f"#   {of_cards}" in lines
 
 
 @pytest.mark.parametrize("hidden", [("torch",), ("diffusers", "accelerate"), tuple(REQUIREMENTS)])
@@ -216,7 +225,24 @@ def test_what_the_model_cannot_do_is_refused(local: Local, options: tuple[str, .
 
 
 @pytest.mark.parametrize(
-    "option", ["--steps=0", "--steps=201", "--guidance=-1", "--device=tpu", "--model-path=", "--model-path=a\nb"]
+    "option",
+    [
+        "--steps=0",
+        "--steps=201",
+        "--guidance=-1",
+        "--device=tpu",
+        "--model-path=",
+        "--model-path=a\nb",
+        "--quantize=int3",
+        "--offload=disk",
+        "--at-once=0",
+        "--at-once=2.5",
+        "--compile=yes",
+        "--gguf=model.safetensors",
+        "--lora=style.pt",
+        "--lora=style.safetensors:much",
+        "--lora=style.safetensors:11",
+    ],
 )
 def test_settings_out_of_bounds_are_refused(local: Local, option: str) -> None:
     result = local.run(option, "--print-response")
@@ -302,127 +328,158 @@ def test_an_unfit_release_is_refused(whole_model: Path, monkeypatch: pytest.Monk
     assert re.search(r"diffusers [0-9.]+, needed is diffusers>=99,<100", failure.message)
 
 
-# Where it runs -------------------------------------------------------------------------------------------------------
-
-SIZES = {"transformer": int(6e9), "text_encoder": int(4e9), "vae": int(1e8)}  # 20.2 GB in bfloat16, 12 the largest
-GB = 1e9
+# Loading --------------------------------------------------------------------------------------------------------------
 
 
-def fake_torch(**has: bool) -> Any:
+def tensors_of(numbers: int) -> dict[str, Tensor]:
+    return {"layer.weight": Tensor("F32", (numbers,), 4 * numbers)}
+
+
+PARTS = {part: tensors_of(100) for part in ("transformer", "text_encoder", "vae")}
+
+
+def fake_pipeline(seen: list[str]) -> Any:
+    """One whose calls are noted, of the parts above."""
+    parameters = [SimpleNamespace(numel=lambda: 100)]
+    parts = {part: SimpleNamespace(parameters=lambda: parameters) for part in PARTS}
+    parts["vae"].enable_slicing = lambda: seen.append("slicing")
+    parts["transformer"].compile_repeated_blocks = lambda: seen.append("compile")
     return SimpleNamespace(
-        __version__="2.13.0",
-        cuda=SimpleNamespace(
-            is_available=lambda: has.get("cuda", False),
-            is_bf16_supported=lambda: has.get("bfloat16", True),
-            empty_cache=lambda: None,
-            get_device_name=lambda: "a card",
-        ),
-        backends=SimpleNamespace(
-            mps=SimpleNamespace(
-                is_available=lambda: has.get("mps", False),
-                is_macos_or_newer=lambda *_version: has.get("bfloat16", True),
-            )
-        ),
-        ops=SimpleNamespace(
-            mkldnn=SimpleNamespace(_is_mkldnn_bf16_supported=lambda: has.get("bfloat16", True)),
-        ),
-        bfloat16="bfloat16",
-        float32="float32",
-    )
-
-
-def place(monkeypatch: pytest.MonkeyPatch, wanted: str | None, free: dict[str, float], **has: bool) -> tuple[Any, ...]:
-    monkeypatch.setitem(MODULE, "library", lambda name: fake_torch(**has))
-    monkeypatch.setitem(MODULE, "free_memory", lambda device: free[device] * GB)
-    chosen = MODULE["choose_place"](MODULE["Weights"](Path(), None, SIZES), wanted)
-    return tuple(chosen)
-
-
-@pytest.mark.parametrize(
-    ("wanted", "free", "has", "chosen"),
-    [
-        (None, {"cuda": 24, "cpu": 8}, {"cuda": True, "mps": True}, ("cuda", "bfloat16", False)),
-        (None, {"cuda": 16, "cpu": 24}, {"cuda": True}, ("cuda", "bfloat16", True)),
-        ("cuda", {"cuda": 48, "cpu": 8}, {"cuda": True, "bfloat16": False}, ("cuda", "float32", False)),
-        ("cpu", {"cuda": 48, "cpu": 24}, {"cuda": True}, ("cpu", "bfloat16", False)),
-        (None, {"mps": 24, "cpu": 24}, {"mps": True}, ("mps", "bfloat16", False)),
-        (None, {"cpu": 64}, {}, ("cpu", "bfloat16", False)),
-        (None, {"cpu": 64}, {"bfloat16": False}, ("cpu", "float32", False)),
-        (None, {"cpu": 32}, {"bfloat16": False}, ("cpu", "bfloat16", False)),
-    ],
-)
-def test_the_best_place_that_is_large_enough_is_chosen(
-    monkeypatch: pytest.MonkeyPatch,
-    wanted: str | None,
-    free: dict[str, float],
-    has: dict[str, bool],
-    chosen: tuple[str, str, bool],
-) -> None:
-    assert place(monkeypatch, wanted, free, **has) == chosen
-
-
-@pytest.mark.parametrize(
-    ("free", "has", "words"),
-    [
-        ({"cuda": 16, "cpu": 12}, {"cuda": True}, "needs 22.4 GB on cuda, or 14.2 GB there and 20.2 GB in the machine"),
-        ({"cuda": 16, "cpu": 12}, {"cuda": True}, "; free are 16.0 GB, and 12.0 GB in the machine"),
-        ({"cuda": 8, "cpu": 64}, {"cuda": True}, "; free are 8.0 GB, and 64.0 GB in the machine"),
-        ({"mps": 16, "cpu": 20}, {"mps": True}, "needs 22.4 GB on mps; free are 16.0 GB"),
-        ({"cpu": 16}, {}, "needs 22.4 GB on cpu; free are 16.0 GB"),
-    ],
-)
-def test_too_little_memory_is_told_with_numbers(
-    monkeypatch: pytest.MonkeyPatch, free: dict[str, float], has: dict[str, bool], words: str
-) -> None:
-    failure = failure_of(lambda: place(monkeypatch, None, free, **has))
-    assert failure.code == "too_little_memory" and failure.fault.exit_code == 2
-    assert words in failure.message
-
-
-def size_of(numbers: int) -> Any:
-    """A tensor of so many numbers."""
-    return SimpleNamespace(numel=lambda: numbers)
-
-
-def test_a_device_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    failure = failure_of(lambda: place(monkeypatch, "cuda", {"cpu": 64}))
-    assert failure.fault.exit_code == 2
-    assert "cuda cannot be used with torch 2.13.0 here, only cpu" in failure.message
-
-
-@pytest.mark.parametrize(
-    ("chosen", "calls"),
-    [
-        (("cuda", "bfloat16", False), ["load device_map=cuda"]),
-        (("cuda", "bfloat16", True), ["load", "offload cuda"]),
-        (("mps", "float32", False), ["load", "to mps"]),
-        (("cpu", "float32", False), ["load", "to cpu"]),
-    ],
-)
-def test_the_pipeline_is_put_where_it_runs(
-    monkeypatch: pytest.MonkeyPatch, chosen: tuple[str, str, bool], calls: list[str]
-) -> None:
-    seen: list[str] = []
-    parts = {part: SimpleNamespace(parameters=lambda size=size: [size_of(size)]) for part, size in SIZES.items()}
-    pipeline = SimpleNamespace(
         **parts,
         set_progress_bar_config=lambda disable: None,
-        enable_model_cpu_offload=lambda device: seen.append(f"offload {device}"),
+        load_lora_weights=lambda folder, weight_name, adapter_name, **_: seen.append(f"lora {weight_name}"),
+        get_list_adapters=lambda: {"transformer": ["lora_0", "lora_1"]},
+        set_adapters=lambda names, weights: seen.append(f"weights {weights}"),
+        enable_model_cpu_offload=lambda device: seen.append(f"model {device}"),
+        enable_group_offload=lambda onload_device, offload_type, use_stream: seen.append(
+            f"group {onload_device} {offload_type} {use_stream}"
+        ),
         to=lambda device: seen.append(f"to {device}"),
     )
 
+
+@pytest.mark.parametrize(
+    ("place", "settings", "calls"),
+    [
+        (("cuda", "bfloat16"), {}, ["load device_map=cuda", "slicing"]),
+        (("cuda", "bfloat16", "model"), {}, ["load", "slicing", "model cuda"]),
+        (("cuda", "bfloat16", "group"), {}, ["load", "slicing", "group cuda leaf_level True"]),
+        (("mps", "float32"), {}, ["load", "slicing", "to mps"]),
+        (("cpu", "float32"), {"compile": True}, ["load", "slicing", "compile", "to cpu"]),
+        (
+            ("cuda", "bfloat16"),
+            {"quantize": "nf4"},
+            ["load device_map=cuda quantization_config=transformer nf4, text_encoder nf4", "slicing"],
+        ),
+        (
+            ("cuda", "bfloat16", "model"),
+            {"quantize": "fp8"},
+            ["load quantization_config=transformer fp8, text_encoder fp8", "slicing", "model cuda"],
+        ),
+        (
+            ("cuda", "bfloat16"),  # its transformer passes through the machine
+            {"gguf": {"file": "/models/q4.gguf"}, "quantize": "int8"},
+            ["gguf /models/q4.gguf", "load quantization_config=text_encoder int8 transformer=it", "slicing", "to cuda"],
+        ),
+        (
+            ("cuda", "bfloat16", "model"),  # before it is compiled, and before it is moved
+            {"lora": [{"file": "/l/a.safetensors", "weight": 0.5}, {"file": "/l/b.safetensors", "weight": 1.0}]}
+            | {"compile": True},
+            [
+                "load",
+                "lora a.safetensors",
+                "lora b.safetensors",
+                "weights [0.5, 1.0]",
+                "slicing",
+                "compile",
+                "model cuda",
+            ],
+        ),
+    ],
+)
+def test_the_pipeline_is_loaded_as_it_is_asked_for_and_put_where_it_runs(
+    monkeypatch: pytest.MonkeyPatch, place: tuple[Any, ...], settings: dict[str, Any], calls: list[str]
+) -> None:
+    """With fakes: no machine of ours has such a device."""
+    seen: list[str] = []
+    pipeline = fake_pipeline(seen)
+
     def from_pretrained(folder: str, **options: Any) -> Any:
         assert options.pop("local_files_only") and options.pop("use_safetensors")
-        assert options.pop("torch_dtype") == chosen[1]
-        seen.append(" ".join(["load", *(f"{name}={value}" for name, value in options.items())]))
+        assert options.pop("torch_dtype") == place[1]
+        seen.append(" ".join(["load", *(f"{name}={options[name]}" for name in sorted(options))]))
         return pipeline
 
-    logging = SimpleNamespace(set_verbosity_error=lambda: None, disable_progress_bar=lambda: None)
-    diffusers = SimpleNamespace(ZImagePipeline=SimpleNamespace(from_pretrained=from_pretrained))
-    fakes = {"torch": fake_torch(), "diffusers": diffusers}
-    monkeypatch.setitem(MODULE, "library", lambda name: fakes.get(name, logging))
-    assert MODULE["load"](MODULE["Weights"](Path("model"), None, SIZES), MODULE["Place"](*chosen)) is pipeline
+    def from_single_file(file: str, **options: Any) -> str:
+        assert options["local_files_only"] and options["quantization_config"] == options["torch_dtype"] == place[1]
+        seen.append(f"gguf {file}")
+        return "it"
+
+    diffusers = SimpleNamespace(
+        ZImagePipeline=SimpleNamespace(from_pretrained=from_pretrained),
+        ZImageTransformer2DModel=SimpleNamespace(from_single_file=from_single_file),
+        GGUFQuantizationConfig=lambda compute_dtype: compute_dtype,
+        PipelineQuantizationConfig=lambda quant_mapping: ", ".join(
+            f"{part} {kind}" for part, kind in quant_mapping.items()
+        ),
+    )
+    torch = SimpleNamespace(bfloat16="bfloat16", float32="float32", device=lambda name: name)
+    fakes = {"torch": torch, "diffusers": diffusers}
+    bars = SimpleNamespace(disable_progress_bar=lambda: None)
+    monkeypatch.setitem(MODULE, "library", lambda name: fakes.get(name, bars))
+    quantizers = {
+        name: one._replace(configs=lambda dtype, name=name: dict.fromkeys(("transformer", "text_encoder"), name))
+        for name, one in MODULE["QUANTIZERS"].items()
+    }
+    monkeypatch.setitem(MODULE, "QUANTIZERS", quantizers)
+    asked = KIND(settings).settings
+    assert MODULE["load"](Model(Path("model"), None, PARTS), Place(*place), asked) is pipeline
     assert seen == calls
+
+
+def test_the_document_has_the_memory_that_the_real_model_needs(whole_model: Path) -> None:
+    """By the shapes of the real model, of which nothing is made."""
+    spec = importlib.util.spec_from_file_location("local_gpu", ROOT / "tests" / "benchmarks" / "local_gpu.py")
+    assert spec is not None and spec.loader is not None
+    local_gpu = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(local_gpu)
+    torch, diffusers, transformers = (importlib.import_module(name) for name in ("torch", "diffusers", "transformers"))
+    with torch.device("meta"):
+        modules = {
+            "transformer": diffusers.ZImageTransformer2DModel(**local_gpu.TRANSFORMER),
+            "text_encoder": transformers.Qwen3Model(transformers.Qwen3Config(**local_gpu.TEXT_ENCODER)),
+            "vae": diffusers.AutoencoderKL(**local_gpu.VAE),
+        }
+    parts = {
+        part: {name: Tensor("F32", tuple(one.shape), 4 * one.numel()) for name, one in module.named_parameters()}
+        for part, module in modules.items()
+    }
+    model = Model(Path(), None, parts)
+
+    def card(kind: str | None, way: str) -> str:
+        settings = KIND({"quantize": kind, "device": "cuda"}).settings
+        return needs_of(model, "bfloat16", settings, MODULE["QUANTIZERS"])[way].told("cuda").partition(" on ")[0]
+
+    text = (SCRIPTS.parent / "references" / "providers.md").read_text(encoding="utf-8")
+    for way in ("none", "model", "group"):
+        assert re.search(rf"^\| `{way}` \|.*\| {re.escape(card(None, way))} \|", text, re.MULTILINE), card(None, way)
+    for kind in MODULE["QUANTIZERS"]:
+        row = f"| {card(kind, 'none')} | {card(kind, 'model')} |"
+        assert re.search(rf"^\| `{kind}`.*{re.escape(row)}", text, re.MULTILINE), row
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp8"])
+def test_the_configurations_for_cards_say_what_they_must(whole_model: Path, kind: str) -> None:
+    """Made with the real libraries; what they do with them needs a card."""
+    if importlib.util.find_spec(next(iter(MODULE["QUANTIZERS"][kind].packages))) is None:
+        pytest.skip("its package is not installed")
+    configs = MODULE["QUANTIZERS"][kind].configs("bfloat16")
+    assert set(configs) == {"transformer", "text_encoder"}
+    if kind == "nf4":
+        torch = importlib.import_module("torch")
+        for config in configs.values():
+            assert config.load_in_4bit and config.bnb_4bit_quant_type == "nf4"
+            assert config.bnb_4bit_compute_dtype is torch.bfloat16
 
 
 # Drawing, by the command line ----------------------------------------------------------------------------------------
@@ -442,7 +499,8 @@ def test_a_picture_is_saved_with_evidence(local: Local, whole_model: Path) -> No
     assert evidence["cost"]["estimate"] == 0
     assert evidence["settings"] == {"model_path": str(whole_model), "steps": 8, "guidance": 0.0}
     usage = evidence["response"]["usage"]
-    assert usage["evaluations"] == 8 and usage["device"] == "cpu" and usage["offload"] is False
+    assert usage["evaluations"] == 8 and usage["device"] == "cpu"
+    assert usage["offload"] == "none" and usage["at_once"] == 1
     assert {"model", "seconds", "dtype", "torch", "diffusers"} <= set(usage)
     assert local.log().count("load") == 1
 
@@ -587,16 +645,261 @@ def test_values_that_are_no_numbers_are_no_picture(provider: Any) -> None:
     assert failure.code == "task_failed" and "not numbers" in failure.message
 
 
+# Coarser numbers, LoRAs, parts that are moved, and several at once ---------------------------------------------------
+
+
+def extras(whole_model: Path) -> None:
+    absent = [name for more in MODULE["MORE_REQUIREMENTS"].values() for name in more]
+    absent = [name for name in [*absent, "torchao"] if importlib.util.find_spec(name) is None]
+    if absent:
+        cannot(f"run the model so: `make local` installs {', '.join(absent)}")
+
+
+@pytest.fixture(scope="session")
+def files(whole_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A LoRA and a transformer in GGUF, for the tiny model."""
+    extras(whole_model)
+    folder = tmp_path_factory.mktemp("files")
+    made = {"lora": folder / "style.safetensors", "gguf": folder / "tiny-Q8_0.gguf"}
+    tiny_model.save_lora(made["lora"])
+    tiny_model.save_gguf(made["gguf"])
+    return made
+
+
+def lora_of(file: Path, weight: float = 1.0) -> list[dict[str, Any]]:
+    return [{"file": str(file), "weight": weight}]
+
+
+def pixels(made: Generated) -> Any:
+    numpy = importlib.import_module("numpy")
+    with Image.open(io.BytesIO(made.content)) as picture:
+        return numpy.asarray(picture).astype(int)
+
+
+def distance(one: Generated, other: Generated) -> int:
+    """The largest difference of two pictures, of 255."""
+    return int(abs(pixels(one) - pixels(other)).max())
+
+
+def drawn(whole_model: Path, **settings: Any) -> Generated:
+    return make(KIND({"model_path": str(whole_model)} | settings))
+
+
+@pytest.mark.parametrize(
+    "more", [("quantize",), ("gguf",), ("gguf", "quantize"), ("lora", "quantize"), ("lora", "gguf")]
+)
+def test_coarser_numbers_draw_nearly_the_same_picture(
+    whole_model: Path, files: dict[str, Path], more: tuple[str, ...]
+) -> None:
+    given = {"quantize": "int8", "gguf": {"file": str(files["gguf"])}, "lora": lora_of(files["lora"])}
+    settings = {name: given[name] for name in more}
+    as_it_is = drawn(whole_model, **({"lora": given["lora"]} if "lora" in more else {}))
+    coarse = drawn(whole_model, **settings)
+    assert 0 < distance(as_it_is, coarse) < 40
+    assert drawn(whole_model, **settings).content == coarse.content
+
+
+@pytest.mark.parametrize("more", [{}, {"gguf": True}])
+def test_the_layers_are_held_in_few_bytes(whole_model: Path, files: dict[str, Path], more: dict[str, Any]) -> None:
+    gguf = {"gguf": {"file": str(files["gguf"])}} if more else {}
+    provider = KIND({"model_path": str(whole_model), "quantize": "int8"} | gguf)
+    provider.prepare()
+    kinds = {
+        "transformer": type(provider._pipeline.transformer.layers[0].attention.to_q.weight).__name__,
+        "text_encoder": type(provider._pipeline.text_encoder.layers[0].mlp.up_proj.weight).__name__,
+        "fine": type(provider._pipeline.transformer.t_embedder.mlp[0].weight).__name__,
+    }
+    assert kinds["text_encoder"] == "Int8Tensor" and kinds["transformer"] == ("GGUFParameter" if more else "Int8Tensor")
+    assert more or kinds["fine"] == "Parameter"
+
+
+def test_a_gguf_file_needs_no_other_transformer(local: Local, model: Path, files: dict[str, Path]) -> None:
+    for file in (model / "transformer").glob("*.safetensors*"):
+        file.unlink()
+    refused(local, model)
+    result = local.run("--model-path", str(model), "--gguf", str(files["gguf"]), "--output", "fox.png")
+    assert result.code == 0, result.stderr
+    assert re.fullmatch(r"evidence: \S+\n", result.stderr)
+    evidence = local.shell.evidence()
+    assert evidence["settings"]["gguf"] == {"file": str(files["gguf"]), "sha256": sha256_of(files["gguf"])}
+
+
+def test_a_gguf_file_that_lacks_tensors_makes_no_picture(local: Local, whole_model: Path, tmp_path: Path) -> None:
+    extras(whole_model)
+    gguf = importlib.import_module("gguf")
+    writer = gguf.GGUFWriter(str(tmp_path / "few.gguf"), "lumina2")
+    writer.add_tensor("x_pad_token", importlib.import_module("numpy").zeros((1, 32), "float32"))
+    for write in (writer.write_header_to_file, writer.write_kv_data_to_file, writer.write_tensors_to_file):
+        write()
+    writer.close()
+    error = local.run("--model-path", str(whole_model), "--gguf", str(tmp_path / "few.gguf"), "--print-response").error
+    assert error["billed"] == "no" and error["code"] in ("missing_weights", "task_failed")
+
+
+@pytest.mark.parametrize("prefix", ["transformer.", "diffusion_model."])
+def test_a_lora_changes_the_picture_by_its_weight(whole_model: Path, tmp_path: Path, prefix: str) -> None:
+    extras(whole_model)
+    tiny_model.save_lora(tmp_path / "a.safetensors", prefix=prefix)
+    plain, none = drawn(whole_model), drawn(whole_model, lora=lora_of(tmp_path / "a.safetensors", 0.0))
+    half, whole = (drawn(whole_model, lora=lora_of(tmp_path / "a.safetensors", weight)) for weight in (0.5, 1.0))
+    assert distance(plain, none) == 0
+    assert distance(plain, half) > 10 and distance(half, whole) > 10
+
+
+def test_two_loras_are_added(whole_model: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    tiny_model.save_lora(tmp_path / "b.safetensors", seed=2)
+    one, other = lora_of(files["lora"]), lora_of(tmp_path / "b.safetensors", -0.5)
+    pictures = [drawn(whole_model, lora=loras) for loras in (one, other, one + other)]
+    assert len({made.content for made in pictures}) == 3
+
+
+def test_replay_adds_the_same_lora_and_refuses_another(local: Local, whole_model: Path, tmp_path: Path) -> None:
+    extras(whole_model)
+    lora = local.shell.folder / "style.safetensors"
+    tiny_model.save_lora(lora)
+    first = local.run("--model-path", str(whole_model), "--lora", "style.safetensors:-0.75", "--output", "first.png")
+    assert first.code == 0, first.stderr
+    (evidence,) = local.shell.evidence_files()
+    recorded = {"file": str(lora), "weight": -0.75, "sha256": sha256_of(lora)}
+    assert local.shell.evidence()["settings"]["lora"] == [recorded]
+    assert local.shell.run("--replay", str(evidence), "--output", "again.png", timeout=120).code == 0
+    assert (local.shell.folder / "again.png").read_bytes() == (local.shell.folder / "first.png").read_bytes()
+    tiny_model.save_lora(lora, seed=5)
+    for more in ((), ("--dry-run",)):
+        told = local.shell.run("--replay", str(evidence), *more, "--print-response", timeout=120).json
+        error = told["problems"][0] if more else told["error"]
+        assert error["code"] == "missing_weights"
+        assert f"has changed: its SHA-256 was {recorded['sha256']}, and is {sha256_of(lora)}" in error["message"]
+    lora.unlink()
+    assert "is not there" in local.shell.run("--replay", str(evidence), "--print-response").error["message"]
+    assert local.shell.run("--recover", str(evidence)).code == 0  # the picture is here
+
+
+@pytest.mark.parametrize("fault", ["shape", "names"])
+def test_a_lora_for_another_model_is_refused(local: Local, whole_model: Path, tmp_path: Path, fault: str) -> None:
+    extras(whole_model)
+    torch = importlib.import_module("torch")
+    layer = "transformer.layers.0.attention.to_q" if fault == "shape" else "unet.down.0"
+    tensors = {f"{layer}.lora_A.weight": torch.zeros(4, 77), f"{layer}.lora_B.weight": torch.zeros(99, 4)}
+    importlib.import_module("safetensors.torch").save_file(tensors, tmp_path / "other.safetensors")
+    error = local.run(
+        "--model-path", str(whole_model), "--lora", str(tmp_path / "other.safetensors"), "--print-response"
+    ).error
+    assert (error["code"], error["exit_code"], error["billed"]) == ("usage", 2, "no")
+    assert f"--lora: {tmp_path / 'other.safetensors'} does not fit this model" in error["message"]
+    assert local.shell.evidence_files() == []
+
+
+@pytest.mark.parametrize("way", ["model", "group"])
+def test_parts_that_are_moved_draw_the_same_picture(whole_model: Path, files: dict[str, Path], way: str) -> None:
+    """From the CPU to the CPU: what moves, and when, is the same as on a card."""
+    settings = KIND({"model_path": str(whole_model), "lora": lora_of(files["lora"])})
+    settings.preflight()
+    model, place = settings._found
+    asked = [payload(settings)]
+    pictures = []
+    for one in (place, place._replace(offload=way)):
+        pipeline = MODULE["load"](model, one, settings.settings)
+        pictures.append(MODULE["draw"](pipeline, asked, time.monotonic() + 60, one, settings.settings)[0].values)
+    assert (pictures[0] == pictures[1]).all()
+
+
+def test_pictures_drawn_at_once_are_those_drawn_alone(whole_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Byte for byte on a CPU in bfloat16, for prompts of any length; where nobody has looked, a warning says so."""
+    prompts = {1: "a fox", 2: "an owl " * 9, 3: "a hare", 4: "a long word " * 30}
+    alone = KIND({"model_path": str(whole_model)})
+    single = {seed: make(alone, seed=seed, prompt=prompt) for seed, prompt in prompts.items()}
+    together = KIND({"model_path": str(whole_model), "at_once": 4})
+    together.prepare()
+    for is_known in (True, False):
+        if not is_known:
+            monkeypatch.setitem(MODULE, "SAME_AT_ONCE", ())
+        with ThreadPoolExecutor(4) as threads:
+            made = dict(
+                zip(
+                    prompts,
+                    threads.map(lambda seed: make(together, seed=seed, prompt=prompts[seed]), prompts),
+                    strict=True,
+                )
+            )
+        for seed, picture in made.items():
+            assert picture.usage["at_once"] == 4
+            assert len(picture.warnings) == (0 if is_known else 1)
+            if single[seed].usage["dtype"] == "bfloat16":
+                assert picture.content == single[seed].content
+    assert single[1].usage["at_once"] == 1
+
+
+def test_values_that_are_no_numbers_spoil_one_picture_alone(whole_model: Path) -> None:
+    provider = KIND({"model_path": str(whole_model), "at_once": 2})
+    provider.prepare()
+    decode = provider._pipeline.vae._decode
+    count = iter(range(9))
+
+    def first_is_spoilt(*given: Any, **named: Any) -> Any:
+        result = decode(*given, **named)
+        if next(count) == 0:
+            result.sample.fill_(float("nan"))
+        return result
+
+    provider._pipeline.vae._decode = first_is_spoilt
+    with ThreadPoolExecutor(2) as threads:
+        both = [threads.submit(make, provider, seed=seed) for seed in (1, 2)]
+        errors = [one.exception() for one in both]
+    assert sorted(type(error).__name__ for error in errors) == ["Failure", "NoneType"]
+
+
+def test_a_batch_draws_several_at_once(local: Local, whole_model: Path) -> None:
+    rows = [{"prompt": f"a fox, {number}", "size": "512*512" if number % 4 else "256*1024"} for number in range(10)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (local.shell.folder / "rows.jsonl").write_text(text, encoding="utf-8")
+    local.shell.script = SCRIPTS / "generate_batch.py"
+    options = ("--model-path", str(whole_model), "--input", "rows.jsonl", "--output-dir", "out", "--no-gallery")
+    result = local.call(*options, "--at-once", "3")
+    assert result.code == 0, result.stderr
+    assert result.json["saved"] == 10
+    records = [json.loads(file.read_text()) for file in (local.shell.folder / "out" / "evidence").rglob("*.json")]
+    assert {record["response"]["usage"]["at_once"] for record in records} >= {3}
+    assert all(record["settings"]["at_once"] == 3 for record in records)
+    assert local.log().count("load") == 1
+    done = local.call(*options, "--at-once", "2").json  # of no meaning for what is saved
+    assert done["saved"] == 10 and done["this_run"]["total"] == 0
+
+
+def test_compiling_pays_in_a_batch_and_one_picture_is_told_so(local: Local, whole_model: Path) -> None:
+    if shutil.which("c++") is None:
+        pytest.skip("compiling for a CPU needs a C++ compiler")
+    result = local.run("--model-path", str(whole_model), "--compile", "--output", "fox.png", "--timeout", "300")
+    assert result.code == 0, result.stderr
+    assert result.stderr.splitlines()[0] == "warning: --compile pays in a batch only: one picture takes longer with it"
+    assert local.shell.evidence()["settings"]["compile"] is True
+
+
 # The benchmark -------------------------------------------------------------------------------------------------------
 
 
+def benchmark(*options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "tests" / "benchmarks" / "local_gpu.py"), *options]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+
+
 def test_the_benchmark_runs_on_a_cpu_with_a_tiny_model(whole_model: Path) -> None:
-    script = ROOT / "tests" / "benchmarks" / "local_gpu.py"
-    command = [sys.executable, str(script), "--tiny", "--runs", "2", "--no-compile"]
-    done = subprocess.run(command, check=True, capture_output=True, timeout=300)
-    report = json.loads(done.stdout)
-    assert report["evaluations"] == 8 and report["runs"] == 2
-    assert report["eager"]["median_s"] >= report["eager"]["min_s"] > 0
+    extras(whole_model)
+    done = benchmark("--tiny", "--runs", "2", "--only", "plain", "--only", "int8", "--only", "int8 compiled")
+    assert done.returncode == 0, done.stderr
+    lines = [line.strip("| ").split(" | ") for line in done.stdout.splitlines() if line.startswith("|")]
+    assert [cells[0] for cells in lines[2:]] == ["plain", "int8", "int8 compiled"]
+    for cells in lines[2:4]:
+        loading, first, alone, at_once = (float(cell) for cell in cells[1:5])
+        assert min(loading, first, alone, at_once) > 0 and cells[5] == "-"
+    assert lines[4][1].startswith("usage: --compile: ")  # what is only for cards is told
+
+
+def test_the_benchmark_says_that_there_is_no_gpu(whole_model: Path) -> None:
+    if importlib.import_module("torch").cuda.is_available():
+        pytest.skip("there is one")
+    done = benchmark()
+    assert done.returncode == 2 and "there is no GPU" in done.stderr
 
 
 # What an outside audit found -----------------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ from mock_server import MockServer
 
 # Each layer imports from those before it only; within one, nobody imports another.
 LAYERS = [
-    ["contract", "endpoint", "facts", "quota", "quoting"],
+    ["contract", "endpoint", "facts", "quota", "quoting", "weights"],
     ["outside"],
     ["errors", "page"],
-    ["calls"],
+    ["calls", "model", "together"],
+    ["placement"],
     ["tls", "proxy"],
     ["settings", "paths", "waiting", "registry", "formats", "workflow"],
     ["provider"],
@@ -56,7 +57,9 @@ FOR_PROVIDERS = {
     "errors",
     "formats",
     "keys",
+    "model",
     "outside",
+    "placement",
     "provider",
     "quota",
     "quoting",
@@ -64,7 +67,9 @@ FOR_PROVIDERS = {
     "servers",
     "settings",
     "task",
+    "together",
     "traces",
+    "weights",
     "words",
     "workflow",
 }

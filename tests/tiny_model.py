@@ -90,6 +90,42 @@ def save(folder: Path) -> None:
     made.transformer.save_pretrained(folder / "transformer", max_shard_size="80KB")
 
 
+def layers() -> dict[str, Any]:
+    """The linear layers of the transformer's blocks, by their names."""
+    torch = importlib.import_module("torch")
+    modules = pipeline().transformer.named_modules()
+    return {name: part for name, part in modules if isinstance(part, torch.nn.Linear) and "layers." in name}
+
+
+def save_lora(file: Path, *, prefix: str = "transformer.", seed: int = 1) -> None:
+    """Write a LoRA of rank 4 that changes the picture much; `prefix` as diffusers and ComfyUI write the names."""
+    torch = importlib.import_module("torch")
+    noise = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, layer in layers().items():
+        if "attention" in name:
+            tensors[f"{prefix}{name}.lora_A.weight"] = torch.randn(4, layer.in_features, generator=noise) / 2
+            tensors[f"{prefix}{name}.lora_B.weight"] = torch.randn(layer.out_features, 4, generator=noise) / 2
+    importlib.import_module("safetensors.torch").save_file(tensors, file)
+
+
+def save_gguf(file: Path) -> None:
+    """Write the transformer as GGUF: the layers of its blocks in 8 bits, what does not fit their blocks as it is."""
+    gguf = importlib.import_module("gguf")
+    quantized = gguf.GGMLQuantizationType.Q8_0
+    writer = gguf.GGUFWriter(str(file), "lumina2")
+    for name, tensor in pipeline().transformer.state_dict().items():
+        numbers = tensor.float().numpy()
+        if numbers.ndim == 2 and "layers." in name and numbers.shape[1] % 32 == 0:
+            writer.add_tensor(name, gguf.quants.quantize(numbers, quantized), raw_dtype=quantized)
+        else:
+            writer.add_tensor(name, numbers)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description="Write a tiny Z-Image model of random weights.")
     parser.add_argument("folder", type=Path)

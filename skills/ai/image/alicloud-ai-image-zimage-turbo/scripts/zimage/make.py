@@ -72,9 +72,10 @@ def generate(plan: Plan, options: Options, stop: Stop, console: Console, env: Ma
 
 def get_ready(provider: Provider, stop: Stop) -> None:
     """Have a provider load what its calls need. Raises as `Provider.prepare` and `in_time`."""
-    provider.preflight()
     if provider.in_process:
         in_time(lambda until: provider.prepare(), stop.generating)
+    else:
+        provider.preflight()
 
 
 def make(

@@ -149,8 +149,10 @@ def add_service_options(group: Any, provider: type[Provider] | None) -> None:
     )
     for setting in provider.own_settings if provider else ():
         default = "" if setting.default is None else f" (default {setting.default})"
-        action = "append" if setting.repeatable else "store"
-        group.add_argument(flag(setting.name), metavar=setting.metavar, action=action, help=f"{setting.help}{default}")
+        options: dict[str, Any] = {"action": "append" if setting.repeatable else "store", "metavar": setting.metavar}
+        if setting.is_switch:
+            options = {"action": "store_true"}
+        group.add_argument(flag(setting.name), help=f"{setting.help}{default}", **options)
 
 
 def provider_in(argv: Sequence[str]) -> type[Provider] | None:

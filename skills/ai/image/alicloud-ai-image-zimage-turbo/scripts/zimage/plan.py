@@ -175,8 +175,8 @@ def make_plan(options: Options, stop: Stop, env: Mapping[str, str]) -> Plan:
         overwrite=options.overwrite,
         evidence_path=folder / f"{evidence_id}.json",
     )
-    warning = permissions_warning(folder)
-    return plan._replace(warnings=(*plan.warnings, warning)) if warning else plan
+    more_warnings = (*alone_warnings(provider), *filter(None, [permissions_warning(folder)]))
+    return plan._replace(warnings=(*plan.warnings, *more_warnings))
 
 
 def read_request(options: Options, stop: Stop) -> tuple[Any, Content | None]:
@@ -223,6 +223,7 @@ def planned_provider(options: Options, recorded: Content | None) -> Provider:
     """The provider that a flag names, else that of the evidence that is replayed, set up as it was then."""
     name = options.provider.name if options.provider else recorded["provider"] if recorded else DEFAULT_PROVIDER
     earlier = recorded.get("settings", {}) if recorded and recorded["provider"] == name else {}
+    earlier = {name: value for name, value in earlier.items() if name not in options.settings}
     return provider_named(name, checked_settings(provider_class(name), earlier) | options.settings)
 
 
@@ -292,6 +293,12 @@ def format_problems(request: ImageRequest, output: Path) -> list[Problem]:
     if max(request.width_height) <= limit:
         return []
     return [Problem("invalid_output", f"--output: {output.suffix} holds sides up to {limit} pixels; use .png")]
+
+
+def alone_warnings(provider: Provider) -> list[str]:
+    """What is told of settings that are of use in a batch only."""
+    known = provider.known_settings
+    return [setting.alone for setting in provider.own_settings if setting.alone and setting.name in known]
 
 
 def request_warnings(request: ImageRequest, provider: Provider) -> tuple[str, ...]:

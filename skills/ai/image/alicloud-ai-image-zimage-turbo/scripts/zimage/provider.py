@@ -76,7 +76,7 @@ class Provider:
     generate_path: ClassVar[str] = ""  # below the root
     in_process: ClassVar[bool] = False  # there is no endpoint: calls are LocalCalls
     requests_per_minute: ClassVar[float] = 0.0  # the account's published limit; 0 where there is none
-    calls_at_once: ClassVar[int | None] = None  # calls, and tasks, that are out; more than that wait for each other
+    calls_at_once: int | None = None  # calls, and tasks, that are out; more than that wait for each other
     max_answer_bytes: ClassVar[int] = MAX_ANSWER_BYTES
     https_links_under: ClassVar[str | None] = None  # http links below this domain work over https too
     links_to_itself: ClassVar[bool] = False  # a link may lead to the server that is asked, and name only its path

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple, TypeVar
 
 from zimage.outside import json_of
@@ -22,6 +22,12 @@ class Setting(NamedTuple):
     said: Callable[[Any], Any] = str  # what a value was read from; raises ValueError
     shapes_picture: bool = True  # a row of a batch is another one where it is another
     max_bytes: int = 0  # of the file that the text names: then `read` gets its bytes, and of evidence what it holds
+    alone: str = ""  # a warning to whoever uses it for one picture
+
+    @property
+    def is_switch(self) -> bool:
+        """Whether it is given without a value."""
+        return not self.metavar
 
 
 Number = TypeVar("Number", int, float)
@@ -37,6 +43,24 @@ def number(kind: type[Number], least: float, most: float, name: str = "a number"
         return kind(text)
 
     return read
+
+
+def one_of(names: Collection[str]) -> Callable[[str], str]:
+    """A reader of options: one of these names."""
+
+    def read(text: str) -> str:
+        if text not in names:
+            raise ValueError(f"one of {', '.join(names)}")
+        return text
+
+    return read
+
+
+def is_on(value: Any) -> bool:
+    """A reader of switches: they are given, or left out."""
+    if value is not True:
+        raise ValueError("true")
+    return True
 
 
 STEPS = Setting("steps", "N", "sampling steps", 8, number(int, 1, 200, "a whole number"))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from zimage.batch.contract import SPACING
+from zimage.batch.contract import CONCURRENCY_RANGE, SPACING
+from zimage.provider import Provider
 
 REFUSED_STEP, QUIET_STEP = 1.02, 0.99  # of the spacing: wider with each 429, closer again with each quiet second
 WIDEST_SPACING = 60.0  # seconds
@@ -149,3 +150,14 @@ class Window:
         self.limit = int(min(self._most, max(1, limit)))
         self._good = 0
         self._changed_at = now
+
+
+def window_for(provider: Provider, concurrency: int | None, patience: float) -> Window | None:
+    """What learns how many calls a server works on at once; None where that is known.
+
+    A service with a published rate works on as many as come in it. The model in this process draws as many as were
+    asked for: they take longer together than one alone, and all are done sooner. Anything else may be one card.
+    """
+    if provider.requests_per_minute or provider.in_process:
+        return None
+    return Window(concurrency or CONCURRENCY_RANGE[1], patience)

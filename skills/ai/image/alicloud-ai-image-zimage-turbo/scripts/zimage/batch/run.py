@@ -18,7 +18,7 @@ from zimage.batch.folder import check_same_database, open_database
 from zimage.batch.forecast import Forecast
 from zimage.batch.journal import Job, Jobs, Journal, JournalRow, Place, RunRow
 from zimage.batch.options import BatchOptions
-from zimage.batch.pacer import Pacer, Window
+from zimage.batch.pacer import Pacer, window_for
 from zimage.batch.progress import Progress, Tally
 from zimage.batch.results import totals
 from zimage.batch.tasks import OpenTasks
@@ -70,9 +70,7 @@ class Run:
         self._savers = Crew(DOWNLOADS_AT_ONCE, "save")
         self._tasks = OpenTasks(options.timeout, as_calls=place.provider.calls_at_once is not None)
         self._pacer = Pacer(options.rpm, start=self._row.first_start(options.rpm))
-        # A service with a published rate works on as many as come in it; any other may be one card.
-        most = 0 if place.provider.requests_per_minute else options.concurrency or CONCURRENCY_RANGE[1]
-        self._window = Window(most, GENERATE_SHARE * options.timeout) if most else None
+        self._window = window_for(place.provider, options.concurrency, GENERATE_SHARE * options.timeout)
         self._forecast = Forecast(self._row.latency_before, self.deadline)
         self._out: dict[int, float] = {}  # number -> when its request left
         self._saving: set[int] = set()
