@@ -866,6 +866,28 @@ def test_a_batch_draws_several_at_once(local: Local, whole_model: Path) -> None:
     assert done["saved"] == 10 and done["this_run"]["total"] == 0
 
 
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_batch_that_is_killed_thrice_makes_every_picture_once(local: Local, whole_model: Path) -> None:
+    rows = [{"prompt": f"a fox, {number}", "size": "512*512", "seed": number} for number in range(50)]
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (local.shell.folder / "rows.jsonl").write_text(text, encoding="utf-8")
+    local.shell.script = SCRIPTS / "generate_batch.py"
+    options = ("--provider", "diffusers", "--model-path", str(whole_model), "--at-once", "4", "--no-gallery")
+    command = (*options, "--input", "rows.jsonl", "--output-dir", "out")
+    images = local.shell.folder / "out" / "images"
+    for saved in (5, 13, 30):
+        process = local.shell.start(*command)
+        while len(list(images.glob("*.png"))) < saved and process.poll() is None:
+            time.sleep(0.02)
+        process.kill()
+        process.communicate(timeout=30)
+    result = local.shell.run(*command, timeout=300)
+    assert result.code == 0, result.stderr
+    assert result.json["saved"] == 50 and result.json["this_run"]["total"] < 50
+    lines = (local.shell.folder / "out" / "results.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len({json.loads(line)["sha256"] for line in lines}) == len(list(images.glob("*.png"))) == 50
+
+
 def test_compiling_pays_in_a_batch_and_one_picture_is_told_so(local: Local, whole_model: Path) -> None:
     if shutil.which("c++") is None:
         pytest.skip("compiling for a CPU needs a C++ compiler")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import threading
 import time
@@ -368,6 +369,16 @@ def test_a_named_file_is_checked_before_anything_is_loaded(shell: Shell) -> None
         error = shell.call("--provider", "diffusers", "--prompt", "a fox", option, name, "--print-response").error
         assert error["code"] == "missing_weights" and error["exit_code"] == 2
         assert error["message"].startswith(f"{option}: {shell.folder / name} ") and words in error["message"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="FIFOs of POSIX")
+@pytest.mark.parametrize(("option", "name"), [("--lora", "a.safetensors"), ("--gguf", "a.gguf")])
+def test_what_never_ends_is_not_read(shell: Shell, option: str, name: str) -> None:
+    os.mkfifo(shell.folder / name)
+    error = shell.call("--provider", "diffusers", "--prompt", "a fox", option, name, "--print-response").error
+    assert error["code"] == "missing_weights" and "it is no file" in error["message"]
+    key, file = option.removeprefix("--"), {"file": str(shell.folder / name), "weight": 1.0}
+    assert KIND({key: [file] if key == "lora" else file}).shaping_settings[key]
 
 
 def test_a_row_is_another_one_where_a_file_holds_something_else(tmp_path: Path) -> None:

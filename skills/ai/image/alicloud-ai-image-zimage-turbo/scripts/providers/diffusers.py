@@ -56,7 +56,7 @@ MOST_AT_ONCE = 64
 # Quantization ---------------------------------------------------------------------------------------------------------
 
 
-def torchao_configs(kind: str, dtype: str, **options: Any) -> dict[str, Any]:
+def torchao_configs(kind: str, **options: Any) -> dict[str, Any]:
     config = getattr(library("torchao.quantization"), kind)(**options)
     return {
         "transformer": library("diffusers").TorchAoConfig(config, modules_to_not_convert=list(FINE_LAYERS)),
@@ -65,12 +65,12 @@ def torchao_configs(kind: str, dtype: str, **options: Any) -> dict[str, Any]:
 
 
 def int8_configs(dtype: str) -> dict[str, Any]:
-    return torchao_configs("Int8WeightOnlyConfig", dtype, version=2)
+    return torchao_configs("Int8WeightOnlyConfig", version=2)
 
 
 def fp8_configs(dtype: str) -> dict[str, Any]:
     each_row = library("torchao.quantization").PerRow()
-    return torchao_configs("Float8DynamicActivationFloat8WeightConfig", dtype, granularity=each_row)
+    return torchao_configs("Float8DynamicActivationFloat8WeightConfig", granularity=each_row)
 
 
 def nf4_configs(dtype: str) -> dict[str, Any]:
@@ -236,7 +236,7 @@ class Diffusers(OpenModel):
     @property
     def shaping_settings(self) -> dict[str, Any]:
         """A file is another one where it holds something else, wherever it lies."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, ValueError):  # `preflight` tells what is wrong with it
             for file in self._files:
                 self._hash(file)
 

@@ -11,6 +11,7 @@ import json
 import math
 import os
 import re
+import stat
 import struct
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -38,6 +39,13 @@ Tensors = Mapping[str, Tensor]
 FLOATS = frozenset({"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"})  # of safetensors: a library converts these
 
 
+def opened(path: str | Path) -> BinaryIO:
+    """A file to read; what is no file, and might never end, is not opened. Raises OSError; ValueError."""
+    if not stat.S_ISREG(os.stat(path).st_mode):
+        raise ValueError("it is no file")
+    return open(path, "rb")
+
+
 # safetensors
 
 
@@ -47,7 +55,7 @@ def safetensors_in(path: Path) -> Tensors:
     Raises:
         OSError; ValueError where the file is damaged, or none.
     """
-    with path.open("rb") as file:
+    with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         head = file.read(8)
         length = struct.unpack("<Q", head)[0] if len(head) == 8 else MAX_HEADER + 1
@@ -137,7 +145,7 @@ def gguf_in(path: Path) -> Tensors:
     Raises:
         OSError; ValueError where the file is damaged, none, or holds what cannot be read back.
     """
-    with path.open("rb") as file:
+    with opened(path) as file:
         size = os.fstat(file.fileno()).st_size
         header = _Header(file)
         if header.take(4) != b"GGUF" or header.number("I") not in (2, 3):
@@ -208,9 +216,9 @@ def said_of(file: Any) -> str:
 
 
 def sha256_of(path: str | Path) -> str:
-    """The hash of a file, of which no more than a piece is in memory. Raises OSError."""
+    """The hash of a file, of which no more than a piece is in memory. Raises OSError; ValueError where it is none."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with opened(path) as file:
         while chunk := file.read(CHUNK):
             digest.update(chunk)
     return digest.hexdigest()
