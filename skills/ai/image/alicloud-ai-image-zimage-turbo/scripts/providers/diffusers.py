@@ -47,7 +47,7 @@ REQUIREMENTS = {
 # Of the options that need one more. bitsandbytes stands there as a remark: without a GPU it is of no use.
 MORE_REQUIREMENTS = {
     "lora": {"peft": "peft>=0.17,<1"},
-    "gguf": {"gguf": "gguf>=0.10,<1"},
+    "gguf": {"gguf": "gguf>=0.17.1,<1"},
 }
 MAX_TOKENS = 512  # of a prompt; the pipeline's own default
 MOST_AT_ONCE = 64
