@@ -191,7 +191,7 @@ class Provider:
         """
 
     def prepare(self) -> None:
-        """Load what the call needs, so that nothing breaks after it began.
+        """Look as `preflight` does and load what the call needs, so that nothing breaks after it began.
 
         Raises:
             Failure: as `preflight`.
