@@ -27,6 +27,7 @@ from zimage import tls
 from zimage.calls import HttpCall
 from zimage.contract import MIB
 from zimage.errors import NotSent
+from zimage.proxy import Proxy, socks_fault
 from zimage.transport import exchange
 from zimage.waiting import Stop
 from zimage.wire import Wire
@@ -179,7 +180,42 @@ def test_a_proxy_of_the_other_kind_is_recognized(bare: pytest.MonkeyPatch, schem
         with pytest.raises(NotSent) as caught:
             ask("https://gpu.lan/", timeout=2)
     assert str(proxy.port) in caught.value.reason
-    assert ("SOCKS" in caught.value.reason) or "in time" in caught.value.reason
+    words = "is it a SOCKS proxy" if scheme == "http" else "does not answer in time: does it speak SOCKS here?"
+    assert words in caught.value.reason
+
+
+class Late(OSError):
+    """As PySocks tells that a proxy was silent for longer than the socket waits."""
+
+    def __str__(self) -> str:
+        return "Socket error: timed out"
+
+
+class ProxyConnectionError(OSError):
+    """As PySocks tells that there was no proxy to talk to."""
+
+    socket_err = ConnectionResetError(104, "Connection reset by peer")
+
+
+@pytest.mark.parametrize(
+    ("error", "is_late", "words"),
+    [
+        (Late(), False, "does not answer in time"),  # the socket was quicker than who cuts it
+        (OSError("Connection closed unexpectedly"), True, "does not answer in time"),  # it was cut here
+        (OSError("Connection closed unexpectedly"), False, "closed the connection without a word of SOCKS"),
+        (ProxyConnectionError(), True, "fails: no connection was made in time"),
+        (ProxyConnectionError(), False, "fails: connection reset"),
+        (TimeoutError(), False, "fails: no connection was made"),
+    ],
+    ids=repr,
+)
+def test_a_socks_proxy_that_is_cut_off_here_is_late_and_has_closed_nothing(
+    error: OSError, is_late: bool, words: str
+) -> None:
+    proxy = Proxy("socks5h", "127.0.0.1", 1080, (None, None), "socks5h://127.0.0.1:1080", "ALL_PROXY")
+    reason = socks_fault(proxy, error, "https://gpu.lan/", is_late=is_late).reason
+    assert words in reason.replace("Connection", "connection")
+    assert "127.0.0.1:1080" in reason
 
 
 def assert_told_by_dry_runs(shell: Shell, words: str) -> None:

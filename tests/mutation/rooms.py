@@ -10,6 +10,9 @@ FAULTS = ("tests/test_faults.py", "-k", "not bomb and not nested and not megabyt
 PROVIDERS = ("tests/test_providers.py", "-k", "not diffusers")
 TRUST = ("tests/test_entitled.py", "tests/test_trust.py")
 EXCHANGE = ("tests/test_exchange.py",)
+ACCOUNT = ("tests/test_account.py", "tests/test_words.py")
+NETWORK = ("tests/test_network.py", "tests/test_service_words.py")
+OWN = ("tests/test_named_tasks.py", "tests/test_words.py", "tests/test_own_servers.py")
 BATCH_FIRST = ("tests/test_batch_results.py",)
 BATCH_QUICK = ("tests/test_batch_state.py", "tests/test_batch_results.py")
 BATCH_SLOW = (
@@ -20,17 +23,24 @@ SEAM_ONE = ("tests/test_seam.py", "-k", "attempt_leaves or copy_that or impossib
 SEAM_MANY = ("tests/test_seam.py", "-k", "earlier_run or of_a_row or collides or saved_row or links_that")
 
 ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "make": (("tests/test_paid.py",), ONE_PICTURE, FAULTS, SEAM_ONE, PROVIDERS),
-    "settle": (("tests/test_settle.py",), ONE_PICTURE, FAULTS, BATCH_QUICK),
-    "plan": (("tests/test_plan.py",), ("tests/test_request.py", "tests/test_trust.py"), ONE_PICTURE, PROVIDERS),
-    "trust": (TRUST, ("tests/test_credentials.py", "tests/test_strangers.py"), FAULTS, PROVIDERS),
+    "make": (("tests/test_paid.py",), OWN, ONE_PICTURE, FAULTS, SEAM_ONE, PROVIDERS),
+    "settle": (("tests/test_settle.py",), OWN, ONE_PICTURE, FAULTS, BATCH_QUICK),
+    "plan": (
+        ("tests/test_plan.py",),
+        ACCOUNT,
+        ("tests/test_request.py", "tests/test_trust.py"),
+        ONE_PICTURE,
+        PROVIDERS,
+    ),
+    "trust": (TRUST, ACCOUNT, ("tests/test_credentials.py", "tests/test_strangers.py"), FAULTS, PROVIDERS),
     "keys": (
         ("tests/test_keys.py", "tests/test_entitled.py"),
+        ACCOUNT,
         ("tests/test_credentials.py", "tests/test_trust.py"),
         PROVIDERS,
     ),
-    "transport": (EXCHANGE, FAULTS, ("tests/test_trust.py", "tests/test_recovery.py"), ONE_PICTURE, PROVIDERS),
-    "wire": (EXCHANGE, FAULTS, ("tests/test_trust.py", "tests/test_recovery.py"), ONE_PICTURE, PROVIDERS),
+    "transport": (EXCHANGE, NETWORK, FAULTS, ("tests/test_trust.py", "tests/test_recovery.py"), ONE_PICTURE, PROVIDERS),
+    "wire": (EXCHANGE, NETWORK, FAULTS, ("tests/test_trust.py", "tests/test_recovery.py"), ONE_PICTURE, PROVIDERS),
     "batch/work": (("tests/test_batch_work.py",), BATCH_FIRST, BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
     "batch/plan": (("tests/test_batch_plan.py",), BATCH_QUICK, ("tests/test_batch_input.py",), BATCH_SLOW, SEAM_MANY),
     "batch/journal": (("tests/test_batch_journal.py",), BATCH_FIRST, BATCH_QUICK, BATCH_SLOW, SEAM_MANY),

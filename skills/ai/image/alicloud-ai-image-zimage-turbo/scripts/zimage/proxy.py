@@ -166,14 +166,20 @@ SOCKS_FAULTS = (  # words of PySocks and, in parts of them, of RFC 1928: what is
 )
 
 
-def socks_fault(proxy: Proxy, error: OSError, url: str) -> NotSent:
-    """What went wrong between this machine and a service behind a SOCKS proxy."""
+def socks_fault(proxy: Proxy, error: OSError, url: str, *, is_late: bool = False) -> NotSent:
+    """What went wrong between this machine and a service behind a SOCKS proxy.
+
+    `is_late`: its time was over, and the connection was cut here.
+    """
     said = str(error).lower()
     if SOCKS_LOCKED.search(said):
         return proxy.locked(url)
     if is_unconnected(error):
         cause = getattr(error, "socket_err", None)
-        return proxy.fault(f"fails: {os_reason(cause) if cause else 'no connection was made'}", url)
+        reason = os_reason(cause) if cause and not is_late else "no connection was made"
+        return proxy.fault(f"fails: {reason}{' in time' * is_late}", url)
+    if is_late or "timed out" in said:
+        return proxy.fault("does not answer in time: does it speak SOCKS here?", url)
     found = ((what, lasting) for words, what, lasting in SOCKS_FAULTS if words in said)
     what, lasting = next(found, ("fails within its own words", False))
     return proxy.fault(what, url, lasting=lasting)

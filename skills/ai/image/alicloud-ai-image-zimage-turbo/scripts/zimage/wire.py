@@ -159,7 +159,7 @@ class Wire:
                 return socket.socket(fileno=connection.detach())
             except OSError as error:
                 connection.close()
-                fault = socks_fault(proxy, error, self.url)
+                fault = socks_fault(proxy, error, self.url, is_late=self.expired)
                 if not is_unconnected(error):
                     break
             except BaseException:
