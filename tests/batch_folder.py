@@ -22,7 +22,8 @@ from conftest import TEST_KEY
 from zimage.batch.contract import DATABASE
 from zimage.batch.folder import create_database, open_database
 from zimage.batch.inputs import Reading
-from zimage.batch.journal import Job, Jobs, Journal, Place, job_of, read_services
+from zimage.batch.jobs import Job, Jobs, Place, job_of, read_services
+from zimage.batch.journal import Journal
 from zimage.batch.moves import settle_moves
 from zimage.batch.plan import Stage, Survey
 from zimage.batch.rows import checked_row
@@ -103,7 +104,7 @@ class Folder:
         with self.database() as database:
             journal = Journal(self.path)
             try:
-                yield AtWork(self, database, Jobs(database, self.path, self.place), journal)
+                yield AtWork(self, database, Jobs(database, self.path, [self.place]), journal)
             finally:
                 journal.close()
 
@@ -127,4 +128,6 @@ class AtWork(NamedTuple):
         return job_of(row, self.folder.path, services, place.workspace)
 
     def worker(self, *, timeout: float = 60.0, calls: Stop | None = None, thumbs: bool = False) -> Worker:
-        return Worker(self.journal, self.folder.place, timeout, calls or Stop(60), self.folder.path if thumbs else None)
+        return Worker(
+            self.journal, [self.folder.place], timeout, calls or Stop(60), self.folder.path if thumbs else None
+        )

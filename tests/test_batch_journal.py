@@ -19,7 +19,8 @@ from batch_folder import BLANK, AtWork, Folder
 from zimage.batch import journal as room
 from zimage.batch.contract import DATABASE, RESERVE
 from zimage.batch.folder import Reserve, open_database
-from zimage.batch.journal import Job, Jobs, Journal, JournalRow, RunRow, read_services
+from zimage.batch.jobs import Job, Jobs, read_services
+from zimage.batch.journal import Journal, JournalRow, RunRow
 from zimage.calls import Generated, Submitted
 from zimage.errors import Failure, Fault, Left
 from zimage.evidence import timestamp
@@ -740,5 +741,5 @@ def test_a_run_row_counts_the_runs_of_the_folder(work: AtWork, monkeypatch: pyte
 def test_a_place_that_the_folder_does_not_know_has_no_jobs(folder: Folder, work: AtWork) -> None:
     """A run must not take another place's: that one's key would go elsewhere."""
     folder.at("zimageturbo")
-    jobs = Jobs(work.database, folder.path, folder.place)
+    jobs = Jobs(work.database, folder.path, [folder.place])
     assert jobs.to_send(("pending", "failed", "unknown"), (-1, -1)) == jobs.submitted() == []

@@ -19,7 +19,8 @@ from conftest import TEST_KEY
 from fault_server import png
 from zimage import download, make
 from zimage.batch import work as room
-from zimage.batch.journal import Job, Journal
+from zimage.batch.jobs import Job
+from zimage.batch.journal import Journal
 from zimage.batch.names import thumb_name
 from zimage.batch.work import Outcome, own_fault
 from zimage.calls import Generated, HttpAnswer, HttpCall, Submitted

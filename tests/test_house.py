@@ -40,9 +40,11 @@ LAYERS = [
     ["batch.inputs"],
     ["batch.rows", "batch.names", "batch.folder", "batch.pacer", "batch.forecast", "batch.ending", "batch.options"],
     ["batch.examine", "batch.moves"],
-    ["batch.plan", "batch.journal", "batch.results"],
+    ["batch.plan", "batch.jobs", "batch.results"],
+    ["batch.journal"],
     ["batch.quote", "batch.gallery", "batch.progress", "batch.tasks"],
     ["batch.work"],
+    ["batch.fleet"],
     ["batch.run", "batch.resume"],
     ["batch.commands"],
 ]

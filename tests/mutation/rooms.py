@@ -43,6 +43,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     "wire": (EXCHANGE, NETWORK, FAULTS, ("tests/test_trust.py", "tests/test_recovery.py"), ONE_PICTURE, PROVIDERS),
     "batch/work": (("tests/test_batch_work.py",), BATCH_FIRST, BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
     "batch/plan": (("tests/test_batch_plan.py",), BATCH_QUICK, ("tests/test_batch_input.py",), BATCH_SLOW, SEAM_MANY),
+    "batch/jobs": (("tests/test_batch_journal.py",), BATCH_FIRST, BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
     "batch/journal": (("tests/test_batch_journal.py",), BATCH_FIRST, BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
     "account": (("tests/test_account.py",), ("tests/test_trust.py",)),
 }

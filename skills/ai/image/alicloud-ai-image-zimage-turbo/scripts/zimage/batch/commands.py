@@ -20,7 +20,7 @@ from zimage.batch.examine import examine
 from zimage.batch.folder import FolderLock, create_database, database_failures, facts_of, open_database
 from zimage.batch.gallery import write_gallery
 from zimage.batch.inputs import Reading
-from zimage.batch.journal import Place
+from zimage.batch.jobs import Place
 from zimage.batch.names import is_held
 from zimage.batch.options import BatchOptions
 from zimage.batch.plan import Stage
@@ -108,7 +108,8 @@ def make(options: BatchOptions, stop: Stop, console: Console, env: Mapping[str, 
     with database_failures(folder / DATABASE):
         stop.check()
         own = Own(options.base_url, options.trusted, env)
-        run = Run(options, Place(options.provider, stage.endpoint, workspace, key, own), stop, began, console)
+        places = [Place(options.provider, stage.endpoint, workspace, key, own)]
+        run = Run(options, places, stop, began, console)
         failure = run()
         conclude(run, failure, console, reading.remarks)
     lock.release()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import queue
 import sqlite3
 import threading
@@ -12,194 +11,22 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any
 
-from zimage.batch.contract import DATABASE, DOWNLOADS_AT_ONCE, NO_SEED, SPACING
-from zimage.batch.folder import Reserve, database_failures, facts_in, facts_of, open_database, service_number
-from zimage.batch.names import evidence_name, name_in, output_key
-from zimage.endpoint import Endpoint
+from zimage.batch.contract import DATABASE, SPACING
+from zimage.batch.folder import Reserve, database_failures, open_database
+from zimage.batch.jobs import Job
+from zimage.batch.names import name_in, output_key
 from zimage.errors import Failure, Fault, Left, internal_error
-from zimage.evidence import Evidence, EvidenceFile, moment_of, timestamp, utc_now
-from zimage.keys import Key
+from zimage.evidence import EvidenceFile, moment_of, timestamp, utc_now
 from zimage.outside import outside_text
-from zimage.plan import Plan
-from zimage.provider import Provider
-from zimage.registry import provider_named
-from zimage.request import ImageRequest
-from zimage.settle import DEAD_LINK, STATES
-from zimage.task import Task
-from zimage.trust import Own
+from zimage.settle import STATES
 from zimage.waiting import needing_threads
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-    from zimage.facts import Changes, Facts, State
-
-TO_SEND = ("pending", "failed", "unknown")  # states from which a picture may be sent, the latter two where asked for
-
-
-class Job:
-    """One picture at work: its plan, its evidence so far (in memory), what was paid, and when it is due."""
-
-    def __init__(self, row: sqlite3.Row, facts: Facts, plan: Plan) -> None:
-        self.number = int(row["number"])
-        self.line = row["line"]
-        self.position = (row["position"], row["variant"])
-        self.id = row["id"]
-        self.state: State = row["state"]
-        self.state_before: State = self.state  # pending; failed or unknown where it is to be made again
-        self.paid = int(row["paid"])
-        self.plan = plan
-        self.tries = 0  # of this run
-        self.task: Task | None = None  # that the service works on
-        self.give_up_at = math.inf  # moment of time.monotonic() after which it is left to the next run
-        self.began = 0.0  # when its request left, a moment of time.monotonic()
-        self.facts_before = facts
-        self.evidence = Evidence(plan.evidence_path, plan.evidence(utc_now()))
-        if self.state in TO_SEND:  # of earlier tries only the attempts are true of the next one
-            facts = {"attempts": facts.get("attempts", [])}
-        self.evidence.update(status=self.state, **facts)
-        if plan.provider.names_tasks and self.evidence.task_id:
-            self.evidence.update(payload=plan.provider.named(plan.payload, self.evidence.task_id))
-
-    def renew(self) -> None:
-        """Take what the provider has learnt of the server since the plan was made."""
-        renewed = self.plan.anew()
-        if renewed.payload != self.plan.payload:
-            self.plan = renewed
-            self.evidence.update(**renewed.sent)
-
-    @property
-    def name(self) -> str:
-        """How messages call it."""
-        row = f"line {self.line}" if self.line else f"picture {self.number}"
-        return f"{row} ({outside_text(self.id)})" if self.line and self.id else row
-
-    def take_back(self, fault: Fault) -> State:
-        """Forget a try that cost nothing; returns the state from before it, which stays true.
-
-        That of an earlier run, whose task was lost, is over too.
-        """
-        if self.state_before not in ("failed", "unknown"):
-            self.evidence.update(error=fault.as_json())
-            return "pending"
-        attempts = self.evidence.data["attempts"]
-        self.evidence.update(**self.facts_before)
-        self.evidence.update(attempts=attempts)
-        return self.state_before
-
-    @property
-    def facts(self) -> str:
-        return json.dumps(facts_in(self.evidence.data), ensure_ascii=False)
-
-
-class Place(NamedTuple):
-    """Where pictures are asked for, and with what key."""
-
-    provider: Provider
-    endpoint: Endpoint
-    workspace: str | None
-    key: Key
-    own: Own
-
-
-Services = Mapping[int, tuple[Provider, Endpoint]]
-
-
-def read_services(database: sqlite3.Connection) -> Services:
-    """The places that pictures of this folder come from, by number."""
-    services = {}
-    for number, name, region, url in database.execute("SELECT number, provider, region, endpoint FROM services"):
-        provider = provider_named(name)
-        root = url.removesuffix(provider.generate_path)
-        services[number] = (provider, Endpoint(root, url, host_of(url), region))
-    return services
-
-
-def host_of(url: str) -> str:
-    return urlsplit(url).hostname or ""
-
-
-def job_of(row: sqlite3.Row, folder: Path, services: Services, workspace: str | None) -> Job:
-    """The work that a row of the database means."""
-    provider, endpoint = services[row["service"]]
-    facts = facts_of(row["facts"])
-    if row["state"] not in TO_SEND and facts.get("settings", provider.known_settings) != provider.known_settings:
-        provider = type(provider)(facts["settings"])  # those of the run that sent it
-    seed = row["seed"] if row["seed"] != NO_SEED else None
-    request = ImageRequest(row["prompt"], row["size"], seed, bool(row["prompt_extend"]))
-    plan = Plan.of(
-        provider,
-        endpoint,
-        request,
-        workspace=workspace,
-        output=folder / row["output"],
-        overwrite=False,
-        evidence_path=folder / evidence_name(row["number"]),
-    )
-    return Job(row, facts, plan)
-
-
-class Jobs:
-    """The pictures of a folder as work for a run; calls go to one place, and no other gets its key."""
-
-    def __init__(self, database: sqlite3.Connection, folder: Path, place: Place) -> None:
-        self._database = database
-        self._folder = folder
-        self._workspace = place.workspace
-        services = read_services(database)
-        self._here = service_number(database, place.provider.name, place.endpoint)
-        self._services = {**services, self._here: (place.provider, place.endpoint)}  # set up, and loaded once
-        # A link may lead to this machine, or to the server that was asked, only where the user names that one now.
-        self._reached = [
-            number
-            for number, (who, there) in services.items()
-            if number == self._here or (place.endpoint.is_loopback if there.is_loopback else not who.links_to_itself)
-        ]
-
-    def to_send(self, states: Sequence[str], after: tuple[int, int]) -> list[Job]:
-        """The next pictures of the input that may be sent, behind a position and variant."""
-        marks = ", ".join("?" * len(states))
-        where = f"state IN ({marks}) AND service = ? AND (position, variant) > (?, ?) ORDER BY position, variant"
-        return self._where(f"{where} LIMIT 200", *states, self._here, *after)
-
-    def submitted(self) -> list[Job]:
-        """Those whose tasks earlier runs have submitted here."""
-        return self._where("state = 'submitted' AND service = ? ORDER BY number", self._here)
-
-    def lost(self, *, with_dead_link: bool) -> list[Job]:
-        """Those whose task the service did not know in an earlier run, or, where asked for, whose link was dead."""
-        where = "state IN ('unknown', 'failed') AND service = ? AND facts LIKE '%\"task_id\"%' ORDER BY number"
-        return [
-            job
-            for job in self._where(where, self._here)
-            if "task_id" in job.facts_before
-            and (
-                job.state == "unknown"
-                or (with_dead_link and job.facts_before.get("error", {}).get("code") in DEAD_LINK)
-            )
-        ]
-
-    def paid(self, after: int) -> list[Job]:
-        """The next pictures that are paid for and not downloaded, from wherever that may be, behind a number."""
-        marks = ", ".join("?" * len(self._reached))
-        where = f"state = 'generated' AND service IN ({marks}) AND number > ? ORDER BY number LIMIT ?"
-        return self._where(where, *self._reached, after, DOWNLOADS_AT_ONCE)
-
-    def out_of_reach(self) -> list[str]:
-        """What is to be told of pictures that are paid for and not downloaded by this run."""
-        rows = self._database.execute("SELECT service, count(*) FROM pictures WHERE state = 'generated' GROUP BY 1")
-        return [
-            f"{count} paid pictures wait at {self._services[number][1].url}: only a run that names it fetches them"
-            for number, count in rows.fetchall()
-            if number not in self._reached
-        ]
-
-    def _where(self, condition: str, *values: object) -> list[Job]:
-        rows = self._database.execute(f"SELECT * FROM pictures WHERE {condition}", values).fetchall()
-        return [job_of(row, self._folder, self._services, self._workspace) for row in rows]
+    from zimage.facts import Changes, State
 
 
 class Journal:
@@ -234,9 +61,10 @@ class Journal:
         key = output_key(output)
         # Where its name was taken it has another one, which a row that has no picture yet may want too.
         return self.write(
-            "UPDATE pictures SET state = ?, paid = ?, output = ?, facts = ?, output_key = CASE WHEN EXISTS "
-            "(SELECT * FROM pictures WHERE output_key = ? AND number <> ?) THEN ? ELSE ? END WHERE number = ?",
-            (state, job.paid, output, job.facts, key, job.number, f"{key}//{job.number}", key, job.number),
+            "UPDATE pictures SET state = ?, paid = ?, service = ?, output = ?, facts = ?, output_key = "
+            "CASE WHEN EXISTS (SELECT * FROM pictures WHERE output_key = ? AND number <> ?) THEN ? ELSE ? END "
+            "WHERE number = ?",
+            (state, job.paid, job.service, output, job.facts, key, job.number, f"{key}//{job.number}", key, job.number),
         )
 
     def close(self) -> None:

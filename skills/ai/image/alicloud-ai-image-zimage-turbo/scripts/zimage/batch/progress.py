@@ -8,7 +8,8 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Any
 
-from zimage.batch.journal import Job, RunRow
+from zimage.batch.jobs import Job
+from zimage.batch.journal import RunRow
 from zimage.console import Console
 from zimage.outside import told_line
 from zimage.provider import Provider

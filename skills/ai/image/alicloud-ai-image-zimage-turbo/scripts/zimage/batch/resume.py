@@ -22,7 +22,7 @@ from zimage.batch.contract import (
     THUMBS,
 )
 from zimage.batch.folder import database_failures, facts_in, facts_of, open_database
-from zimage.batch.journal import Job, job_of, read_services
+from zimage.batch.jobs import Job, job_of, read_services
 from zimage.batch.moves import settle_moves
 from zimage.batch.names import Names, path_in
 from zimage.batch.work import ROW_HINTS

@@ -10,27 +10,28 @@ import queue
 import sqlite3
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from zimage.batch.contract import CONCURRENCY_RANGE, DATABASE, DOWNLOADS_AT_ONCE, RESULTS, TICK
-from zimage.batch.ending import Storms, incomplete, interrupted_run, storm
+from zimage.batch.ending import incomplete, interrupted_run, storm
+from zimage.batch.fleet import Fleet, Server
 from zimage.batch.folder import check_same_database, open_database
 from zimage.batch.forecast import Forecast
-from zimage.batch.journal import Job, Jobs, Journal, JournalRow, Place, RunRow
+from zimage.batch.jobs import Job, Jobs, Place
+from zimage.batch.journal import Journal, JournalRow, RunRow
 from zimage.batch.options import BatchOptions
-from zimage.batch.pacer import Pacer, window_for
 from zimage.batch.progress import Progress, Tally
 from zimage.batch.results import totals
-from zimage.batch.tasks import OpenTasks
 from zimage.batch.work import Outcome, Worker, own_fault
 from zimage.console import Console
-from zimage.contract import EXIT_DISK, EXIT_UNAVAILABLE, GENERATE_SHARE, MIB, MIN_FREE_BYTES
+from zimage.contract import EXIT_DISK, EXIT_UNAVAILABLE, MIB, MIN_FREE_BYTES
 from zimage.errors import Failure, Left
 from zimage.files import check_space
 from zimage.settle import may_go_again, most_retries
 from zimage.waiting import Crew, Stop, wait_before
 
 POLLS_AT_ONCE = 8
+MOST_THREADS = 256  # that wait for calls
 MOST_OPEN_TASKS = 200  # tasks that a service works on; with more, nothing new is sent
 MOST_WAITING_DOWNLOADS = 200  # pictures paid and not yet downloaded; with more, nothing new is sent
 ROOM_FOR_ONE = 4 * MIB  # bytes on the disk, for a picture that is out
@@ -45,15 +46,17 @@ class Run:
     to: the time limit cuts both; a signal, or whatever else halts the run, ends the waits only.
     """
 
-    def __init__(self, options: BatchOptions, place: Place, stop: Stop, began: float, console: Console) -> None:
+    def __init__(
+        self, options: BatchOptions, places: Sequence[Place], stop: Stop, began: float, console: Console
+    ) -> None:
         self.options = options
         self.folder = options.folder
         self.began = began
         self.database = open_database(self.folder)
         self._database_file = os.stat(self.folder / DATABASE).st_ino
         self.database.row_factory = sqlite3.Row
-        self._jobs = Jobs(self.database, self.folder, place)
-        self._costs = place.provider.is_billable_at(place.endpoint)
+        self._jobs = Jobs(self.database, self.folder, places)
+        self._costs = any(place.provider.is_billable_at(place.endpoint) for place in places)
         self._journal = Journal(self.folder)
         self._row = RunRow(self.database, self._journal)
         states, spent = totals(self.database)
@@ -63,16 +66,14 @@ class Run:
         self._signals = stop
         self.calls = Stop(self.deadline - time.monotonic(), stop)
         thumbs = self.folder if options.gallery else None
-        self._worker = Worker(self._journal, place, options.timeout, self.calls, thumbs)
+        self._worker = Worker(self._journal, places, options.timeout, self.calls, thumbs)
         self._events: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        self._generators = Crew(options.concurrency or CONCURRENCY_RANGE[1], "generate")
+        at_once = (options.concurrency or CONCURRENCY_RANGE[1]) * len(places)
+        self._generators = Crew(min(at_once, MOST_THREADS), "generate")
         self._askers = Crew(POLLS_AT_ONCE, "ask")
         self._savers = Crew(DOWNLOADS_AT_ONCE, "save")
-        self._tasks = OpenTasks(options.timeout, as_calls=place.provider.calls_at_once is not None)
-        self._pacer = Pacer(options.rpm, start=self._row.first_start(options.rpm))
-        self._window = window_for(place.provider, options.concurrency, GENERATE_SHARE * options.timeout)
+        self.fleet = Fleet(self._jobs.places, options, start=self._row.first_start(options.rpm))
         self._forecast = Forecast(self._row.latency_before, self.deadline)
-        self._out: dict[int, float] = {}  # number -> when its request left
         self._saving: set[int] = set()
         self._looking_for: set[int] = set()  # tasks that were lost
         self._queued: set[int] = set()  # all that this run saves, or has saved
@@ -81,13 +82,12 @@ class Run:
         self._fed = (-1, -1)  # position and variant of the last pending picture read
         self._last_fed_save = -1
         self._saves_are_fed = False
-        self._storms = Storms()
         self._gave_up: Failure | None = None  # why pictures were left pending after their retries
         self._stop: Failure | None = None
         self._bound: str | None = None  # what keeps the rest from being sent: limit | cost
         self._told = 0
         self._behind: dict[int, JournalRow] = {}  # pictures of which the disk does not know the last word
-        self.progress = Progress(self.tally, self._row, console, place.provider)
+        self.progress = Progress(self.tally, self._row, console, options.provider)
         console.warn(self._jobs.out_of_reach())
 
     # The loop
@@ -96,7 +96,7 @@ class Run:
         """Work until everything is done or something stops it; returns why not every picture is saved."""
         for job in self._jobs.submitted():
             job.task = self._worker.task(job, job.evidence.task_id)
-            self._tasks.add(job)
+            self.fleet.at(job).tasks.add(job)
         for job in self._jobs.lost(with_dead_link=self.options.retry_failed):  # asked after once, free
             self._looking_for.add(job.number)
             self._askers.do(self._work, self._worker.find, "find", job)
@@ -106,7 +106,7 @@ class Run:
                 self._heed_signals()
                 self._feed_savers()
                 waits = [wait for wait in (self._send(now), self._ask(now)) if wait is not None]
-                if not self._out and not self._saving and not waits:
+                if not self.fleet.out and not self._saving and not waits:
                     break
                 self._take_events(min([TICK, *waits]))
                 self.progress.tick()
@@ -162,27 +162,28 @@ class Run:
             waiting = job is None or self._is_out_of_bounds(job)
             if waiting and not self._due:
                 return self._later(job, None)
-            start = max(now, self._due[0][0] if waiting else self._pacer.next_start)
+            server = self.fleet.next(self._forecast, now)
+            start = max(now, self._due[0][0] if waiting else server.pacer.next_start)
             if start > self._forecast.last_start:
                 self._halt_for_time()
                 return self._later(job, None)
             if job is None or waiting:
                 return self._later(job, start - now)
             crowded = (
-                len(self._out) + self._tasks.out >= self._most_out(now)
+                server.is_full(self._forecast, now)
                 or len(self._saving) >= MOST_WAITING_DOWNLOADS
-                or len(self._tasks) >= MOST_OPEN_TASKS
+                or self.fleet.open_tasks >= MOST_OPEN_TASKS
             )
             if crowded or start > now:
                 return self._later(job, TICK if crowded else start - now)
             try:
-                check_space(self.folder, MIN_FREE_BYTES + ROOM_FOR_ONE * (len(self._out) + len(self._saving)))
+                check_space(self.folder, MIN_FREE_BYTES + ROOM_FOR_ONE * (self.fleet.out + len(self._saving)))
                 check_same_database(self.folder, self._database_file)
             except Failure as failure:
                 self._halt(failure)
                 return self._later(job, None)
-            self._pacer.take(now)
-            self._start(job, now)
+            server.take(job, now)
+            self._start(job)
             now = time.monotonic()
         return None
 
@@ -203,8 +204,7 @@ class Run:
             self._feed.appendleft(job)
         return wait
 
-    def _start(self, job: Job, now: float) -> None:
-        self._out[job.number] = now
+    def _start(self, job: Job) -> None:
         self.tally.sent.add(job.number)
         self.tally.spent += job.plan.price.counted
         self.tally.move(job, job.state, "submitting")
@@ -233,11 +233,6 @@ class Run:
                 self._fed = self._feed[-1].position
         return self._feed.popleft() if self._feed else None
 
-    def _most_out(self, now: float) -> int:
-        """How many requests may be out."""
-        asked = self._window.limit if self._window else self.options.concurrency
-        return asked or self._forecast.concurrency(self._pacer.base, now, self._out.values())
-
     def _halt_for_time(self) -> None:
         limit = self.options.time_limit or 0.0
         if not self.tally.sent and self._forecast.latency_before and self.options.time_limit:
@@ -253,28 +248,22 @@ class Run:
     # Reports
 
     def _take(self, outcome: Outcome) -> None:
-        job, failure = outcome.job, outcome.failure
+        job, failure, server = outcome.job, outcome.failure, self.fleet.at(outcome.job)
         self._behind.pop(job.number, None)
         if outcome.record is not None and outcome.record.behind is not None:
             self._behind[job.number] = outcome.record
         now = time.monotonic()
         if outcome.step == "generate":
-            if self._window is not None:
-                code, out = failure.code if failure else None, len(self._out)
-                self._window.heard(code, now, self._out[job.number], kind=job.plan.request.size, out=out)
-            sent = self._out.pop(job.number)
+            sent, before = server.answered(outcome, now), "submitting"
             if failure is not None and failure.code == "too_slow":
                 self._forecast.answered(2 * outcome.seconds)  # at least: the next run needs more time than this one
             elif outcome.seconds and (failure is None or failure.fault.billed != "no"):
                 self._forecast.answered(outcome.seconds)
-            if not outcome.holds:
-                self._pacer.accepted(now, sent)
-            before = "submitting"
         elif outcome.step == "find":
             self._looking_for.discard(job.number)
             sent, before = outcome.began, job.state_before
         elif outcome.step == "ask":
-            self._tasks.answered(job)
+            server.tasks.answered(job)
             sent, before = outcome.began, "submitted"
         else:
             self._saving.discard(job.number)
@@ -289,12 +278,12 @@ class Run:
             self._queue_save(job)
         if job.state == "submitted" and self._stop is None:
             if outcome.step in ("find", "generate"):
-                self._tasks.add(job)
+                server.tasks.add(job)
             elif failure is None:
-                self._tasks.again(job)
+                server.tasks.again(job)
         if failure is None:
             is_picture = outcome.step in ("generate", "ask") and job.state == "generated"  # a task taken is none yet
-            self._storms.calm(outcome.step, is_known=is_picture)
+            server.storms.calm(outcome.step, is_known=is_picture)
             return
         self._tell(job, failure)
         if outcome.step == "find":
@@ -304,24 +293,24 @@ class Run:
         elif failure.fault.concerns == "run":
             self._halt(failure)
         elif outcome.holds:
-            self._hold(failure, now, sent)
+            self._hold(server, failure, now, sent)
         elif failure.fault.billed == "unknown" or failure.fault.concerns == "service" or job.state == "generated":
-            self._count_failure(outcome.step, failure)
+            self._count_failure(server, outcome.step, failure)
         else:  # the row's own fault: the service works
-            self._storms.calm(outcome.step)
+            server.storms.calm(outcome.step)
         if outcome.step in ("generate", "ask") and outcome.left in (Left.AGAIN, Left.ANEW) and self._stop is None:
             self._plan_retry(job, failure, now)
 
-    def _hold(self, failure: Failure, now: float, sent: float) -> None:
+    def _hold(self, server: Server, failure: Failure, now: float, sent: float) -> None:
         wait = failure.fault.retry_after_s
-        note = self._pacer.refused if failure.code == "rate_limited" else self._pacer.held
+        note = server.pacer.refused if failure.code == "rate_limited" else server.pacer.held
         if wait is not None and wait > self.options.timeout:
             self._halt(failure)
         elif note(now, sent, wait):
-            self._count_failure("generate", failure.but(billed="no"))
+            self._count_failure(server, "generate", failure.but(billed="no"))
 
-    def _count_failure(self, step: str, failure: Failure) -> None:
-        if too_many := self._storms.count(step, failure):
+    def _count_failure(self, server: Server, step: str, failure: Failure) -> None:
+        if too_many := server.storms.count(step, failure):
             self._halt(too_many)
 
     def _plan_retry(self, job: Job, failure: Failure, now: float) -> None:
@@ -350,13 +339,14 @@ class Run:
 
     def _ask(self, now: float) -> float | None:
         """Ask after the tasks whose time has come; returns the seconds to the next, None where none is open."""
-        if self._stop is None and len(self._tasks) and now > self._forecast.last_save:
+        if self._stop is None and self.fleet.open_tasks and now > self._forecast.last_save:
             self._halt_for_time()
         if self._stop is not None:
-            self._tasks.leave()
-        while job := self._tasks.due(now):
+            for server in self.fleet:
+                server.tasks.leave()
+        for job in self.fleet.due(now):
             self._askers.do(self._work, self._worker.ask, "ask", job)
-        return TICK if self._looking_for else self._tasks.next_look(now)
+        return TICK if self._looking_for else self.fleet.next_look(now)
 
     # Saving
 
@@ -383,7 +373,7 @@ class Run:
         """Why the run ends other than with every picture saved; None where they are."""
         if self._stop is not None:
             return self._stop
-        if self._gave_up is not None and self._storms.failures["generate"]:
+        if self._gave_up is not None and any(server.storms.failures["generate"] for server in self.fleet):
             return storm(self._gave_up, "pictures are left after their retries", EXIT_UNAVAILABLE)
         ending = incomplete(self.database, self._bound, costs=self._costs)
         if ending is not None and time.monotonic() > self._forecast.last_save:  # it cut what was left to download

@@ -6,7 +6,7 @@ import heapq
 import time
 
 from zimage.batch.contract import TICK
-from zimage.batch.journal import Job
+from zimage.batch.jobs import Job
 
 
 class OpenTasks:

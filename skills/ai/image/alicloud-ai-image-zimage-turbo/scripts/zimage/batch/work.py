@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from zimage.batch.gallery import write_thumb
-from zimage.batch.journal import Job, Journal, JournalRow, Place
+from zimage.batch.jobs import Job, Place
+from zimage.batch.journal import Journal, JournalRow
 from zimage.calls import Generated, Submitted
 from zimage.contract import EXIT_UNKNOWN
 from zimage.errors import Billed, Failure, Left, internal_error
@@ -54,15 +56,18 @@ ROW_HINTS = {
 class Worker:
     """Takes one picture from one state to the next. Every method may run in many threads at once."""
 
-    def __init__(self, journal: Journal, place: Place, timeout: float, calls: Stop, thumbs: Path | None) -> None:
+    def __init__(
+        self, journal: Journal, places: Sequence[Place], timeout: float, calls: Stop, thumbs: Path | None
+    ) -> None:
         self._journal = journal
-        self._key = place.key
-        self._endpoint = place.endpoint
-        self._own = place.own
-        self._naming = naming_flags(place.endpoint, place.provider, place.own)
+        self._places = {place.endpoint: place for place in places}
+        self._own = places[0].own
         self._timeout = timeout
         self._calls = calls  # what all calls are held to
         self._thumbs = thumbs
+
+    def _place_of(self, job: Job) -> Place:
+        return self._places[job.plan.endpoint]
 
     def generate(self, job: Job) -> Outcome:
         """Send the paid request; on record before it leaves and as soon as the link, picture or task id arrives."""
@@ -70,7 +75,7 @@ class Worker:
         stop, record = self._stop(), JournalRow(job, self._journal)
         job.began = began = stop.start
         try:
-            made = attempt(job.plan, self._key, record, stop.generating)
+            made = attempt(job.plan, self._place_of(job).key, record, stop.generating)
         except Failure as failure:
             return self._settled("generate", job, record, failure, began)
         except Exception as error:  # the request may have left
@@ -101,7 +106,8 @@ class Worker:
     def task(self, job: Job, task_id: str, *, is_sure: bool = True) -> Task:
         """A task of this service, to be asked after."""
         plan = job.plan
-        return Task(plan.provider, plan.endpoint, self._key, plan.request, task_id, is_sure=is_sure)
+        key = self._place_of(job).key
+        return Task(plan.provider, plan.endpoint, key, plan.request, task_id, is_sure=is_sure)
 
     def ask(self, job: Job) -> Outcome:
         """Ask once after a task that the service works on; it stays `submitted` until it has ended."""
@@ -125,17 +131,18 @@ class Worker:
     def save(self, job: Job) -> Outcome:
         """Download, verify and save a picture that has been paid for, with its thumbnail and its evidence."""
         stop, record = self._stop(), JournalRow(job, self._journal)
-        here = job.plan.endpoint == self._endpoint  # another service must not get this one's key
+        here = self._places.get(job.plan.endpoint)  # another service must not get this one's key
         is_new = here and job.state_before != "generated"  # else the link comes from the database
         link, provider, url = job.evidence.have.link, job.plan.provider, job.plan.endpoint.url
-        home = home_of(url, provider) if is_new else home_of_record(link, url, provider, self._own)
+        own = here.own if here else self._own
+        home = home_of(url, provider) if is_new else home_of_record(link, url, provider, own)
         try:
             save(
                 record,
                 provider,
                 job.plan.output,
                 stop,
-                home._replace(key=self._key.value) if here else home,
+                home._replace(key=here.key.value) if here else home,
                 task=(lambda: self.task(job, job.evidence.task_id)) if here else None,
                 again=job.state_before == "generated",  # else a file like it is another row's
                 also=lambda picture: self._add_thumb(picture, job, stop),
@@ -160,8 +167,9 @@ class Worker:
     def _settled(self, step: str, job: Job, record: JournalRow, failure: Failure, began: float) -> Outcome:
         """Keep what became of a picture; where it is not simply sent again, its evidence file says so too."""
         seconds = time.monotonic() - began
-        place = self._naming if job.plan.endpoint == self._endpoint else ()
-        left, told = settle(record, failure, place=place, hints=ROW_HINTS)
+        here = self._places.get(job.plan.endpoint)
+        naming = naming_flags(here.endpoint, here.provider, here.own) if here else ()
+        left, told = settle(record, failure, place=naming, hints=ROW_HINTS)
         return Outcome(step, job, record.behind or told, began, seconds, left, record)
 
     def _stop(self) -> Stop:
