@@ -53,7 +53,7 @@ class Folder:
 
     def stage(self, *rows: str | Mapping[str, Any], variants: int = 1, stop: Stop | None = None) -> Stage:
         """The rows, checked and not held against anything yet; a line each. Raises as `Stage.load`."""
-        stage = Stage(self.place.provider, self.place.endpoint, variants, self.path, stop or Stop(60))
+        stage = Stage(self.place.provider, [self.place.endpoint], variants, self.path, stop or Stop(60))
         fields = [{"prompt": row} if isinstance(row, str) else dict(row) for row in rows]
         given = (checked_row(line, {"size": SMALL} | row) for line, row in enumerate(fields, 1) if row != BLANK)
         stage.load(given, Reading())

@@ -308,7 +308,7 @@ def test_the_same_command_finishes_the_folder_and_pays_only_what_was_not_paid(
     assert_results_are_true(restored, folder.after)
     after = {entry["number"]: entry for entry in restored.results()}
     for number, entry in saved_before.items():
-        assert after[number] == entry
+        assert after[number] == entry | {"endpoint": after[number]["endpoint"]}  # which 0.4.0 did not tell
     again = restored.run()
     assert (again.code, len(restored.paid)) == (result.code, len(folder.pays))
     assert states_in(again.json) == folder.after

@@ -226,6 +226,7 @@ class ComfyUI(OpenModel):
         self._given = frozenset(settings or {})
         self._files = {part.setting: self.settings[part.setting] for part in PARTS if self.settings[part.setting]}
         self._notes: tuple[str, ...] = ()
+        self._is_met = False  # the server has said which files it has
         self._usage: dict[str, Any] = {}
         self._faulty: dict[str, str] = {}  # tasks of which a part was refused, and why
         self.takes_seed = "seed" in self.workflow.takes if self.workflow else True
@@ -314,6 +315,10 @@ class ComfyUI(OpenModel):
             notes.append("size: the workflow has no place for it, and draws its own")
         return tuple(notes)
 
+    @property
+    def draws_with(self) -> str:
+        return ", ".join(self._files.get(part.setting, part.usual) for part in PARTS) if self._is_met else ""
+
     # What the server is, and has
 
     def introduction(self, endpoint: Endpoint, key: str) -> Generator[HttpCall, HttpAnswer | None, None]:
@@ -386,7 +391,7 @@ class ComfyUI(OpenModel):
                     notes.append(f"{part.usual} is not on the server: {found} is used; --{flag_of(part)} names another")
             elif is_known:
                 missing.append(missing_part(part, wanted, needs_pack=is_gguf and info == {}))
-        self._notes = tuple(notes)
+        self._notes, self._is_met = tuple(notes), True
         if missing:
             raise Failure("missing_weights", f"the server lacks {'; '.join(missing)}", hint=MISSING_HINT)
 

@@ -31,7 +31,7 @@ from zimage.errors import Failure
 from zimage.keys import KeyPlaces
 from zimage.outside import at, kept_text, outside_json, outside_text
 from zimage.request import ImageRequest
-from zimage.servers import PRICE, THIS_MODEL, OpenServer, Sign, first_sign
+from zimage.servers import PRICE, THIS_MODEL, OpenServer, Sign, first_sign, only_fitting
 from zimage.settings import GUIDANCE, STEPS, Setting, added_fields, left_out_fields
 
 LINK_LIFETIME = dt.timedelta(hours=1)  # OpenAI's own; engines that link to themselves say nothing
@@ -229,6 +229,10 @@ class OpenAI(OpenServer):
     def root_of(self, path: str) -> str | None:
         return None if OTHER_CALLS.search(path) else path.removesuffix(self.generate_path) or self.default_root
 
+    def unfit(self, host: str) -> str:
+        is_modelscope = re.fullmatch(r"api-inference\.modelscope\.(cn|ai)", host)
+        return "is ModelScope, which answers with tasks: --provider modelscope asks it" if is_modelscope else ""
+
     def likely_root(self, path: str) -> str:
         return OTHER_CALLS.sub("", path) or self.default_root
 
@@ -268,8 +272,11 @@ class OpenAI(OpenServer):
         if self.settings["model"] or not self.dialect.needs_model:
             named: str | None = self.settings["model"]
             return named
-        fitting = [name for name in self._models if THIS_MODEL.search(name)] or self._models
-        return fitting[0] if len(fitting) == 1 else None
+        return only_fitting(self._models)
+
+    @property
+    def draws_with(self) -> str:
+        return "" if self.settings["model"] else only_fitting(self._models) or ""
 
     # What is sent
 

@@ -30,7 +30,7 @@ from zimage.formats import png_text
 from zimage.keys import KeyPlaces
 from zimage.outside import at, json_of, kept_text, outside_json, outside_text
 from zimage.request import ImageRequest
-from zimage.servers import PRICE, THIS_MODEL, OpenServer, Sign, first_sign
+from zimage.servers import PRICE, THIS_MODEL, OpenServer, Sign, first_sign, only_fitting
 from zimage.settings import GUIDANCE, STEPS, Setting, added_fields, left_out_fields
 
 NO_GUIDANCE = 1.0  # what switches guidance off at every server of this kind
@@ -324,8 +324,11 @@ class SdApi(OpenServer):
         if self.settings["model"] or not self.dialect.needs_model:
             named: str | None = self.settings["model"]
             return named
-        fitting = [name for name in self._models if THIS_MODEL.search(name)] or self._models
-        return fitting[0] if len(fitting) == 1 else None
+        return only_fitting(self._models)
+
+    @property
+    def draws_with(self) -> str:
+        return "" if self.settings["model"] else only_fitting(self._models) or ""
 
     def payload(self, request: ImageRequest) -> dict[str, Any]:
         dialect, model = self.dialect, self._model

@@ -224,6 +224,7 @@ ATTEMPT_SCHEMA = record(
         "outcome?": described("generated, submitted, or the code of the error."),
         "billed?": BILLED,
         "wait_s?": described("Pause before the next attempt, in seconds.", "number"),
+        "endpoint?": described("Where it went, where that is not the endpoint of the evidence."),
     },
 )
 ANSWER_SCHEMA = record(
@@ -329,6 +330,7 @@ RESULT_SCHEMA: dict[str, Any] = {
         "sha256": {"type": "string"},
         "evidence_path": {"type": "string", "description": "Absolute."},
         "request_id": {"type": "string"},
+        "endpoint": {"type": "string", "description": "Where it was asked for last; none before."},
         "estimated_cost": {
             "type": "number",
             "description": "US$ of all tries that were, or may have been, billed; none where the price is not known.",

@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 Billed = Literal["no", "unknown", "yes"]  # in this order: what is known to be paid outranks whatever fails later
 BILLED: tuple[Billed, ...] = ("no", "unknown", "yes")
 Side = Literal["input", "output"]  # what content safety has refused: the words, or the picture made of them
-Concerns = Literal["picture", "service", "run"]  # what else would fail: nothing, the next calls, every other picture
+# What else would fail: nothing, the next calls, every other picture that this server is asked for, or any at all.
+Concerns = Literal["picture", "service", "server", "run"]
 
 
 class Left(Enum):
@@ -88,6 +89,11 @@ def _stops(exit_code: int, hint: str) -> Kind:
     return Kind(exit_code, False, "no", hint, "run", Left.AGAIN)
 
 
+def _denies(exit_code: int, hint: str) -> Kind:
+    """What this server would say to every other picture too; another may not."""
+    return _stops(exit_code, hint)._replace(concerns="server")
+
+
 def _later(hint: str) -> Kind:
     """What may be over in a while."""
     return Kind(EXIT_UNAVAILABLE, True, "no", hint, "service", Left.AGAIN)
@@ -127,15 +133,15 @@ KINDS: dict[str, Kind] = {
     "disk": _stops(EXIT_DISK, "make the folder writable and free some space, then run it again"),
     # Answered by the service, and not billed.
     "rejected_by_service": _invalid("correct the request as the service's message says"),
-    "not_found": _stops(
+    "not_found": _denies(
         EXIT_INVALID, "tell the user: the model or path is not there; region and base URL are theirs to change"
     ),
-    "key_rejected": _stops(EXIT_KEY, "tell the user; it may be the key of another region or another account"),
-    "access_denied": _stops(
+    "key_rejected": _denies(EXIT_KEY, "tell the user; it may be the key of another region or another account"),
+    "access_denied": _denies(
         EXIT_KEY, "tell the user to activate the model and check permissions in the provider's console"
     ),
-    "balance": _stops(EXIT_BALANCE, "tell the user to settle the account; do not retry"),
-    "quota": _stops(EXIT_BALANCE, "tell the user that the quota is used up; do not retry"),
+    "balance": _denies(EXIT_BALANCE, "tell the user to settle the account; do not retry"),
+    "quota": _denies(EXIT_BALANCE, "tell the user that the quota is used up; do not retry"),
     "blocked": Kind(
         EXIT_BLOCKED, False, "no", "show the user the prompt that was refused; reword it only with their consent"
     ),
@@ -211,7 +217,7 @@ class Fault(NamedTuple):
     prompt: str | None = None  # that was refused
     refused: Side | None = None
     lasting: bool = False  # what is free now will not help later either; not told
-    everywhere: bool = False  # it would end so for every other picture too; not told
+    everywhere: bool = False  # it would end so for every other picture there too; not told
     answer: Mapping[str, Any] | None = None  # of the service, for the evidence (UNREAD_SCHEMA); not told
 
     @classmethod
@@ -225,7 +231,7 @@ class Fault(NamedTuple):
     @property
     def concerns(self) -> Concerns:
         """Whom it concerns: as its kind does, unless more is known of this one."""
-        return "run" if self.everywhere else KINDS[self.code].concerns
+        return "server" if self.everywhere else KINDS[self.code].concerns
 
     def as_json(self) -> Error:
         """The error object of the contract. Paths, links and commands stay whole, in hints too."""

@@ -36,8 +36,12 @@ class AttemptEnd(TypedDict, total=False):
     wait_s: float
 
 
-class Attempt(AttemptEnd):
+class _Attempt(AttemptEnd):
     at: str
+
+
+class Attempt(_Attempt, total=False):
+    endpoint: str
 
 
 class Response(TypedDict, total=False):
@@ -155,7 +159,16 @@ class Sent(TypedDict, total=False):
     unused: list[str] | None
 
 
-class Changes(_Lasting, Sent, total=False):
+class AskedAt(TypedDict, total=False):
+    """Where a picture is asked for, and at what price."""
+
+    region: str
+    endpoint: str
+    endpoint_source: str | None
+    cost: Cost
+
+
+class Changes(_Lasting, Sent, AskedAt, total=False):
     """What `Evidence.update` takes; None removes."""
 
     status: State

@@ -109,7 +109,7 @@ def build_parser(provider: type[Provider] | None = None) -> Parser:
         default=None,
         help="let the service rewrite the prompt: slower, about twice the price",
     )
-    request.add_argument("--base-url", metavar="URL", help="whole endpoint, API root or bare host")
+    request.add_argument("--base-url", metavar="URL", action="append", help="whole endpoint, API root or bare host")
 
     service = parser.add_argument_group("service")
     add_service_options(service, provider)
@@ -291,13 +291,19 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> Options:
         region = region_option(arguments.region, asked or provider_class(DEFAULT_PROVIDER))
     trusted, more = trusted_hosts(arguments.trust_host or [], env)
     problems += more
+    urls = list(dict.fromkeys(given.get("base_url", [])))
+    if len(urls) > 1:
+        what = f"--base-url: given {len(urls)} times; one picture is asked for at one address"
+        problems.append(Problem("usage", what, "name one of them; a batch takes several: generate_batch.py"))
+    if urls:
+        given["base_url"] = urls[0]
     if mode in ALLOWED:
         raise_problems(problems)
     return Options(
         mode=mode,
         source="" if mode == "check" else getattr(arguments, mode),
         overrides=request_overrides(given),
-        base_url=arguments.base_url,
+        base_url=given.get("base_url"),
         region=region,
         provider=provider,
         settings=settings,

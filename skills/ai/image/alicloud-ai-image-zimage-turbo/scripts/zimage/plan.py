@@ -20,7 +20,7 @@ from zimage.trust import Own, choose_endpoint, recorded_endpoint
 
 if TYPE_CHECKING:
     from zimage.endpoint import Endpoint
-    from zimage.facts import Content, Sent
+    from zimage.facts import AskedAt, Content, Cost, Sent
     from zimage.provider import Price, Provider
     from zimage.request import ImageRequest
     from zimage.waiting import Stop
@@ -105,6 +105,23 @@ class Plan(NamedTuple):
             "unused": list(self.provider.unused()) or None,
         }
 
+    @property
+    def asked_at(self) -> AskedAt:
+        """What the evidence says of where it is asked for, and at what price. None: it says nothing."""
+        cost: Cost = {
+            "currency": "USD",
+            "basis": self.price.basis,
+            "price_list_date": self.price.price_list_date,
+        }
+        if self.price.estimate is not None:
+            cost["estimate"] = self.price.estimate
+        return {
+            "region": self.endpoint.region,
+            "endpoint": self.endpoint.url,
+            "endpoint_source": self.endpoint.source or None,
+            "cost": cost,
+        }
+
     def evidence(self, now: dt.datetime) -> Content:
         """The content of the evidence file at the moment when the request leaves."""
         content: dict[str, Any] = {
@@ -112,23 +129,13 @@ class Plan(NamedTuple):
             "tool": {"name": SKILL, "version": VERSION},
             "status": "submitting",
             "provider": self.provider.name,
-            "region": self.endpoint.region,
-            "endpoint": self.endpoint.url,
             "operation": "image.generate",
             "output": str(self.output),
             "started_at": timestamp(now),
             "attempts": [],
-            "cost": {
-                "currency": "USD",
-                "basis": self.price.basis,
-                "price_list_date": self.price.price_list_date,
-            },
         }
-        if self.price.estimate is not None:
-            content["cost"]["estimate"] = self.price.estimate
-        if self.endpoint.source:
-            content["endpoint_source"] = self.endpoint.source
-        return cast("Content", content | {name: value for name, value in self.sent.items() if value is not None})
+        content |= {**self.asked_at, **self.sent}
+        return cast("Content", {name: value for name, value in content.items() if value is not None})
 
 
 def make_plan(options: Options, stop: Stop, env: Mapping[str, str]) -> Plan:

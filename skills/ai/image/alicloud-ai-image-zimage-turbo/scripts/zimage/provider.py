@@ -105,6 +105,11 @@ class Provider:
         return {name: value for name, value in self.known_settings.items() if name in shaping}
 
     @classmethod
+    def asks_own_servers(cls) -> bool:
+        """Whether there is no service behind it, only servers that users name: several may work at one batch."""
+        return not cls.in_process and not cls.roots[cls.default_region]
+
+    @classmethod
     def key_hint(cls) -> str:
         """Where users keep the key, in words."""
         places, login = cls.key_places, cls.login_variables()
@@ -166,6 +171,11 @@ class Provider:
         Each is answered, or with None where no answer came in time. What is learnt stays with the provider.
         """
         yield from ()
+
+    @property
+    def draws_with(self) -> str:
+        """The model that the server has told of itself, where it is one; empty where that is not known."""
+        return ""
 
     def unused(self) -> tuple[str, ...]:
         """What of seed, steps and guidance the picture will not be made with, as far as is known."""

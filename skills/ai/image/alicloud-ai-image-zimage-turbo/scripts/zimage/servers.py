@@ -29,6 +29,12 @@ PRICE = Setting(
 )
 
 
+def only_fitting(names: Sequence[str]) -> str | None:
+    """The one name of a server's models that is this model's, or the only one that there is."""
+    fitting = [name for name in names if THIS_MODEL.search(name)] or names
+    return fitting[0] if len(fitting) == 1 else None
+
+
 class Sign(NamedTuple):
     """A path that only one kind of server answers so; `anywhere`: also asked of a public host."""
 

@@ -273,8 +273,13 @@ def is_gateway_page(fault: Fault) -> bool:
     return fault.http_status in GATEWAY_STATUSES and (fault.code == "outcome_unknown" or KINDS[fault.code].retryable)
 
 
-def may_go_again(fault: Fault, *, billable: bool) -> bool:
-    """Whether the same call may be sent again unasked: it was surely not billed, or there is nothing to be billed."""
+def may_go_again(fault: Fault, *, billable: bool, elsewhere: bool = False) -> bool:
+    """Whether the same call may be sent again unasked: it was surely not billed, or there is nothing to be billed.
+
+    `elsewhere`: to another server, which may well take what this one would refuse again.
+    """
+    if elsewhere and fault.billed == "no" and fault.concerns == "server":
+        return True
     is_redirect = 300 <= (fault.http_status or 0) < 400
     if not billable and (is_gateway_page(fault) or (fault.code == "outcome_unknown" and not is_redirect)):
         return True

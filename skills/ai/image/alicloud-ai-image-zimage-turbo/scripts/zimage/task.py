@@ -61,6 +61,7 @@ class Task:
         self._strange_in_a_row = 0
         self._trouble = ""
         self._retry_after_s: float | None = None
+        self.unanswered: Failure | None = None  # where the last question did not even reach the server
 
     def ask(self, stop: Stop) -> Generated | None:
         """One free question, answered in time; None where the task is still worked on, as far as is known.
@@ -91,8 +92,9 @@ class Task:
             self._retry_after_s = failure.fault.retry_after_s
             self.pause_s = max(pause_s, self._retry_after_s or 0.0)
             self._trouble = f"; the last question failed: {failure.message}"
+            self.unanswered = failure if failure.code == "unreachable" else None
             return None
-        self._strange_in_a_row, self._trouble, self._retry_after_s = 0, "", None
+        self._strange_in_a_row, self._trouble, self._retry_after_s, self.unanswered = 0, "", None, None
         self._is_sure = True
         if isinstance(found, Working):
             self.told = found.told

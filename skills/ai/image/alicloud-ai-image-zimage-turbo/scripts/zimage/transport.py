@@ -224,17 +224,23 @@ def ask(
         raise _placed(failure, answer, call.url, endpoint) from None
 
 
-def get_to_know(provider: Provider, endpoint: Endpoint, key: Key, stop: Stop) -> None:
-    """Let a server say what it is, by free questions; one that says nothing is no reason to fail. Raises Stopped."""
+def get_to_know(provider: Provider, endpoint: Endpoint, key: Key, stop: Stop) -> Failure | None:
+    """Let a server say what it is, by free questions; one that says nothing is no reason to fail.
+
+    Returns why the last of them did not even reach it; None where it did, or none was asked. Raises Stopped.
+    """
     patience = stop.part(min(ASKING_TIME, ASKING_SHARE * stop.left_s))
     questions = provider.introduction(endpoint, key.value)
-    answer = None
+    answer = unreached = None
     with contextlib.suppress(StopIteration):
         while True:
             call = questions.send(answer)
-            answer = None
-            with contextlib.suppress(Failure):
+            answer = unreached = None
+            try:
                 answer = ask(call, lambda said: said, patience, endpoint)
+            except Failure as failure:
+                unreached = failure if failure.code == "unreachable" else None
+    return unreached
 
 
 def ask_all(

@@ -243,7 +243,7 @@ def _past_settings(failure: Failure, text: str, provider: Provider) -> str:
 
 def _not_the_services(endpoint: Endpoint, provider: Provider) -> str:
     """What is to be told of a server that is not the service's own, or of one without the model."""
-    if not provider.roots[provider.default_region]:  # there is no service, only servers of users
+    if provider.asks_own_servers():
         if endpoint.source != "base_url" or endpoint.is_loopback:
             return ""
         what = f"the request's base_url leads to {endpoint.host}"

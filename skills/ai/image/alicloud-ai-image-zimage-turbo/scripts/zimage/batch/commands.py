@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import os
@@ -13,10 +14,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from zimage.batch.contract import BATCH_REQUIREMENTS, DATABASE, EVIDENCE, GALLERY, RESULTS
 from zimage.batch.ending import OF_THE_FOLDER, after_all, billed_in, interrupted_run
 from zimage.batch.examine import examine
+from zimage.batch.fleet import meet, unlike
 from zimage.batch.folder import FolderLock, create_database, database_failures, facts_of, open_database
 from zimage.batch.gallery import write_gallery
 from zimage.batch.inputs import Reading
@@ -40,16 +43,14 @@ from zimage.batch.run import Run
 from zimage.check import rate_limit
 from zimage.console import Console
 from zimage.contract import EXIT_OK, SCRIPTS
-from zimage.endpoint import Endpoint
-from zimage.errors import Failure, missing_packages, raise_problems
+from zimage.endpoint import Endpoint, origin_of
+from zimage.errors import Failure, Problem, missing_packages, noting, raise_problems
 from zimage.evidence import moment_of, utc_now
 from zimage.files import check_working_folder, check_writable, permissions_warning, to_json
-from zimage.keys import Key
 from zimage.make import get_ready, import_libraries
 from zimage.plan import workspace_of
 from zimage.quota import in_quota_words
-from zimage.registry import provider_class
-from zimage.transport import get_to_know
+from zimage.registry import provider_class, provider_names
 from zimage.trust import Own, choose_endpoint, key_for
 from zimage.waiting import Stop
 
@@ -74,8 +75,9 @@ def make(options: BatchOptions, stop: Stop, console: Console, env: Mapping[str, 
             examine(folder, stop.part(options.timeout))
         console.answer(dry_run(options, stage, reading, env))
         return None
-    key = key_for(options.provider, stage.endpoint, options.trusted, env)
-    console.warn([*stage.endpoint.warnings, *filter(None, [key.warning])])
+    places = places_of(options, stage.endpoints, workspace, env)
+    for place in places:
+        console.warn([*place.endpoint.warnings, *filter(None, [place.key.warning])])
     if not locked:
         check_writable(folder, "batch")
         take_lock(lock, folder, stop)
@@ -100,25 +102,43 @@ def make(options: BatchOptions, stop: Stop, console: Console, env: Mapping[str, 
     stage.merge()
     check_outputs_are_free(folder, options.sends)
     import_libraries()
+    unfit: Mapping[int, Failure] = {}
     if is_anything_to_send(options):
         get_ready(options.provider, stop.part(options.time_limit or LONGEST_LOADING))
-        options = at_the_accounts_rate(options, stage.endpoint, key, workspace, stop)
-        get_to_know(options.provider, stage.endpoint, key, stop.part(options.timeout))
-        check_price(options, stage.endpoint)
+        options = at_the_accounts_rate(options, places[0], stop)
+        unfit = meet(places, stop.part(options.timeout))
+        console.warn(unlike(places))
+        check_price(options, stage.endpoints)
     with database_failures(folder / DATABASE):
         stop.check()
-        own = Own(options.base_url, options.trusted, env)
-        places = [Place(options.provider, stage.endpoint, workspace, key, own)]
-        run = Run(options, places, stop, began, console)
+        run = Run(options, places, unfit, stop, began, console)
         failure = run()
         conclude(run, failure, console, reading.remarks)
     lock.release()
     return failure
 
 
-def at_the_accounts_rate(
-    options: BatchOptions, endpoint: Endpoint, key: Key, workspace: str | None, stop: Stop
-) -> BatchOptions:
+def places_of(
+    options: BatchOptions, endpoints: Sequence[Endpoint], workspace: str | None, env: Mapping[str, str]
+) -> list[Place]:
+    """The servers with what each may be sent, and a provider that learns what it is.
+
+    Raises:
+        Failure: as `key_for`.
+    """
+    return [
+        Place(
+            copy.deepcopy(options.provider) if number else options.provider,
+            endpoint,
+            workspace,
+            key_for(options.provider, endpoint, options.trusted, env),
+            Own(endpoint.root if options.base_urls else None, options.trusted, env),
+        )
+        for number, endpoint in enumerate(endpoints)
+    ]
+
+
+def at_the_accounts_rate(options: BatchOptions, place: Place, stop: Stop) -> BatchOptions:
     """The options with the rate that the service says is the account's; as they are where it does not, or one is given.
 
     Raises:
@@ -126,7 +146,8 @@ def at_the_accounts_rate(
     """
     if options.rpm_is_given:
         return options
-    limit = rate_limit(options.provider, endpoint, key, workspace, stop.part((options.time_limit or math.inf) / 10))
+    patience = stop.part((options.time_limit or math.inf) / 10)
+    limit = rate_limit(place.provider, place.endpoint, place.key, place.workspace, patience)
     return options._replace(rpm=limit.per_minute) if limit else options
 
 
@@ -148,22 +169,42 @@ def staged(
     """
     workspace, problems = workspace_of(options.provider, env)
     raise_problems(problems)
-    endpoint = choose_endpoint(
-        options.provider,
-        flag=options.base_url,
-        request_url=None,
-        region=options.region,
-        env=env,
-        trusted=options.trusted,
-    )
-    check_price(options, endpoint)
-    stage = Stage(options.provider, endpoint, options.variants, options.folder, stop)
+    endpoints = endpoints_of(options, env)
+    check_price(options, endpoints)
+    stage = Stage(options.provider, endpoints, options.variants, options.folder, stop)
     rows: Iterable[Row | WrongRow] = [checked_row(1, {"prompt": options.prompt})]
     if options.prompt is None:
         seconds = began + (options.time_limit or math.inf) - time.monotonic()
         rows = read_rows(options.input or "", options.timeout, stop.part(seconds), reading, options.sheet)
     stage.load((with_flags(row, options.prompt_extend) for row in rows), reading)
     return stage, workspace
+
+
+def endpoints_of(options: BatchOptions, env: Mapping[str, str]) -> list[Endpoint]:
+    """The addresses to ask, each judged by itself; one that is written twice counts once.
+
+    Raises:
+        Failure: usage; as `choose_endpoint`.
+    """
+    problems: list[Problem] = []
+    found: dict[tuple[str, str], Endpoint] = {}
+    for flag in options.base_urls or (None,):
+        with noting(problems):
+            endpoint = choose_endpoint(
+                options.provider,
+                flag=flag,
+                request_url=None,
+                region=options.region,
+                env=env,
+                trusted=options.trusted,
+            )
+            found.setdefault((origin_of(endpoint.url), urlsplit(endpoint.url).path), endpoint)
+    raise_problems(problems)
+    if len(found) > 1 and not options.provider.asks_own_servers():
+        fit = ", ".join(name for name in provider_names() if provider_class(name).asks_own_servers())
+        what = f"--base-url: {len(found)} addresses, and {options.provider.name} is one service, with one"
+        raise Failure("usage", what, hint=f"name one; several are for servers of the user's own: --provider {fit}")
+    return [*found.values()]
 
 
 def with_flags(row: Row | WrongRow, prompt_extend: bool | None) -> Row | WrongRow:
@@ -211,6 +252,8 @@ def conclude(run: Run, failure: Failure | None, console: Console, remarks: Seque
         **files,
         "this_run": this_run,
     }
+    if len(servers := [*run.fleet]) > 1:
+        summary["servers"] = [server.told for server in servers]
     if quota := provider.quota.told:
         summary["quota"] = quota
     if remarks or warnings:

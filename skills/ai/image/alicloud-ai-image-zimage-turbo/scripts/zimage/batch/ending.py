@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import signal
 import sqlite3
 from collections import Counter
@@ -12,6 +13,7 @@ from zimage.contract import EXIT_SIGNAL, EXIT_UNAVAILABLE, EXIT_UNKNOWN
 from zimage.errors import Billed, Failure
 
 UNKNOWN_IN_A_ROW, FAILURES_IN_A_ROW = 5, 10
+STRIKES = 3  # failures in a row of one server, where others can do its work
 
 
 def incomplete(database: sqlite3.Connection, bound: str | None, *, costs: bool = True) -> Failure | None:
@@ -85,7 +87,7 @@ class Storms:
         if is_known:
             self._unknown = 0
 
-    def count(self, step: str, failure: Failure) -> Failure | None:
+    def count(self, step: str, failure: Failure, most: int = FAILURES_IN_A_ROW) -> Failure | None:
         """Take note of a failure; returns that of the run where it is one too many."""
         self.failures[step] += 1
         self._unknown += failure.fault.billed == "unknown"
@@ -93,9 +95,9 @@ class Storms:
             unfinished = failure.code == "paid_not_downloaded"
             what = "tasks in a row are not finished in time" if unfinished else "outcomes in a row are unknown"
             return storm(failure, f"{UNKNOWN_IN_A_ROW} {what}", EXIT_UNKNOWN)
-        if self.failures[step] >= FAILURES_IN_A_ROW:
+        if self.failures[step] >= most:
             what = {"generate": "calls", "ask": "tasks", "save": "downloads"}[step]
-            return storm(failure, f"{FAILURES_IN_A_ROW} {what} in a row failed", EXIT_UNAVAILABLE)
+            return storm(failure, f"{most} {what} in a row failed", EXIT_UNAVAILABLE)
         return None
 
 
@@ -133,3 +135,17 @@ def interrupted_run(reason: str, how: str = "requests that were out were waited 
         retryable=True,
         hint="run the same command again: it goes on where it stopped",
     )
+
+
+def out_of_time(limit: float, latency: float | None, needed: float, *, has_progress: bool) -> Failure:
+    """The failure of a run that --time-limit ends.
+
+    `latency`: seconds that a picture takes here, where none was sent for lack of them; `needed`: seconds beside them.
+    """
+    least = 1.25 * latency + 0.5 + needed if latency else 0.0
+    if latency and 0 < limit < least:
+        text = f"--time-limit: {limit:g} s is too short, a picture takes {latency:.0f} s here"
+        return Failure("usage", text, hint=f"give at least --time-limit {math.ceil(least)}")
+    text = f"the time limit of {limit:g} s ends this run; what is left stays as it is"
+    hint = None if has_progress else "give a longer --time-limit: nothing could be done in this one"
+    return Failure("time_limit", text, hint=hint)

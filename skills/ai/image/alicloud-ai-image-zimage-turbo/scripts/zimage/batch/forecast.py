@@ -70,13 +70,13 @@ class Forecast:
         return min(most, max(least, math.ceil(1.25 * latency / spacing) + 2))
 
 
-def duration(pictures: int, rpm: float, concurrency: int | None, extended: int = 0) -> float:
+def duration(pictures: int, rpm: float, concurrency: int | None, extended: int = 0, *, servers: int = 1) -> float:
     """Seconds that so many pictures take, at the rate limit or else at the number of requests that are out at once.
 
-    `extended` of them have their prompt rewritten first.
+    `extended` of them have their prompt rewritten first. Both limits are those of each server.
     """
     spacing = SPACING * 60 / rpm if rpm else 0.0
     at_once = concurrency or (CONCURRENCY_RANGE[1] if spacing else UNPACED_CONCURRENCY)
     work = pictures * ASSUMED_LATENCY + extended * ASSUMED_REWRITING
     last = ASSUMED_LATENCY + ASSUMED_REWRITING * (extended > 0) if pictures else 0.0
-    return max(pictures * spacing, work / at_once) + last
+    return max(pictures * spacing, work / at_once) / servers + last

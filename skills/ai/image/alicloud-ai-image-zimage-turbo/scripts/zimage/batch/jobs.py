@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import heapq
 import json
 import math
 import sqlite3
+import time
+from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -13,7 +16,7 @@ from urllib.parse import urlsplit
 from zimage.batch.contract import DOWNLOADS_AT_ONCE, NO_SEED
 from zimage.batch.folder import facts_in, facts_of, service_number
 from zimage.batch.names import evidence_name
-from zimage.endpoint import Endpoint
+from zimage.endpoint import Endpoint, origin_of
 from zimage.errors import Fault
 from zimage.evidence import Evidence, utc_now
 from zimage.keys import Key
@@ -27,7 +30,7 @@ from zimage.task import Task
 from zimage.trust import Own
 
 if TYPE_CHECKING:
-    from zimage.facts import Facts, State
+    from zimage.facts import Attempt, Facts, State
 
 TO_SEND = ("pending", "failed", "unknown")  # states from which a picture may be sent, the latter two where asked for
 
@@ -35,7 +38,7 @@ TO_SEND = ("pending", "failed", "unknown")  # states from which a picture may be
 class Job:
     """One picture at work: its plan, its evidence so far (in memory), what was paid, and when it is due."""
 
-    def __init__(self, row: sqlite3.Row, facts: Facts, plan: Plan) -> None:
+    def __init__(self, row: sqlite3.Row, facts: Facts, plan: Plan, asked: ImageRequest) -> None:
         self.number = int(row["number"])
         self.service = int(row["service"])  # the folder's number for where it is asked for, or was last
         self.line = row["line"]
@@ -45,6 +48,7 @@ class Job:
         self.state_before: State = self.state  # pending; failed or unknown where it is to be made again
         self.paid = int(row["paid"])
         self.plan = plan
+        self._asked = asked  # as the row says; what a server does not use is not in its plan
         self.tries = 0  # of this run
         self.task: Task | None = None  # that the service works on
         self.give_up_at = math.inf  # moment of time.monotonic() after which it is left to the next run
@@ -56,6 +60,24 @@ class Job:
         self.evidence.update(status=self.state, **facts)
         if plan.provider.names_tasks and self.evidence.task_id:
             self.evidence.update(payload=plan.provider.named(plan.payload, self.evidence.task_id))
+
+    def ask_at(self, service: int, place: Place) -> None:
+        """Have it asked for there from now on. What went elsewhere says so."""
+        if self.service == service and self.plan.provider is place.provider:
+            return
+        before, plan = self.evidence.data["endpoint"], self.plan
+        self.service = service
+        self.plan = Plan.of(
+            place.provider,
+            place.endpoint,
+            self._asked,
+            workspace=place.workspace,
+            output=plan.output,
+            overwrite=plan.overwrite,
+            evidence_path=plan.evidence_path,
+        )
+        went: list[Attempt] = [{"endpoint": before, **attempt} for attempt in self.evidence.data["attempts"]]
+        self.evidence.update(attempts=went, **self.plan.asked_at, **self.plan.sent)
 
     def renew(self) -> None:
         """Take what the provider has learnt of the server since the plan was made."""
@@ -86,6 +108,45 @@ class Job:
     @property
     def facts(self) -> str:
         return json.dumps(facts_in(self.evidence.data), ensure_ascii=False)
+
+
+class Feed:
+    """The pictures to be sent, in the order of the input, and those to be sent again when their time has come."""
+
+    def __init__(self, jobs: Jobs, states: Sequence[str]) -> None:
+        self._jobs = jobs
+        self._states = states
+        self._ready: deque[Job] = deque()
+        self._due: list[tuple[float, int, Job]] = []  # to be sent again
+        self._fed = (-1, -1)  # position and variant of the last picture read
+
+    def next(self, now: float) -> Job | None:
+        """The next picture to send: one whose retry is due, else the next of the input."""
+        if self._due and self._due[0][0] <= now:
+            return heapq.heappop(self._due)[2]
+        if not self._ready:
+            self._ready.extend(self._jobs.to_send(self._states, self._fed))
+            if self._ready:
+                self._fed = self._ready[-1].position
+        return self._ready.popleft() if self._ready else None
+
+    def back(self, job: Job) -> None:
+        """Put a picture back to the front."""
+        self._ready.appendleft(job)
+
+    def again(self, job: Job, when: float) -> None:
+        """Have a picture sent again, not before a moment of time.monotonic()."""
+        heapq.heappush(self._due, (when, job.number, job))
+
+    def anew(self, job: Job) -> None:
+        """Have a picture sent that is pending again, where its turn in the input is over."""
+        if job.position <= self._fed:
+            self.again(self._jobs.numbered(job.number), time.monotonic())
+
+    @property
+    def due_at(self) -> float | None:
+        """When the next retry is due; None where there is none."""
+        return self._due[0][0] if self._due else None
 
 
 class Place(NamedTuple):
@@ -132,7 +193,14 @@ def job_of(row: sqlite3.Row, folder: Path, services: Services, workspace: str | 
         overwrite=False,
         evidence_path=folder / evidence_name(row["number"]),
     )
-    return Job(row, facts, plan)
+    return Job(row, facts, plan, request)
+
+
+def services_alike(database: sqlite3.Connection, provider: Provider, named: Collection[int]) -> list[int]:
+    """The services whose pictures those that are named could have made: where users name servers, any of theirs."""
+    rows = database.execute("SELECT number, provider FROM services ORDER BY number").fetchall()
+    others = provider.name if provider.asks_own_servers() else None
+    return [number for number, name in rows if number in named or name == others]
 
 
 def marks(values: Collection[object]) -> str:
@@ -154,6 +222,7 @@ class Jobs:
         self.places = {service_number(database, place.provider.name, place.endpoint): place for place in places}
         here = {number: (place.provider, place.endpoint) for number, place in self.places.items()}
         self._services = {**services, **here}  # set up, and loaded once
+        self._alike = services_alike(database, places[0].provider, self.places)
         is_loopback = any(place.endpoint.is_loopback for place in places)
         # A link may lead to this machine, or to the server that was asked, only where the user names that one now.
         self._reached = [
@@ -164,8 +233,24 @@ class Jobs:
 
     def to_send(self, states: Sequence[str], after: tuple[int, int]) -> list[Job]:
         """The next pictures of the input that may be sent, behind a position and variant."""
-        where = f"state IN {marks(states)} AND service IN {marks(self.places)} AND (position, variant) > (?, ?)"
-        return self._where(f"{where} ORDER BY position, variant LIMIT 200", *states, *self.places, *after)
+        where = f"state IN {marks(states)} AND service IN {marks(self._alike)} AND (position, variant) > (?, ?)"
+        return self._where(f"{where} ORDER BY position, variant LIMIT 200", *states, *self._alike, *after)
+
+    def numbered(self, number: int) -> Job:
+        """A picture as the database has it now."""
+        return self._where("number = ?", number)[0]
+
+    def stranded(self) -> list[Job]:
+        """Those of the input whose task or link only a server has that is not named any more, though others are."""
+        gone = [number for number in self._alike if number not in self.places]
+        where = f"state IN ('submitted', 'generated') AND service IN {marks(gone)} AND position IS NOT NULL"
+        return [job for job in self._where(f"{where} ORDER BY number", *gone) if self.is_only_there(job)]
+
+    def is_only_there(self, job: Job) -> bool:
+        """Whether a task, or a picture that was made, can be had from the server alone that was asked for it."""
+        is_link_to_it = origin_of(job.evidence.have.link) == origin_of(job.plan.endpoint.url)
+        is_far = is_link_to_it or job.service not in self._reached
+        return job.state == "submitted" or (job.state == "generated" and is_far)
 
     def submitted(self) -> list[Job]:
         """Those whose tasks earlier runs have submitted here."""

@@ -13,7 +13,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from zimage.batch.contract import DATABASE, SPACING
+from zimage.batch.contract import DATABASE, SPACING, TICK
 from zimage.batch.folder import Reserve, database_failures, open_database
 from zimage.batch.jobs import Job
 from zimage.batch.names import name_in, output_key
@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
     from zimage.facts import Changes, State
+
+
+DISK_PATIENCE = 5.0  # seconds
 
 
 class Journal:
@@ -209,6 +212,14 @@ class JournalRow:
             self._file.keep()
         self._keep(state)
 
+    def forgotten(self, told: Fault) -> None:
+        """Its task, or its link, leads nowhere any more, and cost nothing: it is to be made anew."""
+        if self.evidence.data["attempts"]:  # a stranger's may have none
+            self.ended(told)
+        self.settled(Left.ANEW, told)
+        if self.behind is None:
+            self.evidence.drop_held()
+
     def catch_up(self) -> None:
         """Put on disk what it could not take before."""
         self._keep(self._job.state)
@@ -224,3 +235,26 @@ class JournalRow:
             message = failure.message + task
             self.behind = failure.but(message=message, billed=have.billed, image_url=have.link or None)
             self._file.keep()  # it may hold what the database could not take
+
+
+class Backlog:
+    """The pictures of which the disk does not know the last word: that is in memory only."""
+
+    def __init__(self) -> None:
+        self._records: dict[int, JournalRow] = {}
+
+    def heard(self, number: int, record: JournalRow | None) -> None:
+        """Take note of whether the last step of a picture is on disk; none was to be noted where there is no record."""
+        self._records.pop(number, None)
+        if record is not None and record.behind is not None:
+            self._records[number] = record
+
+    def catch_up(self, patience: float) -> None:
+        """Give a disk that failed so many seconds, or DISK_PATIENCE, to take what came meanwhile."""
+        until = time.monotonic() + min(DISK_PATIENCE, patience)
+        while self._records and time.monotonic() < until:
+            time.sleep(TICK)
+            for number, record in list(self._records.items()):
+                record.catch_up()
+                if record.behind is None:
+                    del self._records[number]

@@ -49,7 +49,7 @@ class BatchOptions(NamedTuple):
     limit: int | None
     provider: Provider
     region: str | None
-    base_url: str | None
+    base_urls: tuple[str, ...]  # as given; none leaves it to the environment
     trusted: frozenset[str]
     timeout: float
     max_retries: int | None  # None: as often as the table of `settle` says
@@ -119,7 +119,12 @@ def build_parser(provider: type[Provider] | None = None) -> Parser:
     pace.add_argument("--max-retries", metavar="N", help=f"of a call surely not billed (default {DEFAULT_MAX_RETRIES})")
 
     service = parser.add_argument_group("service")
-    service.add_argument("--base-url", metavar="URL", help="whole endpoint, API root or bare host")
+    service.add_argument(
+        "--base-url",
+        metavar="URL",
+        action="append",
+        help="whole endpoint, API root or bare host; repeatable, where servers of the user's own share the work",
+    )
     add_service_options(service, provider)
 
     result = parser.add_argument_group("result")
@@ -186,7 +191,7 @@ def read_options(argv: Sequence[str], env: Mapping[str, str]) -> BatchOptions:
         time_limit=value("time_limit", number(float, 1, 10_000_000), None),
         provider=provider,
         region=region,
-        base_url=arguments.base_url,
+        base_urls=tuple(dict.fromkeys(arguments.base_url or ())),
         trusted=trusted,
         timeout=value("timeout", number(float, *TIMEOUT_RANGE), DEFAULT_TIMEOUT),
         max_retries=value("max_retries", retries, None),

@@ -8,13 +8,14 @@ import posixpath
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from zimage.batch.contract import DATABASE, DATABASE_SCHEMA, NO_SEED, PROBLEMS_TOLD
 from zimage.batch.folder import database_failures, database_uri, harden, heed, service_number
 from zimage.batch.inputs import Reading
+from zimage.batch.jobs import services_alike
 from zimage.batch.moves import settle_moves
 from zimage.batch.names import (
     LONGEST_DEFAULT_NAME,
@@ -73,9 +74,12 @@ def made_kinds(*, with_changed: bool) -> tuple[str, ...]:
 class Stage:
     """All rows of an input in a temporary database: not in memory, and before the folder is touched."""
 
-    def __init__(self, provider: Provider, endpoint: Endpoint, variants: int, folder: Path, stop: Stop) -> None:
+    def __init__(
+        self, provider: Provider, endpoints: Sequence[Endpoint], variants: int, folder: Path, stop: Stop
+    ) -> None:
         self.provider = provider
-        self.endpoint = endpoint
+        self.endpoints = endpoints
+        self.is_billable = any(map(provider.is_billable_at, endpoints))
         self.variants = variants
         self.folder = folder
         self.names = Names(folder)
@@ -155,7 +159,8 @@ class Stage:
         """US$ for a picture, worked out once for all that are alike."""
         kind = (request.size, request.prompt_extend)
         if kind not in self._prices:
-            self._prices[kind] = self.provider.price_at(request, self.endpoint).counted
+            prices = (self.provider.price_at(request, endpoint).counted for endpoint in self.endpoints)
+            self._prices[kind] = max(prices)
         return self._prices[kind]
 
     def _fingerprint(self, of_row: str) -> str:
@@ -205,12 +210,12 @@ class Stage:
                 self.db.execute("ATTACH ':memory:' AS folder")
                 for statement in re.findall(r"CREATE TABLE \w+ \(.*?\);", DATABASE_SCHEMA, re.DOTALL):
                     self.db.execute(statement.replace("CREATE TABLE ", "CREATE TABLE folder."))
-            service = self._service()
+            here = ", ".join(map(str, self._alike())) or "-1"
             self.db.execute(
-                """
+                f"""
                 INSERT INTO plan SELECT r.position, v.variant, p.number,
                   CASE WHEN p.number IS NULL THEN 'new'
-                       WHEN p.fingerprint <> r.fingerprint OR p.service IS NOT ? OR p.prompt <> r.prompt
+                       WHEN p.fingerprint <> r.fingerprint OR p.service NOT IN ({here}) OR p.prompt <> r.prompt
                          OR p.size <> r.size OR p.prompt_extend <> r.prompt_extend
                          OR p.seed <> (r.seed + v.variant) % 2147483648
                          THEN CASE WHEN p.state = 'pending' AND p.paid = 0 THEN 'edited' ELSE 'changed' END
@@ -223,7 +228,7 @@ class Stage:
                 FROM rows r CROSS JOIN variants v
                 LEFT JOIN folder.pictures p ON p.identity = r.identity AND p.variant = v.variant
                 """,
-                (service, retry_failed, retry_unknown or not self.provider.is_billable_at(self.endpoint)),
+                (retry_failed, retry_unknown or not self.is_billable),
             )
             self.db.execute("CREATE INDEX plan_numbers ON plan (number) WHERE number IS NOT NULL")
             self.db.execute("""
@@ -237,9 +242,13 @@ class Stage:
         pictures, cost = {kind: n for kind, n, _ in kinds}, {kind: price for kind, _, price in kinds}
         return Survey(self.count, Counter(pictures), Counter(cost), round(spent, 6))
 
-    def _service(self) -> int:
-        """The folder's number for where pictures are asked for now; -1 where none have been."""
-        return service_number(self.db, self.provider.name, self.endpoint)
+    def _service(self, endpoint: Endpoint) -> int:
+        """The folder's number for a place where pictures are asked for now; -1 where none have been."""
+        return service_number(self.db, self.provider.name, endpoint)
+
+    def _alike(self) -> list[int]:
+        """Its numbers for the services whose pictures are not made again here."""
+        return services_alike(self.db, self.provider, list(map(self._service, self.endpoints)))
 
     def changed_rows(self, survey: Survey) -> Failure | None:
         """The failure that asks before pictures are made again for rows that were changed; None where none were."""
@@ -291,12 +300,13 @@ class Stage:
         settle_moves(self.folder, self._stop)
 
     def _merge(self) -> None:
-        if self._service() < 0:
-            self.db.execute(
-                "INSERT INTO folder.services (provider, region, endpoint) VALUES (?, ?, ?)",
-                (self.provider.name, self.endpoint.region, self.endpoint.url),
-            )
-        service = self._service()
+        for endpoint in self.endpoints:
+            if self._service(endpoint) < 0:
+                self.db.execute(
+                    "INSERT INTO folder.services (provider, region, endpoint) VALUES (?, ?, ?)",
+                    (self.provider.name, endpoint.region, endpoint.url),
+                )
+        service = self._service(self.endpoints[0])
         # The seed of a row that names none: that of its other variants, else one is picked, for all of them.
         # Where none can be sent, pick_seed() is NO_SEED, which no other variant can lend.
         self.db.execute("""

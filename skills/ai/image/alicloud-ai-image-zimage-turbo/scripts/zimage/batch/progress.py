@@ -8,12 +8,16 @@ from collections import Counter, deque
 from collections.abc import Mapping
 from typing import Any
 
+from zimage.batch.contract import RESULTS
 from zimage.batch.jobs import Job
 from zimage.batch.journal import RunRow
 from zimage.console import Console
+from zimage.contract import EXIT_DISK
+from zimage.errors import Failure
 from zimage.outside import told_line
 from zimage.provider import Provider
 
+FAILURES_TOLD = 20  # lines on stderr; the rest stands in the results
 REPORT_EVERY = 5.0  # seconds between progress lines where stderr is no terminal
 
 
@@ -45,6 +49,7 @@ class Progress:
         self._provider = provider
         self._next_report = time.monotonic() + REPORT_EVERY
         self._done: deque[tuple[float, int]] = deque([(time.monotonic(), self._saved)])
+        self._told = 0  # failures
         self._bar: Any = None
         if not console.quiet and sys.stderr is not None and sys.stderr.isatty():
             from tqdm import tqdm
@@ -76,6 +81,15 @@ class Progress:
             self._bar.write(told_line(text), file=sys.stderr)
         else:
             self._console.note(text)
+
+    def tell(self, job: Job, failure: Failure) -> None:
+        """A line for a picture that will not come by itself, or whose link may stand nowhere else."""
+        if failure.fault.image_url and failure.fault.exit_code == EXIT_DISK:
+            self.note(f"paid, and not on disk: {job.name}: {failure.fault.image_url}")
+        if job.state in ("failed", "unknown") and self._told < FAILURES_TOLD:
+            self._told += 1
+            more = f" (further ones: {RESULTS})" if self._told == FAILURES_TOLD else ""
+            self.note(f"{job.state}: {job.name}: {failure.code}: {failure.message}{more}")
 
     def keep(self) -> None:
         """What --status tells of a running batch."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from zimage.batch.contract import LONGEST_PROMPT_TOLD, PROBLEMS_TOLD, PROMPTS_TOLD
@@ -20,6 +21,7 @@ from zimage.endpoint import Endpoint
 from zimage.errors import Failure
 from zimage.evidence import moment_of, utc_now
 from zimage.files import check_space, nearest_folder
+from zimage.keys import Key
 from zimage.quota import Quota, in_quota_words
 from zimage.request import ImageRequest
 from zimage.transport import check_way
@@ -125,36 +127,42 @@ def next_step(problems: int, pictures: int, left: int, unknown: int, *, is_first
     return f"{step}; {ASK_ABOUT_UNKNOWN}" if unknown else step
 
 
-def check_price(options: BatchOptions, endpoint: Endpoint) -> None:
+def check_price(options: BatchOptions, endpoints: Sequence[Endpoint]) -> None:
     """A ceiling holds only where it is known what a picture costs.
 
     Raises:
         Failure: usage.
     """
-    if options.max_cost is not None and options.provider.price_at(ANY_PICTURE, endpoint).estimate is None:
-        what = f"--max-cost: what a picture costs at {endpoint.host} is not known"
+    prices = ((endpoint, options.provider.price_at(ANY_PICTURE, endpoint)) for endpoint in endpoints)
+    unknown = next((endpoint.host for endpoint, price in prices if price.estimate is None), None)
+    if options.max_cost is not None and unknown is not None:
+        what = f"--max-cost: what a picture costs at {unknown} is not known"
         raise Failure("usage", what, hint="give its price too: --price USD, 0 where it is a server of the user's own")
 
 
 def dry_run(options: BatchOptions, stage: Stage, reading: Reading, env: Mapping[str, str]) -> dict[str, Any]:
     """What a run would make and cost, and everything that would stop it; nothing is sent, asked for or written."""
-    billable = options.provider.is_billable_at(stage.endpoint)
-    price = options.provider.price_at(ANY_PICTURE, stage.endpoint)
-    is_priced = price.estimate is not None
+    endpoints, several = stage.endpoints, len(stage.endpoints) > 1
+    prices = [options.provider.price_at(ANY_PICTURE, endpoint) for endpoint in endpoints]
+    is_priced = all(price.estimate is not None for price in prices)
+    price = next((price for price in prices if price.estimate is None), prices[0])
     survey = stage.survey(retry_failed=options.retry_failed, retry_unknown=options.retry_unknown, read_only=True)
     changed = stage.changed_rows(survey)
     problems = []
-    for check in (
-        lambda: key_for(options.provider, stage.endpoint, options.trusted, env),
+    keys: list[Key] = []
+    checks: tuple[Callable[[], object], ...] = (
+        lambda: keys.extend(key_for(options.provider, endpoint, options.trusted, env) for endpoint in endpoints),
         options.provider.preflight,
-        lambda: check_way(stage.endpoint),
+        *(functools.partial(check_way, endpoint) for endpoint in endpoints),
         lambda: check_space(options.folder),
         FolderLock(nearest_folder(options.folder)).check,
-    ):
+    )
+    for check in checks:
         try:
             check()
         except Failure as failure:
-            problems.append(failure.fault.as_json())
+            if (told := failure.fault.as_json()) not in problems:  # of several servers often the same
+                problems.append(told)
     if changed and not options.accept_changes:
         problems.append(changed.fault.as_json())
     limit = sys.maxsize if options.limit is None else options.limit
@@ -167,6 +175,8 @@ def dry_run(options: BatchOptions, stage: Stage, reading: Reading, env: Mapping[
     quota, told_at = quota_told(stage) if options.provider.costs_quota else (Quota(), "")
     lack = f"{pictures} pictures are to be made, and of the quota were left at {told_at}: {quota}"
     is_lacking = quota.least_left is not None and quota.least_left < pictures
+    warnings = [text for endpoint in endpoints for text in endpoint.warnings]
+    warnings += [key.warning for key in keys if several and key.warning]
     words = in_quota_words if options.provider.costs_quota else str
     plan = {
         "ok": not problems,
@@ -180,20 +190,23 @@ def dry_run(options: BatchOptions, stage: Stage, reading: Reading, env: Mapping[
         "estimated_cost": round(sum(alike.pictures * alike.price for alike in made), 6) if is_priced else None,
         "cost_basis": None if is_priced and not options.provider.costs_quota else price.basis,
         "quota": quota.told | {"told_at": told_at} if quota.told else None,
-        "estimated_duration_s": round(duration(pictures, options.rpm, options.concurrency, extended)),
+        "estimated_duration_s": round(
+            duration(pictures, options.rpm, options.concurrency, extended, servers=len(endpoints))
+        ),
         "left_pending": left,
         "stays_unknown": unknown.told(is_priced) if unknown.pictures else None,
         "spent_before": survey.spent,
         "max_cost": options.max_cost,
         "rpm": options.rpm,
         "provider": options.provider.name,
-        "region": stage.endpoint.region,
-        "endpoint": stage.endpoint.url,
-        "endpoint_source": stage.endpoint.source,
+        "region": endpoints[0].region,
+        "endpoint": endpoints[0].url,
+        "endpoints": [endpoint.url for endpoint in endpoints] if several else None,
+        "endpoint_source": endpoints[0].source,
         "settings": options.provider.known_settings or None,
         "output_dir": str(options.folder),
-        "billable": billable and pictures > 0,
-        "warnings": [*stage.endpoint.warnings, *reading.remarks, *[lack] * is_lacking] or None,
+        "billable": stage.is_billable and pictures > 0,
+        "warnings": [*warnings, *reading.remarks, *[lack] * is_lacking] or None,
         "problems": problems,
         "next": words(next_step(len(problems), pictures, left, unknown.pictures, is_first=saved_before(stage) == 0)),
     }

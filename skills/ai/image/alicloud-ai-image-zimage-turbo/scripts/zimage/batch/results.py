@@ -70,6 +70,7 @@ def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict
     """What results and gallery say of each picture, in the order of the input; earlier inputs' pictures last."""
     several = {identity for (identity,) in database.execute("SELECT DISTINCT identity FROM pictures WHERE variant > 0")}
     alike, in_quota = twins(database), services_in_quota(database)
+    endpoints = dict(database.execute("SELECT number, endpoint FROM services").fetchall())
     rows = database.execute(
         f"SELECT * FROM pictures WHERE {LISTED} ORDER BY position IS NULL, position, variant, number"
     )
@@ -100,6 +101,7 @@ def listed_pictures(database: sqlite3.Connection, folder: Path) -> Iterator[dict
             "sha256": image.get("sha256"),
             "evidence_path": path_in(folder, evidence_name(row["number"])) if has_evidence else None,
             "request_id": said.get("request_id"),
+            "endpoint": endpoints[row["service"]] if facts.get("attempts") else None,
             "estimated_cost": None if is_unpriced(row, facts, in_quota) else round(row["price"] * row["paid"], 6),
             "attempts": len(facts.get("attempts", [])),
             "finished_at": facts.get("finished_at") if row["state"] != "pending" else None,

@@ -3,40 +3,35 @@
 from __future__ import annotations
 
 import contextlib
-import heapq
 import math
 import os
 import queue
 import sqlite3
 import time
-from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
-from zimage.batch.contract import CONCURRENCY_RANGE, DATABASE, DOWNLOADS_AT_ONCE, RESULTS, TICK
-from zimage.batch.ending import incomplete, interrupted_run, storm
+from zimage.batch.contract import DATABASE, DOWNLOADS_AT_ONCE, TICK
+from zimage.batch.ending import incomplete, interrupted_run, out_of_time, storm
 from zimage.batch.fleet import Fleet, Server
 from zimage.batch.folder import check_same_database, open_database
 from zimage.batch.forecast import Forecast
-from zimage.batch.jobs import Job, Jobs, Place
-from zimage.batch.journal import Journal, JournalRow, RunRow
+from zimage.batch.jobs import Feed, Job, Jobs, Place
+from zimage.batch.journal import Backlog, Journal, JournalRow, RunRow
 from zimage.batch.options import BatchOptions
 from zimage.batch.progress import Progress, Tally
 from zimage.batch.results import totals
 from zimage.batch.work import Outcome, Worker, own_fault
 from zimage.console import Console
-from zimage.contract import EXIT_DISK, EXIT_UNAVAILABLE, MIB, MIN_FREE_BYTES
+from zimage.contract import EXIT_UNAVAILABLE, MIB, MIN_FREE_BYTES
 from zimage.errors import Failure, Left
 from zimage.files import check_space
 from zimage.settle import may_go_again, most_retries
 from zimage.waiting import Crew, Stop, wait_before
 
 POLLS_AT_ONCE = 8
-MOST_THREADS = 256  # that wait for calls
 MOST_OPEN_TASKS = 200  # tasks that a service works on; with more, nothing new is sent
 MOST_WAITING_DOWNLOADS = 200  # pictures paid and not yet downloaded; with more, nothing new is sent
 ROOM_FOR_ONE = 4 * MIB  # bytes on the disk, for a picture that is out
-DISK_PATIENCE = 5.0  # seconds for a disk that failed to take what came meanwhile
-FAILURES_TOLD = 20  # lines on stderr; the rest stands in the results
 
 
 class Run:
@@ -47,9 +42,16 @@ class Run:
     """
 
     def __init__(
-        self, options: BatchOptions, places: Sequence[Place], stop: Stop, began: float, console: Console
+        self,
+        options: BatchOptions,
+        places: Sequence[Place],
+        unfit: Mapping[int, Failure],
+        stop: Stop,
+        began: float,
+        console: Console,
     ) -> None:
         self.options = options
+        self._unfit = unfit  # places that cannot be asked: index, and why
         self.folder = options.folder
         self.began = began
         self.database = open_database(self.folder)
@@ -68,27 +70,22 @@ class Run:
         thumbs = self.folder if options.gallery else None
         self._worker = Worker(self._journal, places, options.timeout, self.calls, thumbs)
         self._events: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
-        at_once = (options.concurrency or CONCURRENCY_RANGE[1]) * len(places)
-        self._generators = Crew(min(at_once, MOST_THREADS), "generate")
+        self.fleet = Fleet(self._jobs.places, options, start=self._row.first_start(options.rpm))
+        self._generators = Crew(self.fleet.most_at_once, "generate")
         self._askers = Crew(POLLS_AT_ONCE, "ask")
         self._savers = Crew(DOWNLOADS_AT_ONCE, "save")
-        self.fleet = Fleet(self._jobs.places, options, start=self._row.first_start(options.rpm))
         self._forecast = Forecast(self._row.latency_before, self.deadline)
         self._saving: set[int] = set()
         self._looking_for: set[int] = set()  # tasks that were lost
         self._queued: set[int] = set()  # all that this run saves, or has saved
-        self._due: list[tuple[float, int, Job]] = []  # to be sent again
-        self._feed: deque[Job] = deque()
-        self._fed = (-1, -1)  # position and variant of the last pending picture read
+        self._feed = Feed(self._jobs, options.sends)
         self._last_fed_save = -1
         self._saves_are_fed = False
         self._gave_up: Failure | None = None  # why pictures were left pending after their retries
         self._stop: Failure | None = None
         self._bound: str | None = None  # what keeps the rest from being sent: limit | cost
-        self._told = 0
-        self._behind: dict[int, JournalRow] = {}  # pictures of which the disk does not know the last word
+        self._backlog = Backlog()
         self.progress = Progress(self.tally, self._row, console, options.provider)
-        console.warn(self._jobs.out_of_reach())
 
     # The loop
 
@@ -97,6 +94,12 @@ class Run:
         for job in self._jobs.submitted():
             job.task = self._worker.task(job, job.evidence.task_id)
             self.fleet.at(job).tasks.add(job)
+        for number, failure in self._unfit.items():
+            self._do_without([*self.fleet][number], failure)
+        for job in self._jobs.stranded():
+            self._make_elsewhere(None, job)
+        for text in self._jobs.out_of_reach():
+            self.progress.note(f"warning: {text}")
         for job in self._jobs.lost(with_dead_link=self.options.retry_failed):  # asked after once, free
             self._looking_for.add(job.number)
             self._askers.do(self._work, self._worker.find, "find", job)
@@ -113,25 +116,16 @@ class Run:
         finally:
             for crew in (self._generators, self._askers, self._savers):
                 crew.end(drop=True)
-            self._catch_up()
+            self._backlog.catch_up(self.options.timeout / 4)
             self.progress.close()
         return self._ending()
-
-    def _catch_up(self) -> None:
-        """Give a disk that failed a moment to take what came meanwhile: it is in memory only."""
-        until = time.monotonic() + min(DISK_PATIENCE, self.options.timeout / 4)
-        while self._behind and time.monotonic() < until:
-            time.sleep(TICK)
-            for number, record in list(self._behind.items()):
-                record.catch_up()
-                if record.behind is None:
-                    del self._behind[number]
 
     def _heed_signals(self) -> None:
         """At the first signal nothing new is sent, and what is out is waited for."""
         if self._signals.reason and self._stop is None:
-            waiting = "waiting for requests that are out (again: stop at once)"
-            self.progress.note(f"interrupted: nothing new is sent; {waiting}")
+            self.progress.note(
+                "interrupted: nothing new is sent; waiting for requests that are out (again: stop at once)"
+            )
             self._halt(interrupted_run(self._signals.reason))
 
     def _take_events(self, wait: float) -> None:
@@ -158,12 +152,13 @@ class Run:
         if len(self.options.sends) > 1 and self._looking_for and self._stop is None:
             return TICK  # what is found need not be paid for again
         while self._stop is None:
-            job = self._next(now)
+            job = self._feed.next(now)
             waiting = job is None or self._is_out_of_bounds(job)
-            if waiting and not self._due:
+            due_at = self._feed.due_at
+            if waiting and due_at is None:
                 return self._later(job, None)
-            server = self.fleet.next(self._forecast, now)
-            start = max(now, self._due[0][0] if waiting else server.pacer.next_start)
+            server = self.fleet.next(job, self._forecast, now)
+            start = max(now, due_at if waiting and due_at is not None else server.pacer.next_start)
             if start > self._forecast.last_start:
                 self._halt_for_time()
                 return self._later(job, None)
@@ -201,7 +196,7 @@ class Run:
     def _later(self, job: Job | None, wait: float | None) -> float | None:
         """Put a picture back to the front, and say in how many seconds to look again."""
         if job is not None:
-            self._feed.appendleft(job)
+            self._feed.back(job)
         return wait
 
     def _start(self, job: Job) -> None:
@@ -223,35 +218,17 @@ class Run:
             outcome = Outcome(name, job, failure, began, time.monotonic() - began)
         self._events.put(outcome)
 
-    def _next(self, now: float) -> Job | None:
-        """The next picture to send: one whose retry is due, else the next of the input."""
-        if self._due and self._due[0][0] <= now:
-            return heapq.heappop(self._due)[2]
-        if not self._feed:
-            self._feed.extend(self._jobs.to_send(self.options.sends, self._fed))
-            if self._feed:
-                self._fed = self._feed[-1].position
-        return self._feed.popleft() if self._feed else None
-
     def _halt_for_time(self) -> None:
-        limit = self.options.time_limit or 0.0
-        if not self.tally.sent and self._forecast.latency_before and self.options.time_limit:
-            least = 1.25 * self._forecast.latency_before + 0.5 + self.reserve + self._forecast.ready_at - self.began
-            text = f"--time-limit: {limit:g} s is too short, a picture takes {self._forecast.latency_before:.0f} s here"
-            if limit < least:
-                self._halt(Failure("usage", text, hint=f"give at least --time-limit {math.ceil(least)}"))
-        text = f"the time limit of {limit:g} s ends this run; what is left stays as it is"
-        progress = {"saved", "generated", "submitted"} & set(self.tally.ends.values())
-        hint = None if progress else "give a longer --time-limit: nothing could be done in this one"
-        self._halt(Failure("time_limit", text, hint=hint))
+        needed = self._forecast.ready_at - self.began + self.reserve  # beside the pictures themselves
+        latency = None if self.tally.sent else self._forecast.latency_before
+        has_progress = not {"saved", "generated", "submitted"}.isdisjoint(self.tally.ends.values())
+        self._halt(out_of_time(self.options.time_limit or 0.0, latency, needed, has_progress=has_progress))
 
     # Reports
 
     def _take(self, outcome: Outcome) -> None:
         job, failure, server = outcome.job, outcome.failure, self.fleet.at(outcome.job)
-        self._behind.pop(job.number, None)
-        if outcome.record is not None and outcome.record.behind is not None:
-            self._behind[job.number] = outcome.record
+        self._backlog.heard(job.number, outcome.record)
         now = time.monotonic()
         if outcome.step == "generate":
             sent, before = server.answered(outcome, now), "submitting"
@@ -277,63 +254,98 @@ class Run:
         if outcome.step != "save" and job.state == "generated" and job.number not in self._queued:
             self._queue_save(job)
         if job.state == "submitted" and self._stop is None:
-            if outcome.step in ("find", "generate"):
+            if server.left_out is not None:
+                self._make_elsewhere(server, job)
+            elif outcome.step in ("find", "generate"):
                 server.tasks.add(job)
             elif failure is None:
                 server.tasks.again(job)
         if failure is None:
             is_picture = outcome.step in ("generate", "ask") and job.state == "generated"  # a task taken is none yet
-            server.storms.calm(outcome.step, is_known=is_picture)
+            server.pictures += is_picture
+            unanswered = job.task.unanswered if outcome.step == "ask" and job.task else None
+            if unanswered is None:
+                server.calm(outcome.step, is_known=is_picture)
+            elif self.fleet.has_others(server):
+                self._hold(server, unanswered, now, sent)
             return
-        self._tell(job, failure)
+        self.progress.tell(job, failure)
         if outcome.step == "find":
             return  # of an earlier run: says nothing of this one
         if now >= self.deadline:  # it was cut, which says nothing of service or network
             self._halt_for_time()
         elif failure.fault.concerns == "run":
             self._halt(failure)
-        elif outcome.holds:
+        elif server.left_out is not None:
+            pass  # it was out when that was found
+        elif failure.fault.concerns == "server":
+            self._do_without(server, failure)
+        elif self.fleet.is_to_rest(server, outcome):
             self._hold(server, failure, now, sent)
         elif failure.fault.billed == "unknown" or failure.fault.concerns == "service" or job.state == "generated":
             self._count_failure(server, outcome.step, failure)
         else:  # the row's own fault: the service works
-            server.storms.calm(outcome.step)
+            server.calm(outcome.step)
         if outcome.step in ("generate", "ask") and outcome.left in (Left.AGAIN, Left.ANEW) and self._stop is None:
-            self._plan_retry(job, failure, now)
+            self._plan_retry(server, job, failure, now)
+        if outcome.step == "save" and server.left_out is not None and self._stop is None:
+            self._make_elsewhere(server, job)
+
+    def _do_without(self, server: Server, failure: Failure) -> None:
+        """Leave out a server that makes no more pictures; without any other the run ends."""
+        if not self.fleet.leave_out(server, failure):
+            return self._halt(failure)
+        self.progress.note(f"left out: {server.place.endpoint.url}: {failure.code}: {failure.message}")
+        for job in server.tasks.leave():
+            self._make_elsewhere(server, job)
+
+    def _make_elsewhere(self, server: Server | None, job: Job) -> None:
+        """Have a picture made anew whose task or link a server has that is not asked any more, where that is free."""
+        lost = Failure("outcome_unknown", "the server that has it is not asked any more").fault
+        has_it = server is None or (job.service == server.number and self._jobs.is_only_there(job))
+        if not has_it or job.position[0] is None or not may_go_again(lost, billable=job.evidence.have.billable):
+            return
+        before, record = job.state, JournalRow(job, self._journal)
+        record.forgotten(lost)
+        self._backlog.heard(job.number, record)
+        if record.behind is not None:
+            return
+        self.tally.move(job, before, job.state)
+        self._queued.discard(job.number)
+        if job.state in self.options.sends and self._stop is None:
+            self._feed.anew(job)
 
     def _hold(self, server: Server, failure: Failure, now: float, sent: float) -> None:
         wait = failure.fault.retry_after_s
         note = server.pacer.refused if failure.code == "rate_limited" else server.pacer.held
         if wait is not None and wait > self.options.timeout:
-            self._halt(failure)
+            self._do_without(server, failure)
         elif note(now, sent, wait):
             self._count_failure(server, "generate", failure.but(billed="no"))
 
     def _count_failure(self, server: Server, step: str, failure: Failure) -> None:
-        if too_many := server.storms.count(step, failure):
-            self._halt(too_many)
+        was_well, too_many = server.trouble is None, self.fleet.count(server, step, failure)
+        if was_well and server.trouble is not None:
+            self.progress.note(f"left out for now: {server.place.endpoint.url}: {failure.code}: {failure.message}")
+        if too_many:
+            self._do_without(server, too_many)
 
-    def _plan_retry(self, job: Job, failure: Failure, now: float) -> None:
-        """Send a picture again after a wait, where its call surely was not billed and it has tries left."""
+    def _plan_retry(self, server: Server, job: Job, failure: Failure, now: float) -> None:
+        """Send a picture again after a wait, where its call surely was not billed and it has tries left.
+
+        At once, and not counted, where it says nothing of the picture that one server is away.
+        """
         fault, billable = failure.fault, job.plan.billable
-        most = most_retries(fault, self.options.max_retries, billable=billable)
-        if not may_go_again(fault, billable=billable) or job.tries > most:
+        is_gone = server.left_out is not None
+        elsewhere = is_gone or (fault.code == "unreachable" and self.fleet.has_others(server))
+        most = math.inf if elsewhere else most_retries(fault, self.options.max_retries, billable=billable)
+        if not may_go_again(fault, billable=billable, elsewhere=is_gone) or job.tries > most:
             self._gave_up = failure
             return
-        wait = wait_before(job.tries - 1, failure.fault.retry_after_s)
+        wait = 0.0 if elsewhere else wait_before(job.tries - 1, failure.fault.retry_after_s)
         if wait > self.options.timeout:
-            self._halt(failure)
-            return
-        heapq.heappush(self._due, (now + wait, job.number, job))
-
-    def _tell(self, job: Job, failure: Failure) -> None:
-        """A line on stderr for a picture that will not come by itself, or whose link may stand nowhere else."""
-        if failure.fault.image_url and failure.fault.exit_code == EXIT_DISK:
-            self.progress.note(f"paid, and not on disk: {job.name}: {failure.fault.image_url}")
-        if job.state in ("failed", "unknown") and self._told < FAILURES_TOLD:
-            self._told += 1
-            more = f" (further ones: {RESULTS})" if self._told == FAILURES_TOLD else ""
-            self.progress.note(f"{job.state}: {job.name}: {failure.code}: {failure.message}{more}")
+            return self._halt(failure)
+        self._feed.again(job, now + wait)
 
     # Asking after tasks
 
@@ -373,7 +385,7 @@ class Run:
         """Why the run ends other than with every picture saved; None where they are."""
         if self._stop is not None:
             return self._stop
-        if self._gave_up is not None and any(server.storms.failures["generate"] for server in self.fleet):
+        if self._gave_up is not None and any(server.storms.failures["generate"] for server in self.fleet.up):
             return storm(self._gave_up, "pictures are left after their retries", EXIT_UNAVAILABLE)
         ending = incomplete(self.database, self._bound, costs=self._costs)
         if ending is not None and time.monotonic() > self._forecast.last_save:  # it cut what was left to download

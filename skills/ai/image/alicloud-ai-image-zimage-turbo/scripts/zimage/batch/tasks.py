@@ -51,9 +51,11 @@ class OpenTasks:
     def answered(self, job: Job) -> None:
         self._asked.discard(job.number)
 
-    def leave(self) -> None:
-        """Ask after none of them any more: the next run does."""
+    def leave(self) -> list[Job]:
+        """Ask after none of them any more: the next run does. Returns those that wait."""
+        left = [job for _, _, job in self._waiting]
         self._waiting.clear()
+        return left
 
     def next_look(self, now: float) -> float | None:
         """Seconds until there is something to do; None where no task is open."""
