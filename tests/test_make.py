@@ -122,6 +122,7 @@ def test_smoke_has_a_few_rows_of_every_file() -> None:
     files = {path.relative_to(ROOT).as_posix() for path in Path(__file__).parent.glob("test_*.py")}
     assert files - {test.partition("::")[0] for test in tests} == {
         "tests/test_gallery.py",  # all of it is heavy
+        "tests/test_comfyui_template.py",  # and of this one
         "tests/test_mounts.py",  # and of this one
         "tests/test_peers.py",  # and of this one
         "tests/test_real_network.py",  # and of this one

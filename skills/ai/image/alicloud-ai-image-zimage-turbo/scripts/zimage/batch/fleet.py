@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from zimage.batch.contract import CONCURRENCY_RANGE
 from zimage.batch.ending import STRIKES, Storms, storm
 from zimage.batch.forecast import Forecast
 from zimage.batch.jobs import Job, Place
