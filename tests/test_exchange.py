@@ -295,6 +295,16 @@ def test_a_handshake_that_does_not_end_is_not_sent(server: FaultServer) -> None:
     assert "in time" in error.reason and not error.lasting and time.monotonic() - began < 5
 
 
+def test_a_handshake_that_the_socket_itself_ends_is_late_too(
+    server: FaultServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whichever is quicker: the socket's own time limit, or who cuts what blocks."""
+    monkeypatch.setattr(WATCHER, "cutting", lambda stop, cut: contextlib.nullcontext())
+    server.at_connection(Answer(delay_s=30))
+    error = not_sent(f"https://127.0.0.1:{server.port}/x", stop=Stop(SOON))
+    assert "in time" in error.reason and not error.lasting
+
+
 def test_a_server_that_does_not_speak_tls_is_not_sent(server: FaultServer) -> None:
     server.at_connection(Answer(raw=b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\n\r\n"))
     error = not_sent(f"https://127.0.0.1:{server.port}/x")

@@ -70,6 +70,7 @@ def gguf_file(
     return path
 
 
+@pytest.mark.smoke
 def test_what_a_safetensors_file_holds_is_read_from_its_header(tmp_path: Path) -> None:
     file = safetensors_file(tmp_path / "a.safetensors", {"x": ("BF16", [3, 4], 24), "y": ("U8", [5], 5)})
     assert safetensors_in(file) == {"x": Tensor("BF16", (3, 4), 24), "y": Tensor("U8", (5,), 5)}

@@ -289,6 +289,9 @@ def wired_adapter() -> Any:
                 if not self._wire.expired:
                     self._wire.fail(self._wire.tls_fault(error))
                 raise
+            except TimeoutError:  # of the handshake: the socket was quicker than who would have cut it
+                self._wire.expired = True
+                raise
             if self._wire.expired or self._wire.stop.left_s <= 0:  # the machine may have slept
                 self._wire.expired = True
                 raise OSError("the deadline passed while connecting")
