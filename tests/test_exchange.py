@@ -58,14 +58,14 @@ def server() -> Iterator[FaultServer]:
 
 
 class TlsServer(FaultServer):
-    """The same behind TLS, with the certificate of `authority` for NAME."""
+    """The same behind TLS, with the certificate of `authority` for its name."""
 
-    def __init__(self) -> None:
+    def __init__(self, name: str = NAME) -> None:
         super().__init__()
         self.authority = trustme.CA()
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        self.authority.issue_cert(NAME).configure_cert(self._context)
-        self.root = f"https://{NAME}:{self.port}"
+        self.authority.issue_cert(name).configure_cert(self._context)
+        self.root = f"https://{name}:{self.port}"
 
     def _serve(self, connection: socket.socket) -> None:
         try:
@@ -865,3 +865,60 @@ def test_a_service_on_this_machine_is_looked_for_on_this_machine_only(
     names["localhost"] = ["10.0.0.1"]
     fault = failed(server, url="http://localhost:1/x", host="localhost", stop=Stop(SOON)).fault
     assert fault.code == "unreachable" and not fault.retryable and "10.0.0.1" in fault.message
+
+
+# Proxies: what is held and let go on the way --------------------------------------------------------------------------
+
+
+def test_a_proxy_that_says_nothing_to_connect_is_late(server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", server.root)
+    server.at_connection(Answer(delay_s=30))
+    error = not_sent("https://gpu.lan/x", stop=Stop(SOON))
+    assert "no connection was made in time" in error.reason and str(server.port) in error.reason
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_a_proxy_behind_tls_is_trusted_by_the_same_authorities(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, trusted: bool
+) -> None:
+    with TlsServer("127.0.0.1") as proxy:
+        monkeypatch.setenv("HTTPS_PROXY", f"https://127.0.0.1:{proxy.port}")
+        bundle = tmp_path / "ca.pem"
+        (proxy.authority if trusted else trustme.CA()).cert_pem.write_to_path(str(bundle))
+        monkeypatch.setenv("REQUESTS_CA_BUNDLE", str(bundle))
+        error = not_sent("https://gpu.lan/x")
+        assert ("certificate" not in error.reason) is trusted
+        assert [request.method for request in proxy.requests] == ["CONNECT"] * trusted
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reset"), Stopped("SIGTERM"), KeyboardInterrupt()], ids=repr)
+def test_a_socket_to_a_socks_proxy_is_closed_whatever_ends_it(
+    monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    made: list[socket.socket] = []
+
+    class Refused(socket.socket):
+        def connect(self, address: Any) -> None:
+            raise error
+
+    def socks_socket(proxy: object, family: int, address: str) -> socket.socket:
+        made.append(Refused(family, socket.SOCK_STREAM))
+        return made[-1]
+
+    monkeypatch.setattr(wire, "socks_socket", socks_socket)
+    monkeypatch.setenv("ALL_PROXY", "socks5h://127.0.0.1:1")
+    with pytest.raises((NotSent, Stopped, KeyboardInterrupt)):
+        asked("https://gpu.lan/x")
+    assert [connection.fileno() for connection in made] == [-1]
+
+
+def test_a_coding_that_was_not_asked_for_is_named_in_bounds() -> None:
+    error = AnswerEncoded("x" * 100, "r" * 300)
+    assert (error.reason.count("x"), len(error.request_id)) == (59, 200)  # and a sign that it was cut
+
+
+def test_of_a_certificate_that_was_revoked_the_owner_is_told_by_the_name_of_the_host() -> None:
+    error = ssl.SSLCertVerificationError(1, "revoked")
+    error.verify_code, error.verify_message = 23, "certificate revoked"
+    fault = Wire(HttpCall("GET", f"https://{NAME}/x", {}), Stop(20), "service", None).tls_fault(error)
+    assert f"the owner of {NAME}" in str(fault.hint)
