@@ -398,6 +398,20 @@ def test_a_url_that_cannot_be_used_is_not_sent(url: str) -> None:
 def test_a_header_that_no_http_carries_is_not_sent(server: FaultServer, value: str) -> None:
     error = not_sent(f"{server.root}/x", headers={"X-Workspace": value})
     assert server.requests == [] and value not in error.reason and "certificate" not in error.reason
+    assert "HTTP has no form for a header" in error.reason and error.lasting
+
+
+@pytest.mark.parametrize("links", [False, True])
+def test_where_a_name_truly_leads_only_a_service_need_not_know_that_hands_out_no_links(
+    names: dict[str, list[Any]], links: bool
+) -> None:
+    """Proxies that answer for every name give addresses of 198.18.0.0/15 (RFC 2544)."""
+    names[NAME] = ["198.18.0.1"]
+    endpoint = Endpoint(f"https://{NAME}", f"https://{NAME}/x", NAME, "global")
+    options = {"links_elsewhere": True} if links else {}
+    with pytest.raises(Failure) as caught:
+        ask(HttpCall("GET", f"https://{NAME}/x", {}), lambda answer: answer, Stop(SOON), endpoint, **options)
+    assert ("fake address" in caught.value.message) is links
 
 
 def test_a_library_that_hides_a_password_in_its_words_is_not_repeated(
