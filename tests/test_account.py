@@ -24,6 +24,7 @@ from fault_server import GENERATE, Answer, FaultServer, Received, good, json_ans
 from mock_server import MockServer
 from providers.dashscope import DashScope
 from providers.openai import OpenAI
+from providers.zimageturbo import ZImageTurbo
 from zimage.account import Account, config_of
 from zimage.calls import HttpAnswer
 from zimage.errors import Failure
@@ -395,6 +396,16 @@ def test_a_check_that_fails_tells_what_it_knows(shell: Shell, mock: MockServer) 
         "endpoint_source": "DASHSCOPE_BASE_URL",
         "key_source": "environment DASHSCOPE_API_KEY",
     }
+
+
+def test_a_provider_of_one_region_names_no_other(tmp_path: Path) -> None:
+    provider, none = ZImageTurbo(), frozenset[str]()
+    env = {"HOME": str(tmp_path)}
+    endpoint = choose_endpoint(provider, flag=None, request_url=None, region=None, env=env, trusted=none)
+    assert endpoint.source == "default"
+    with pytest.raises(Failure) as caught, telling_of_refused(Key(TEST_KEY, "x"), endpoint, provider):
+        raise Failure("key_rejected", "401")
+    assert "--region" not in caught.value.fault.hint and "leads to" in caught.value.fault.hint
 
 
 def test_another_region_is_named_only_where_the_user_has_set_none(tmp_path: Path) -> None:

@@ -254,6 +254,12 @@ def test_what_no_header_carries_and_what_is_a_placeholder_is_refused(env: dict[s
     assert code == "key_malformed" and "environment X_API_KEY" in message and value not in message
 
 
+@pytest.mark.parametrize("value", ["Bearer sk-4f1d0c2b9a", "bearer\tsk-4f1d0c2b9a", "BEARER  x-1"])
+def test_the_word_before_a_key_is_named_as_that(env: dict[str, str], value: str) -> None:
+    code, message, hint = refusal(env | {"X_API_KEY": value})
+    assert code == "key_malformed" and "begins with the word Bearer" in message and "store the key alone" in str(hint)
+
+
 def test_what_is_longer_than_any_key_is_refused(env: dict[str, str]) -> None:
     code, message, _ = refusal(env | {"X_API_KEY": "x" * 513})
     assert code == "key_malformed" and "512" in message and "environment X_API_KEY" in message
