@@ -383,9 +383,22 @@ def test_what_is_no_http_is_lost(server: FaultServer) -> None:
         asked(f"{server.root}/x")
 
 
-def test_http_on_a_port_of_tls_is_not_sent(server: FaultServer) -> None:
-    server.at_connection(Answer(raw=b"\x15\x03\x01\x00\x02\x02\x46"))
+ALERT = b"\x15\x03\x01\x00\x02\x02"  # and what it is about
+
+
+@pytest.mark.parametrize("about", [b"\x46", b"\x0a", b"\x28"])
+def test_http_on_a_port_of_tls_is_not_sent(server: FaultServer, about: bytes) -> None:
+    server.at_connection(Answer(raw=ALERT + about))
     assert "speaks TLS" in not_sent(f"{server.root}/x").reason
+
+
+@pytest.mark.parametrize(
+    "raw", [(ALERT + b"\x46") * 9, ALERT + b"\x46\r\n", ALERT, ALERT[:2] + b"\x03HTTP", ALERT[:5] + b"\x01\x00"]
+)
+def test_what_only_begins_as_tls_may_have_read_the_request(server: FaultServer, raw: bytes) -> None:
+    server.at_connection(Answer(raw=raw))
+    with pytest.raises(AnswerLost):
+        asked(f"{server.root}/x")
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:99999/x", "ftp://127.0.0.1/x", "http:///x"])

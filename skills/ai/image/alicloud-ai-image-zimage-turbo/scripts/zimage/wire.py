@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import ipaddress
+import re
 import socket
 import threading
 from collections.abc import Callable
@@ -45,7 +46,9 @@ FAKE_HINT = (
 )
 
 
-TLS_ALERT = "\x15\x03"  # how TLS answers what is no TLS (RFC 8446, 5.1: an alert, version 3.x)
+# How TLS answers what is no TLS, and all of it: one record of type alert, version 3.x, two bytes long, that is fatal
+# (RFC 8446, 5.1 and 6). Whatever goes on behind it may come from who has read the request.
+TLS_ALERT = re.compile("\x15\x03[\x00-\x04]\x00\x02\x02.", re.DOTALL)
 OVER_TLS = "give the base URL with https:// instead of http://"
 
 
@@ -254,7 +257,7 @@ def wired_adapter() -> Any:
             try:
                 version, status, reason = super()._read_status()  # type: ignore[misc]
             except http.client.BadStatusLine as error:
-                if str(error.args[0]).startswith(TLS_ALERT):
+                if TLS_ALERT.fullmatch(str(error.args[0])):
                     self._wire.fail(NotSent("this port speaks TLS, and was spoken to over http", hint=OVER_TLS))
                 raise
             self._wire.said = status, reason
