@@ -2,7 +2,9 @@
 
 What a cell must come to is said here from the outside, by what a client can know: a request that surely did not leave
 is sent again; one that left and was not answered is unknown; a free question or download is repeated while there is
-time. A cell accepts one exit code.
+time. Where a picture costs nothing, a lost answer is simply asked for again, and the service may make two; where its
+task was named before it left, it is looked up, and made once. What a server says of itself is not needed: that it is
+broken changes nothing. A cell accepts one exit code.
 """
 
 from __future__ import annotations
@@ -12,7 +14,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
-from torture.proxy import BODY_PLACES, CHUNK_PLACES, GARBLES, HEAD_PLACES, REQUEST_PLACES, STILL_GOOD, Break, Stage
+from torture.proxy import (
+    BODY_PLACES,
+    CHUNK_PLACES,
+    GARBLES,
+    HEAD_PLACES,
+    REQUEST_PLACES,
+    STILL_GOOD,
+    TLS_PLACES,
+    Break,
+    Stage,
+)
 
 Certificate: TypeAlias = Literal["", "good", "foreign", "expired"]
 ONCE, ALWAYS = 1, 1_000_000
@@ -28,16 +40,26 @@ class Way:
     id: str
     provider: str
     stages: tuple[Stage, ...]
+    worth: Literal["picture", "link", "task"]  # what the answer to the paid call holds
+    lost: Literal["unknown", "again", "found"] = "unknown"  # what is done about an answer to it that is lost
+    questions: int = 0  # by which a server of this kind is known
+    pause: float = 1.0  # seconds before a question after a task
+    settings: tuple[str, ...] = ()  # of the provider
     suffix: str = "png"
     faults: str = ""  # of the mock
     options: tuple[str, ...] = ("--seed", "7", "--size", "512x512")
 
 
+AT_A_PRICE = ("--price", "0.01")
 WAYS = (
-    Way("dashscope", "dashscope", ("paid", "download")),
-    Way("zimageturbo", "zimageturbo", ("paid", "poll", "download"), "jpg", options=()),
-    Way("openai", "openai", ("paid",)),
-    Way("openai-link", "openai", ("paid", "download"), faults="url*inf"),
+    Way("dashscope", "dashscope", ("paid", "download"), "link"),
+    Way("zimageturbo", "zimageturbo", ("paid", "poll", "download"), "task", suffix="jpg", options=()),
+    Way("modelscope", "modelscope", ("paid", "poll", "download"), "task", pause=5.0),
+    Way("openai", "openai", ("ask", "paid"), "picture", questions=1, settings=AT_A_PRICE),
+    Way("openai-link", "openai", ("paid", "download"), "link", questions=1, settings=AT_A_PRICE, faults="url*inf"),
+    Way("openai-free", "openai", ("paid",), "picture", "again", questions=1),
+    Way("sdapi", "sdapi", ("ask", "paid"), "picture", questions=2, settings=AT_A_PRICE),
+    Way("comfyui", "comfyui", ("ask", "paid", "poll", "download"), "task", "found", questions=4),
 )
 
 
@@ -60,7 +82,12 @@ class Cell:
     @property
     def is_before_the_request(self) -> bool:
         """Whether the program can know that its request has not left."""
-        return self.fault.place in ("refuse", "hello", "handshake") or bool(self.tls and self.fault.place == "connect")
+        return self.fault.place in ("refuse", *TLS_PLACES) or bool(self.tls and self.fault.place == "connect")
+
+    @property
+    def has_left(self) -> bool:
+        """Whether the service has got the whole request."""
+        return self.fault.place not in ("refuse", "connect", *TLS_PLACES, *REQUEST_PLACES[:-1])
 
     @property
     def stalls(self) -> bool:
@@ -70,17 +97,13 @@ class Cell:
     def is_whole(self) -> bool:
         """Whether what makes up the answer arrives, whatever befalls the rest."""
         place, stage = self.fault.place, self.fault.stage
+        if stage == "paid" and self.way.lost == "found":  # what it would say is known
+            return self.has_left
         if place == "short-length":  # of an answer that is hardly longer
-            return (self.way.id, stage) == ("zimageturbo", "paid")
-        if (
-            place == "flip-status"
-        ):  # a picture that is there was made, whatever stands beside it; a task's name alone not
-            return stage == "poll" or (stage == "paid" and self.way.id != "zimageturbo")
-        if place in (
-            "link-end",
-            "chunk-link",
-            "body-last",
-        ):  # the link, the task or the picture has come; a question is asked again
+            return stage == "paid" and self.way.worth == "task"
+        if place == "flip-status":  # a picture that is there was made, whatever stands beside it; a task's name not
+            return stage == "poll" or (stage == "paid" and self.way.worth != "task")
+        if place in ("link-end", "chunk-link", "body-last"):  # what it is worth has come; a question is asked again
             return stage == "paid"
         if place in ("last-chunk", "trailer"):  # how a JPEG ends, nobody looks at
             return self.fault.act == "close" or stage != "download" or self.way.suffix == "png"
@@ -95,16 +118,19 @@ class Cell:
             # The time in which the task could be asked after went by with its answer.
             is_late = self.stalls and self.fault.place != "end" and self.fault.stage == "paid"
             return 7 if is_late and "poll" in self.way.stages else 0
-        return {"paid": self._of_paid_call, "poll": self._of_question, "download": self._of_download}[
-            self.fault.stage
-        ]()
+        stages = {"ask": self._of_introduction, "paid": self._of_paid_call, "poll": self._of_question}
+        return (stages | {"download": self._of_download})[self.fault.stage]()
+
+    def _of_introduction(self) -> int:
+        return 0
 
     def _of_paid_call(self) -> int:
+        is_over = self.fault.times == ONCE and not self.stalls
         if self.is_before_the_request:
-            return 0 if self.fault.times == ONCE and not self.stalls else 6
+            return 0 if is_over else 6
         if self.fault.place == "flip-body":  # of what it is worth: the picture's bytes, its link, its task's name
-            return {"openai": 8, "dashscope": 8, "openai-link": 8, "zimageturbo": 7}[self.way.id]
-        return 7
+            return 7 if self.way.worth == "task" else 8
+        return 0 if is_over and self.way.lost != "unknown" else 7
 
     def _of_question(self) -> int:
         if self.fault.place == "flip-body":
@@ -125,21 +151,22 @@ class Cell:
         """Seconds of the command: short where it will use them up."""
         if self.signum:
             return 30
-        if self.fault.place == "flip-body" and self.fault.stage == "paid":
+        if self.fault.stage == "ask" or (self.fault.place == "flip-body" and self.fault.stage == "paid"):
             return 20
         if not self.exit_code:
-            return 8 if self.stalls else 20
+            return 7 + self.way.pause if self.stalls else 20
         return 7 if "poll" in self.way.stages else 4
 
 
 def breaks_of(stage: Stage) -> Iterator[Break]:
     """All that can befall a stage, whatever the connection is made of."""
     places = [place for place in REQUEST_PLACES if place != "request-body" or stage == "paid"]
-    body = [place for place in BODY_PLACES if not place.startswith("link") or stage != "download"]
+    has_worth = stage in ("paid", "poll")
+    body = [place for place in BODY_PLACES if not place.startswith("link") or has_worth]
     for act in ENDINGS:
         yield from (Break(stage, place, act) for place in ("connect", *places, *HEAD_PLACES, *body, "end"))
         if act != "half":  # as close, but for the request that it goes on reading
-            chunked = [place for place in CHUNK_PLACES if place != "chunk-link" or stage != "download"]
+            chunked = [place for place in CHUNK_PLACES if place != "chunk-link" or has_worth]
             yield from (Break(stage, place, act, "chunked") for place in (*chunked, "end"))
             yield from (Break(stage, place, act, "close") for place in ("body", "body-last"))
     for place in GARBLES:
@@ -149,10 +176,12 @@ def breaks_of(stage: Stage) -> Iterator[Break]:
 def plain() -> Iterator[Cell]:
     for way in WAYS:
         for stage in way.stages:
-            yield Cell(way, Break(stage, "refuse", "close"))
+            if stage != "ask":
+                yield Cell(way, Break(stage, "refuse", "close"))
             for fault in breaks_of(stage):
                 yield Cell(way, fault)
-                if stage != "paid" and fault.act in ("close", "spoil"):
+                goes_again = stage != "paid" or way.lost != "unknown"
+                if goes_again and fault.act in ("close", "spoil"):
                     yield Cell(way, fault._replace(times=ONCE))
 
 

@@ -26,8 +26,9 @@ from typing import Literal, NamedTuple, TypeAlias
 
 from mock_server import MockServer
 
-Stage: TypeAlias = Literal["paid", "poll", "download"]
+Stage: TypeAlias = Literal["ask", "paid", "poll", "download"]  # ask: what the server is, before it is paid
 # Where, in the order in which a connection comes to it. Of TLS alone: hello, handshake, record.
+TLS_PLACES = ("hello", "handshake")
 REQUEST_PLACES = ("request-line", "request-headers", "request-body", "request", "made")
 HEAD_PLACES = ("status", "status-end", "headers", "headers-end")
 BODY_PLACES = ("link", "link-end", "body", "body-last")
@@ -156,14 +157,18 @@ class Answer:
             framed = body
             self.places |= {"body": start + len(body) // 2, "body-last": start + len(body) - 1}
             if found := WORTH.search(body):
-                self.places |= {"link": start + found.end() - 8, "link-end": start + found.end() + 1}
+                # Of the name of a task that is a number, what stands before its last digits is one, too.
+                self.places |= {"link": start + found.end() - (3 if found[0][-1:].isdigit() else 8)}
+                self.places |= {"link-end": start + found.end() + 1}
         self.bytes = self.head + framed
         self.places["end"] = len(self.bytes)
 
     def _chunked(self, body: bytes, start: int) -> bytes:
         found = WORTH.search(body)
         # What it is worth comes within one chunk, with a little behind it.
-        cuts = (20, min(found.end() + 10, len(body) - 1)) if found else (len(body) // 3, 2 * len(body) // 3)
+        cuts = (len(body) // 3, 2 * len(body) // 3)
+        if found:
+            cuts = (min(20, found.start()), min(found.end() + 10, len(body) - 1))
         parts = body[: cuts[0]], body[cuts[0] : cuts[1]], body[cuts[1] :]
         chunks = [b"%x\r\n%s\r\n" % (len(part), part) for part in parts]
         gap = start + len(chunks[0])
@@ -200,13 +205,22 @@ class Answer:
         return extra.get(how, b"") + bytes(data)
 
 
-# What a paid answer is worth: the link, the name of the task, the picture itself.
-WORTH = re.compile(rb'"(?:image|url|task_id|b64_json)": "[^"]+|"response": \["[^"]+')
-WORTH_WHOLE = re.compile(rb'"(image|url|task_id|b64_json|response)": \[?"[^"]+"')
+# What an answer is worth: the link, the name of the task, the picture itself.
+WORTH = re.compile(
+    rb'"(?:image|url|task_id|prompt_id|b64_json|filename)": "[^"]+|"task_id": [0-9]+'
+    rb'|"(?:response|output_images)": \["[^"]+|"images": \["[^"]{100,}'
+)
+WORTH_WHOLE = re.compile(
+    rb'"(?:image|url|task_id|b64_json|response|output_images)": \[?"[^"]+"'
+    rb'|"task_id": [0-9]+[,}]|"images": \["[^"]{100,}"'
+)
 
 
 class Proxy:
-    """`at` is called when the position is reached. All that it knows may be read from the test's thread."""
+    """`at` is called when the position is reached. All that it knows may be read from the test's thread.
+
+    `questions`: how many a program asks of a server that answers them, before its first paid call.
+    """
 
     def __init__(
         self,
@@ -214,6 +228,7 @@ class Proxy:
         fault: Break | None,
         context: ssl.SSLContext | None = None,
         at: Callable[[], None] = lambda: None,
+        questions: int = 0,
     ) -> None:
         self._mock, self._context = mock, context
         self.fault, self.at = fault, at
@@ -222,7 +237,8 @@ class Proxy:
         self.reached_at = 0.0
         self.sent: list[tuple[bytes, bytes]] = []  # requests of paid calls and questions, and what was sent for them
         self.keys_seen: dict[str, int] = {}  # by stage, requests with an Authorization
-        self._stage: Stage = "paid"  # of the next connection
+        self._questions = questions  # still to come
+        self._stage: Stage = "ask" if questions else "paid"  # of the next connection
         self._closing, self._healed = threading.Event(), threading.Event()
         self._lock = threading.Lock()
         self._threads: list[threading.Thread] = []
@@ -233,7 +249,7 @@ class Proxy:
         self._listener: socket.socket | None = None
 
     def __enter__(self) -> Proxy:
-        if self._refuses("paid"):
+        if self._refuses(self._stage):
             self._hit()
         else:
             self._listen()
@@ -340,6 +356,8 @@ class Proxy:
         """Do what is to be done if this is the place. Raises Gone where that ends the connection."""
         if fault is None or fault.place != place or not self._hit():
             return
+        if place in ("connect", *TLS_PLACES):
+            self._stage = "paid" if self._stage == "ask" else self._stage  # whoever does not answer is asked no more
         connection = line.socket
         if fault.act == "reset":
             emptied(connection)
@@ -368,7 +386,7 @@ class Proxy:
         fault: Break | None = None
         looked = False
         for data in self._growing(line):
-            if not looked and (b"\n" in data or len(data) >= 16):
+            if not looked and (b"\n" in data or len(data) >= LOOKED_AT):
                 looked, fault = True, self._break_for(stage_of(bytes(data)))
             head = data.find(b"\r\n\r\n")
             if len(data) == 20:
@@ -418,8 +436,12 @@ class Proxy:
         return Answer(reply.status, headers, content.replace(known, self.root.encode()), framing)
 
     def _answer(self, line: Line, answer: Answer, fault: Break | None, stage: Stage, request: bytes) -> None:
-        if stage != "download" and answer.bytes.startswith(b"HTTP/1.1 200"):
-            self._goes_on_with("download" if b"/files/" in answer.bytes else "poll", after=stage)
+        if stage == "ask":
+            self._questions -= 1
+            self._goes_on_with("ask" if self._questions > 0 else "paid", after=stage)
+        elif stage != "download" and answer.bytes.startswith(b"HTTP/1.1 200"):
+            leads_on = b"/files/" in answer.bytes or b'"filename": ' in answer.bytes
+            self._goes_on_with("download" if leads_on else "poll", after=stage)
         place = fault.place if fault else ""
         if fault and place == "record":
             self._break_record(line, answer, fault)
@@ -437,7 +459,7 @@ class Proxy:
             self._note(stage, request, answer.bytes)
 
     def _note(self, stage: Stage, request: bytes, sent: bytes) -> None:
-        if stage != "download":
+        if stage in ("paid", "poll"):
             self.sent.append((request, sent))
 
     def _goes_on_with(self, stage: Stage, after: Stage) -> None:
@@ -478,10 +500,21 @@ def emptied(connection: socket.socket) -> None:
         time.sleep(0.002)
 
 
+# How requests begin; all others ask what a server is.
+STAGES: tuple[tuple[bytes, Stage], ...] = (
+    (b"POST ", "paid"),
+    (b"GET /api/status", "poll"),
+    (b"GET /modelscope/v1", "poll"),
+    (b"GET /comfyui/hist", "poll"),
+    (b"GET /comfyui/queue", "poll"),
+    (b"GET /comfyui/view", "download"),
+    (b"GET /files/", "download"),
+)
+LOOKED_AT = max(len(start) for start, _ in STAGES)  # bytes
+
+
 def stage_of(request: bytes) -> Stage:
-    if request.startswith(b"POST"):
-        return "paid"
-    return "download" if request.startswith(b"GET /files/") else "poll"
+    return next((stage for start, stage in STAGES if request.startswith(start)), "ask")
 
 
 def length_of(head: bytes) -> int:

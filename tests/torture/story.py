@@ -6,6 +6,7 @@ import contextlib
 import datetime as dt
 import functools
 import hashlib
+import io
 import json
 import os
 import shlex
@@ -19,6 +20,8 @@ from typing import Any, ClassVar
 from unittest.mock import patch
 
 import trustme
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from closed import assert_closed
 from conftest import GENERATE, Result, Shell, warm_process
@@ -29,6 +32,7 @@ from torture.proxy import Proxy
 from torture.report import BROKEN
 from zimage.contract import EXIT_SIGNAL
 from zimage.errors import KINDS
+from zimage.formats import png_text
 from zimage_mock import rules
 from zimage_mock.drawing import Picture, draw_file
 
@@ -56,6 +60,14 @@ def server_context(certificate: Certificate) -> ssl.SSLContext | None:
     return context
 
 
+ROOTS = {
+    "DASHSCOPE": "/api/v1",
+    "ZIMAGETURBO": "/api",
+    "MODELSCOPE": "/modelscope/v1",
+    "OPENAI": "/v1",
+    "SDAPI": "/sdapi/v1",
+    "COMFYUI": "/comfyui",
+}
 FORMS = forms(KEY) | {KEY.replace("/", "\\/").encode()}
 
 
@@ -63,6 +75,19 @@ def drawn(way: Way, prompt: str = PROMPT) -> bytes:
     """What the mock draws for a way's request."""
     side, kind = (1024, "jpeg") if way.provider == "zimageturbo" else (512, "png")
     return draw_file(Picture(prompt, SEED, side, side, kind))
+
+
+def is_drawn(way: Way, content: bytes, prompt: str = PROMPT) -> bool:
+    """Whether a file is what the mock has drawn, byte for byte; one way writes its settings into it."""
+    made = drawn(way, prompt)
+    if way.provider == "sdapi":
+        chunks = PngInfo()
+        chunks.add_text("parameters", png_text(content, "parameters"))
+        file = io.BytesIO()
+        with Image.open(io.BytesIO(made)) as image:
+            image.save(file, "png", pnginfo=chunks, compress_level=1)
+        made = file.getvalue()
+    return content == made
 
 
 def mock_for(way: Way) -> MockServer:
@@ -73,8 +98,8 @@ def environment(proxy: Proxy, home: Path) -> dict[str, str]:
     """All services through the proxy, whose certificate is believed."""
     authority().cert_pem.write_to_path(str(home / "ca.pem"))
     env = {"REQUESTS_CA_BUNDLE": str(home / "ca.pem")}
-    for name, root in (("DASHSCOPE", "/api/v1"), ("ZIMAGETURBO", "/api"), ("OPENAI", "/v1")):
-        env |= {f"{name}_API_KEY": KEY, f"{name}_BASE_URL": proxy.root + root}
+    for name, root in ROOTS.items():
+        env |= {f"{name}_{'TOKEN' if name == 'COMFYUI' else 'API_KEY'}": KEY, f"{name}_BASE_URL": proxy.root + root}
     return env
 
 
@@ -106,7 +131,7 @@ class Story:
         with (
             patch.object(rules, "random_seed", lambda: SEED),
             mock_for(cell.way) as mock,
-            Proxy(mock, cell.fault, server_context(cell.tls), self.strike) as proxy,
+            Proxy(mock, cell.fault, server_context(cell.tls), self.strike, cell.way.questions) as proxy,
         ):
             self.shell.env |= environment(proxy, self.shell.home)
             self.first(mock, proxy)
@@ -129,7 +154,8 @@ class Story:
 
     def first(self, mock: MockServer, proxy: Proxy) -> None:
         cell = self.cell
-        way = ("--provider", cell.way.provider, "--prompt", PROMPT, *cell.way.options, "--output", self.output.name)
+        way = ("--provider", cell.way.provider, *cell.way.settings, "--prompt", PROMPT, *cell.way.options)
+        way += ("--output", self.output.name)
         began = time.monotonic()
         result = self.run(*way, "--timeout", f"{cell.timeout:g}", "--print-response")
         ended = time.monotonic()
@@ -140,6 +166,7 @@ class Story:
         self.paid = mock.stats()["billed"]
         # What lies unread in a socket when its process is killed has not arrived.
         self.knowable = proxy.arrived and not (self.cell.signum == signal.SIGKILL and self.cell.fault.stage == "paid")
+        self.knowable = self.knowable or (cell.way.lost == "found" and self.paid > 0)
         self.judge(result)
 
     def run(self, *arguments: str) -> Result:
@@ -154,18 +181,22 @@ class Story:
         self.pid = pid
 
     def evidence(self) -> dict[str, Any]:
-        paths = self.shell.evidence_files()
-        return self.shell.evidence() if paths else {"status": "none"}
+        """The newest."""
+        paths = sorted(self.shell.evidence_files(), key=os.path.getmtime)
+        evidence: dict[str, Any] = json.loads(paths[-1].read_text(encoding="utf-8")) if paths else {"status": "none"}
+        if paths:
+            assert_closed("evidence", evidence)
+        return evidence
 
     def judge(self, result: Result) -> None:
         """What holds at the end of every command, whatever it met."""
         self.note("Traceback" not in result.stderr, "traceback", result.stderr)
         evidence = self.evidence()
         status = evidence["status"]
-        self.note(self.paid <= 1, "paid_twice", self.paid)
+        self.note(self.paid <= 1 or self.cell.way.lost == "again", "paid_twice", self.paid)
         unbilled, billed = ("none", "failed"), ("generated", "saved")
         self.note(status not in unbilled or self.paid == 0, "untrue", f"{status}, and {self.paid} billed")
-        self.note(status not in billed or self.paid == 1, "untrue", f"{status}, and {self.paid} billed")
+        self.note(status not in billed or self.paid, "untrue", f"{status}, and {self.paid} billed")
         self.judge_picture(evidence)
         if result.code < 0:
             return
@@ -189,7 +220,7 @@ class Story:
         status, output = evidence["status"], self.output
         if output.exists():
             content = output.read_bytes()
-            self.note(content == drawn(self.cell.way), "image", "it is not what the service drew")
+            self.note(is_drawn(self.cell.way, content), "image", "it is not what the service drew")
             if status == "saved":
                 known = evidence["image"]["sha256"]
                 self.note(hashlib.sha256(content).hexdigest() == known, "untrue", "the evidence has another hash")
@@ -202,18 +233,26 @@ class Story:
         """Without faults: the picture comes wherever it can, nothing is paid again, and nothing else is left over."""
         paths = self.shell.evidence_files()
         if paths and not (self.evidence()["status"] == "saved" and not self.cell.signum):
-            result = self.run(*self.way_back(paths[0]))
-            self.paid = mock.stats()["billed"]
-            self.judge(result)
+            result = self.go_on(mock, *self.way_back(paths[0]))
             spoilt = self.cell.fault.place == "flip-body" and self.cell.fault.stage == "paid"
             self.note(result.code == 0 or not self.knowable or spoilt, "lost", (result.stdout, result.stderr))
             self.note(result.code in (0, 2, 7) or spoilt, "exit_code", result.stdout)
+            if self.cell.way.lost != "unknown" and result.code == 7:  # which costs only time
+                result = self.go_on(mock, "--replay", str(paths[0]), "--output", self.output.name, "--print-response")
+                self.note(result.code == 0, "lost", (result.stdout, result.stderr))
+                paths = self.shell.evidence_files()
         self.saved = self.output.exists() and self.evidence()["status"] == "saved"
         self.note(self.saved or not self.knowable, "lost", self.evidence())
         kept = {path.name for path in self.shell.folder.rglob("*") if path.is_file()}
         known = {self.output.name, ".gitignore", *(path.name for path in paths)}
         known |= {path.with_suffix(".picture").name for path in paths if not self.saved}
         self.note(kept <= known, "files", kept - known)
+
+    def go_on(self, mock: MockServer, *arguments: str) -> Result:
+        result = self.run(*arguments)
+        self.paid = mock.stats()["billed"]
+        self.judge(result)
+        return result
 
     def way_back(self, evidence: Path) -> list[str]:
         """The command that the first one named; else what a reader of the evidence types."""
