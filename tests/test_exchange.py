@@ -28,13 +28,15 @@ import trustme
 
 from conftest import TEST_KEY
 from fault_server import Answer, FaultServer, Received
+from providers.openai import OpenAI
 from zimage import wire
 from zimage.calls import HttpAnswer, HttpCall, LocalCall
 from zimage.contract import CONNECT_TIMEOUT, MAX_ANSWER_BYTES, MAX_ERROR_BYTES, MIB, SKILL, VERSION
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, NotSent
+from zimage.keys import NO_KEY
 from zimage.tls import bundle_variable
-from zimage.transport import AnswerEncoded, AnswerLost, AnswerTooLarge, ask, exchange
+from zimage.transport import AnswerEncoded, AnswerLost, AnswerTooLarge, ask, exchange, get_to_know
 from zimage.waiting import WATCHER, Stop, Stopped
 from zimage.wire import Wire, request_target
 
@@ -937,6 +939,32 @@ def test_a_socket_to_a_socks_proxy_is_closed_whatever_ends_it(
     with pytest.raises((NotSent, Stopped, KeyboardInterrupt)):
         asked("https://gpu.lan/x")
     assert [connection.fileno() for connection in made] == [-1]
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError("reset"), Stopped("SIGTERM"), KeyboardInterrupt()], ids=repr)
+def test_a_socket_is_closed_whatever_ends_it(
+    server: FaultServer, monkeypatch: pytest.MonkeyPatch, error: BaseException
+) -> None:
+    made: list[socket.socket] = []
+
+    def start(self: Wire, connection: socket.socket) -> None:
+        made.append(connection)
+        raise error
+
+    monkeypatch.setattr(Wire, "_start", start)
+    with pytest.raises((NotSent, Stopped, KeyboardInterrupt)):
+        asked(f"{server.root}/x")
+    assert [connection.fileno() for connection in made] == [-1]
+
+
+def test_a_server_that_does_not_say_what_it_is_stops_nobody(server: FaultServer) -> None:
+    server.play("/v1/models", Answer(status=500))
+    endpoint = Endpoint(f"{server.root}/v1", f"{server.root}/v1/images/generations", "127.0.0.1", "self-hosted")
+    assert get_to_know(OpenAI(), endpoint, NO_KEY, Stop(20)) is None
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        root = f"http://127.0.0.1:{closed.getsockname()[1]}/v1"
+    unreached = get_to_know(OpenAI(), endpoint._replace(root=root), NO_KEY, Stop(20))
+    assert unreached is not None and unreached.code == "unreachable"
 
 
 def test_a_coding_that_was_not_asked_for_is_named_in_bounds() -> None:

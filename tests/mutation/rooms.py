@@ -84,6 +84,31 @@ EXPLAINED: tuple[Explained, ...] = (
         "the urllib3 of these tests hands out what had come before it complains; older ones do not",
     ),
     Explained(
+        "transport",
+        "if not wire.connecting and isinstance(error, (requests.exceptions.InvalidURL, "
+        "requests.exceptions.InvalidSchema)):",
+        "if isinstance(error, (requests.exceptions.InvalidURL, requests.exceptions.InvalidSchema)):",
+        "both are raised before anything connects",
+    ),
+    Explained(
+        "wire",
+        "if self.proxy is None or not self.is_at_proxy or str(self.proxy) in error.reason:",
+        "if not self.is_at_proxy or str(self.proxy) in error.reason:",
+        "where there is no proxy nobody is at it; the types need it said",
+    ),
+    Explained(
+        "wire",
+        "if self._wire.expired or self._wire.stop.left_s <= 0:  # the machine may have slept",
+        "if self._wire.expired or self._wire.stop.left_s < 0:  # the machine may have slept",
+        "a time that is over to the nanosecond",
+    ),
+    Explained(
+        "wire",
+        'conn.cert_reqs = "CERT_REQUIRED"  # and no bundle beside the context, which knows whom to trust',
+        None,
+        "urllib3 requires a certificate where nothing is said; that is said here all the same",
+    ),
+    Explained(
         "settle",
         "return max(known, key=BILLED.index)",
         "return max(known)",
