@@ -30,6 +30,7 @@ from conftest import TEST_KEY
 from fault_server import Answer, FaultServer, Received
 from providers.openai import OpenAI
 from zimage import wire
+from zimage.answers import read_begun_json
 from zimage.calls import HttpAnswer, HttpCall, LocalCall
 from zimage.contract import CONNECT_TIMEOUT, MAX_ANSWER_BYTES, MAX_ERROR_BYTES, MIB, SKILL, VERSION
 from zimage.endpoint import Endpoint
@@ -955,6 +956,34 @@ def test_a_socket_is_closed_whatever_ends_it(
     with pytest.raises((NotSent, Stopped, KeyboardInterrupt)):
         asked(f"{server.root}/x")
     assert [connection.fileno() for connection in made] == [-1]
+
+
+@pytest.mark.parametrize(("body", "found"), [(b'{"task_id": 507500, "request_id": "r', 507500), (b'{"task', None)])
+def test_of_an_answer_that_a_signal_cuts_what_had_come_counts(
+    server: FaultServer, body: bytes, found: int | None
+) -> None:
+    """The name of a task, or a link, may have come: it was paid for."""
+    server.play("/x", Answer(body=body + b" " * 300, framing="close", dribble_body_s=0.01))
+    stop = Stop(20)
+
+    def read(answer: HttpAnswer) -> Any:
+        named = (read_begun_json(answer) or {}).get("task_id")
+        if named is None:
+            raise Failure("answer_unusable", "it names no task")
+        return named
+
+    def signalled() -> None:
+        stop.request("SIGTERM")
+        WATCHER._wake(0)  # as the handler of a signal does
+
+    threading.Timer(0.01 * len(body) + 0.4, signalled).start()
+    endpoint = endpoint_of(server)
+    if found is None:
+        with pytest.raises(Stopped) as caught:
+            ask(HttpCall("POST", f"{server.root}/x", {}), read, stop, endpoint)
+        assert (caught.value.reason, caught.value.request_left) == ("SIGTERM", True)
+    else:
+        assert ask(HttpCall("POST", f"{server.root}/x", {}), read, stop, endpoint) == found
 
 
 def test_a_server_that_does_not_say_what_it_is_stops_nobody(server: FaultServer) -> None:

@@ -48,6 +48,14 @@ class AnswerEncoded(Exception):
         self.request_id = outside_text(request_id, 200)
 
 
+class Cut(Stopped):
+    """A signal has cut an answer: what had come of it may be all that counts."""
+
+    def __init__(self, reason: str, answer: HttpAnswer) -> None:
+        super().__init__(reason, request_left=True)
+        self.answer = answer
+
+
 def exchange(call: HttpCall, stop: Stop, *, limit: int, reach: str) -> HttpAnswer:
     """Send one request and read its whole answer. No redirect is followed, nothing is sent twice.
 
@@ -79,11 +87,12 @@ def exchange(call: HttpCall, stop: Stop, *, limit: int, reach: str) -> HttpAnswe
         raise _transport_failure(wire, error) from None
     finally:
         wire.close()
+    answer = answer._replace(whole=answer.whole and not (wire.expired or wire.broken))  # which look like an end
     if stop.reason and wire.expired:
-        raise Stopped(stop.reason, request_left=True)
+        raise Cut(stop.reason, answer)
     if refusal := own_refusal(proxy, answer, call.url):
         raise refusal
-    return answer._replace(whole=answer.whole and not (wire.expired or wire.broken))  # which look like an end
+    return answer
 
 
 def _read_answer(response: Any, limit: int) -> HttpAnswer:
@@ -211,6 +220,11 @@ def ask(
         answer = exchange(call, stop, limit=limit, reach=reach)
     except NotSent as error:
         raise _unreachable(error, endpoint) from None
+    except Cut as cut:
+        try:
+            return read(cut.answer)
+        except Failure:
+            raise cut from None
     except AnswerLost as error:
         raise Failure("outcome_unknown", f"{endpoint.host}: {error.reason}") from None
     except AnswerTooLarge:
