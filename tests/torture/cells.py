@@ -42,6 +42,8 @@ class Way:
     stages: tuple[Stage, ...]
     worth: Literal["picture", "link", "task"]  # what the answer to the paid call holds
     lost: Literal["unknown", "again", "found"] = "unknown"  # what is done about an answer to it that is lost
+    begins_with_worth: bool = False  # the first half of that answer is all that counts
+    asks_for_key: bool = False  # for a link to itself
     questions: int = 0  # by which a server of this kind is known
     pause: float = 1.0  # seconds before a question after a task
     settings: tuple[str, ...] = ()  # of the provider
@@ -54,9 +56,18 @@ AT_A_PRICE = ("--price", "0.01")
 WAYS = (
     Way("dashscope", "dashscope", ("paid", "download"), "link"),
     Way("zimageturbo", "zimageturbo", ("paid", "poll", "download"), "task", suffix="jpg", options=()),
-    Way("modelscope", "modelscope", ("paid", "poll", "download"), "task", pause=5.0),
+    Way("modelscope", "modelscope", ("paid", "poll", "download"), "task", begins_with_worth=True, pause=5.0),
     Way("openai", "openai", ("ask", "paid"), "picture", questions=1, settings=AT_A_PRICE),
-    Way("openai-link", "openai", ("paid", "download"), "link", questions=1, settings=AT_A_PRICE, faults="url*inf"),
+    Way(
+        "openai-link",
+        "openai",
+        ("paid", "download"),
+        "link",
+        asks_for_key=True,
+        questions=1,
+        settings=AT_A_PRICE,
+        faults="url*inf",
+    ),
     Way("openai-free", "openai", ("paid",), "picture", "again", questions=1),
     Way("sdapi", "sdapi", ("ask", "paid"), "picture", questions=2, settings=AT_A_PRICE),
     Way("comfyui", "comfyui", ("ask", "paid", "poll", "download"), "task", "found", questions=4),
@@ -99,6 +110,8 @@ class Cell:
         place, stage = self.fault.place, self.fault.stage
         if stage == "paid" and self.way.lost == "found":  # what it would say is known
             return self.has_left
+        if place == "body" and stage == "paid" and self.way.begins_with_worth:
+            return True
         if place == "short-length":  # of an answer that is hardly longer
             return stage == "paid" and self.way.worth == "task"
         if place == "flip-status":  # a picture that is there was made, whatever stands beside it; a task's name not
@@ -122,7 +135,9 @@ class Cell:
         return (stages | {"download": self._of_download})[self.fault.stage]()
 
     def _of_introduction(self) -> int:
-        return 0
+        # A list of files in which the name of one is another: that one is missing, and nothing is queued.
+        is_spoilt = (self.way.id, self.fault.place) == ("comfyui", "flip-body") and self.fault.times != ONCE
+        return 2 if is_spoilt else 0
 
     def _of_paid_call(self) -> int:
         is_over = self.fault.times == ONCE and not self.stalls
@@ -133,8 +148,8 @@ class Cell:
         return 0 if is_over and self.way.lost != "unknown" else 7
 
     def _of_question(self) -> int:
-        if self.fault.place == "flip-body":
-            return 8
+        if self.fault.place == "flip-body":  # an entry is found by its key, and nobody looks at the name within it
+            return 0 if self.way.lost == "found" else 8
         return 0 if self.fault.times == ONCE else 7
 
     def _of_download(self) -> int:
@@ -154,7 +169,7 @@ class Cell:
         if self.fault.stage == "ask" or (self.fault.place == "flip-body" and self.fault.stage == "paid"):
             return 20
         if not self.exit_code:
-            return 7 + self.way.pause if self.stalls else 20
+            return 7 + 2 * self.way.pause if self.stalls else 20
         return 7 if "poll" in self.way.stages else 4
 
 

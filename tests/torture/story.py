@@ -137,7 +137,8 @@ class Story:
             self.first(mock, proxy)
             proxy.heal()
             self.then(mock, proxy)
-            self.note("download" not in proxy.keys_seen, "leak", "the key went with a download")
+            may_ask = self.cell.way.asks_for_key and self.cell.fault.place == "flip-body"  # there is no such file: 401
+            self.note("download" not in proxy.keys_seen or may_ask, "leak", "the key went with a download")
         self.search_for_keys()
 
     def strike(self) -> None:
