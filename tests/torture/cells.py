@@ -238,6 +238,13 @@ def killed() -> Iterator[Cell]:
 
 CELLS = [*plain(), *tls(), *killed()]
 SLICE = (
+    "modelscope/paid/link-end/close",
+    "modelscope/paid/body/SIGTERM",
+    "sdapi/ask/made/stall",
+    "sdapi/paid/garbage/spoil",
+    "comfyui/paid/made/close/once",
+    "comfyui/paid/flip-body/spoil",
+    "openai-free/paid/body/reset",
     "dashscope/paid/made/close",
     "dashscope/paid/link-end/close",
     "dashscope/paid/hints/spoil",
