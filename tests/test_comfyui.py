@@ -6,16 +6,18 @@ The server here keeps a queue and a history as ComfyUI does; what one of its rou
 from __future__ import annotations
 
 import base64
+import contextlib
 import io
 import json
 import os
 import re
 import signal
+import sqlite3
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
-from uuid import UUID
+from uuid import UUID, uuid4
 
 import pytest
 from PIL import Image, PngImagePlugin
@@ -23,6 +25,7 @@ from PIL import Image, PngImagePlugin
 from conftest import GENERATE, Result, Shell
 from fault_server import Answer, FaultServer, Received, file, html, json_answer, png, typed
 from mock_server import MockServer
+from zimage.batch.contract import DATABASE
 from zimage.provider import Provider
 from zimage.registry import provider_class, provider_named
 from zimage.request import ImageRequest
@@ -914,6 +917,25 @@ def test_rows_that_never_came_are_queued_again_in_the_same_run(
     result = rows(count=3)
     assert result.code == 0 and result.json["saved"] == 3, result.stdout
     assert len(comfy.jobs) == 3 and len(comfy.queued) == 5
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("lost", [0, 2], ids=["first", "last"])
+def test_a_row_of_a_run_that_was_cut_off_before_it_came_is_queued_once(
+    shell: Shell, comfy: Comfy, rows: Callable[..., Result], lost: int
+) -> None:
+    """Also the last one, to which the input comes when it is pending again."""
+    assert rows(count=3).code == 0
+    with contextlib.closing(sqlite3.connect(shell.folder / "out" / DATABASE)) as database:
+        facts = json.dumps({"task_id": str(uuid4())})
+        (name,) = database.execute("SELECT output FROM pictures WHERE line = ?", (lost + 1,)).fetchone()
+        (shell.folder / "out" / name).unlink()
+        database.execute("UPDATE pictures SET state = 'submitted', facts = ? WHERE line = ?", (facts, lost + 1))
+        database.commit()
+    before = len(comfy.queued)
+    result = rows(count=3)
+    assert (result.code, result.json["pending"]) == (0, 0), result.stdout
+    assert len(comfy.queued) - before == 1
 
 
 @pytest.mark.heavy

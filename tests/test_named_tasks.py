@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -21,6 +22,7 @@ from fault_server import png
 from zimage import evidence as evidence_room
 from zimage import make as room
 from zimage import registry, waiting
+from zimage.batch.jobs import Feed
 from zimage.batch.resume import clean_up
 from zimage.calls import Generated, Submitted
 from zimage.console import Console
@@ -294,8 +296,13 @@ def test_a_row_that_was_out_at_a_kill_is_asked_after_and_not_sent(
     assert outcome.failure is None and folder.picture(0)["state"] == "generated"
 
 
-def test_a_row_whose_task_never_came_is_pending_again(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
-    killed(folder, monkeypatch)
+@pytest.mark.parametrize("tells_attempts", [True, False])
+def test_a_row_whose_task_never_came_is_pending_again(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch, tells_attempts: bool
+) -> None:
+    (left,) = killed(folder, monkeypatch)
+    if not tells_attempts:  # a folder from elsewhere
+        folder.put(0, facts={"task_id": facts(left)["task_id"]})
     clean_up(folder.path, Console(json_mode=False, quiet=True), Stop(60))
 
     def unknown(task: Task, stop: Stop) -> None:
@@ -309,6 +316,25 @@ def test_a_row_whose_task_never_came_is_pending_again(folder: Folder, monkeypatc
     assert (outcome.left, job.state) == (Left.ANEW, "pending")
     picture = folder.picture(0)
     assert (picture["state"], picture["paid"]) == ("pending", 0)
+
+
+@pytest.mark.parametrize("lost", [(0,), (2,), (0, 1, 2), (1, 3)])
+def test_a_task_of_an_earlier_run_that_never_came_is_sent_once(folder: Folder, lost: tuple[int, ...]) -> None:
+    """The input may come to its row only after it is pending again."""
+    folder.plan(*({"prompt": f"fox {number}", "size": "1024*1024"} for number in range(1, 5)))
+    numbers = [picture["number"] for picture in folder.pictures() if picture["position"] is not None]
+    for index in lost:
+        folder.put(numbers[index], state="submitted", facts={"task_id": str(UUID(int=index))})
+    with folder.at_work() as work:
+        feed = Feed(work.jobs, ("pending",))
+        back = [work.job(numbers[index]) for index in lost]
+        for index in lost:
+            folder.put(numbers[index], state="pending", facts={})
+        feed.again(back[0], 1.0)
+        for job in back[1:]:
+            feed.anew(job)
+        sent = [job.number for job in iter(lambda: feed.next(math.inf), None) if job]
+        assert sorted(sent) == numbers
 
 
 def test_a_row_whose_answer_was_lost_is_submitted(folder: Folder, monkeypatch: pytest.MonkeyPatch) -> None:

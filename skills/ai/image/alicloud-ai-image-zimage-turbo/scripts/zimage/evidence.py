@@ -139,6 +139,8 @@ class Evidence:
 
     def end_attempt(self, **facts: Unpack[AttemptEnd]) -> None:
         """Add to the last attempt how it ended."""
+        if not self.data["attempts"]:
+            return  # a file or folder from elsewhere may tell of none
         *earlier, last = self.data["attempts"]
         known = cast("AttemptEnd", {name: value for name, value in facts.items() if value is not None})
         self.data["attempts"] = [*earlier, {**last, **known}]
@@ -165,8 +167,7 @@ class Evidence:
 
     def generated(self, generated: Generated, warnings: Sequence[str], generate_ms: float) -> None:
         """A picture is known to be made. Bytes that were handed over go to disk first, else they stay in `content`."""
-        if self.data["attempts"]:
-            self.end_attempt(http_status=generated.http_status, outcome="generated", billed="yes")
+        self.end_attempt(http_status=generated.http_status, outcome="generated", billed="yes")
         if generated.content:
             try:
                 self.path.parent.mkdir(parents=True, exist_ok=True)

@@ -119,15 +119,17 @@ class Feed:
         self._ready: deque[Job] = deque()
         self._due: list[tuple[float, int, Job]] = []  # to be sent again
         self._fed = (-1, -1)  # position and variant of the last picture read
+        # Tasks of earlier runs. Where one never came its picture is pending again, and sent by `again` alone: the
+        # input, which may not have come to it yet, must not bring it once more.
+        self._at_work = {job.number for job in jobs.submitted()}
 
     def next(self, now: float) -> Job | None:
         """The next picture to send: one whose retry is due, else the next of the input."""
         if self._due and self._due[0][0] <= now:
             return heapq.heappop(self._due)[2]
-        if not self._ready:
-            self._ready.extend(self._jobs.to_send(self._states, self._fed))
-            if self._ready:
-                self._fed = self._ready[-1].position
+        while not self._ready and (found := self._jobs.to_send(self._states, self._fed)):
+            self._fed = found[-1].position
+            self._ready.extend(job for job in found if job.number not in self._at_work)
         return self._ready.popleft() if self._ready else None
 
     def back(self, job: Job) -> None:
@@ -139,8 +141,8 @@ class Feed:
         heapq.heappush(self._due, (when, job.number, job))
 
     def anew(self, job: Job) -> None:
-        """Have a picture sent that is pending again, where its turn in the input is over."""
-        if job.position <= self._fed:
+        """Have a picture sent that is pending again, where the input does not bring it."""
+        if job.position <= self._fed or job.number in self._at_work:
             self.again(self._jobs.numbered(job.number), time.monotonic())
 
     @property
