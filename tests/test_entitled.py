@@ -5,6 +5,7 @@ What a base URL may look like, and that the program connects to nothing else, is
 
 from __future__ import annotations
 
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +195,12 @@ def test_a_login_may_lie_in_the_dotenv_of_the_working_folder_and_is_masked_in_ev
     assert said == "401 for Basic ***, ***, password ***"
 
 
+def test_a_login_of_bytes_that_are_no_text_goes_as_it_is_set() -> None:
+    """Python shows such bytes of the environment as halves of a character, which UTF-8 does not have."""
+    key = key_for(OPEN, at("http://127.0.0.1:8000"), NOBODY, LOGIN | {"OPENAI_PASSWORD": "h\udcf6hle"})
+    assert base64.b64decode(key.value.split()[1]) == b"fox:h\xf6hle"
+
+
 def test_who_is_asked_for_a_login_hears_where_it_goes() -> None:
     there = at("http://127.0.0.1:8000")
     with pytest.raises(Failure) as caught, telling_of_refused(NO_KEY, there, OPEN):
@@ -202,6 +209,31 @@ def test_who_is_asked_for_a_login_hears_where_it_goes() -> None:
     with pytest.raises(Failure) as caught, telling_of_refused(key_for(OPEN, there, NOBODY, LOGIN), there, OPEN):
         raise Failure("key_rejected", "no")
     assert "the login is that of environment OPENAI_USER and OPENAI_PASSWORD" in caught.value.message
+
+
+# A key that is refused ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("code", "given", "more"),
+    [
+        ("key_rejected", {}, "; --check --region singapore tries that one, free"),
+        ("key_rejected", {"region": "singapore"}, "; --region leads to dashscope-intl.aliyuncs.com: "),
+        ("key_rejected", {"flag": "http://127.0.0.1:1"}, "; --base-url leads to 127.0.0.1: it must be a key"),
+        ("access_denied", {}, ""),
+    ],
+)
+def test_who_has_named_no_region_hears_of_the_other_and_all_others_where_they_are(
+    code: str, given: Any, more: str
+) -> None:
+    key = Key(TEST_KEY, "environment X", others=lambda: ["another key is in: .env"])
+    endpoint = chosen(**given)
+    with pytest.raises(Failure) as caught, telling_of_refused(key, endpoint, VENDOR):
+        raise Failure(code, "no", hint="so", exit_code=3)
+    assert caught.value.message == "no; the key is that of environment X"
+    assert caught.value.fault.hint.startswith(f"so{more}")
+    assert caught.value.fault.hint.endswith("; another key is in: .env" if more else "so")
+    assert ("--check" in caught.value.fault.hint) is (not given and bool(more))
 
 
 # Which hosts are asked at all ----------------------------------------------------------------------------------------
@@ -291,6 +323,52 @@ def test_a_foreign_host_is_refused_by_where_it_was_named(name: str, given: str) 
     with pytest.raises(Failure, match=rf"^{name}: ") as caught:
         chosen(provider_named("zimageturbo"), **{given: "https://gpu.example/api"})
     assert code_of(caught) == "host_not_trusted"
+
+
+def test_a_key_goes_nowhere_in_the_clear_because_a_request_says_so() -> None:
+    with pytest.raises(Failure, match=r"^base_url: http would send the key in the clear") as caught:
+        chosen(request_url="http://gpu.example", trusted=frozenset(["gpu.example"]))
+    assert code_of(caught) == "invalid_base_url"
+    assert caught.value.fault.hint == "leave base_url out: no request needs it"
+
+
+@pytest.mark.parametrize(
+    ("url", "trusted", "host"),
+    [
+        ("https://a.example\\@b.example/", (), "a.example"),
+        ("https://a.example@b.example/", (), "a.example"),
+        ("https://a.example@b.example/", ("a.example",), "b.example"),
+        ("https://me@b.example:443/", (), "b.example"),
+        ("//B.example?x", (), "b.example"),
+        ("https://me@intranet/", (), "intranet"),
+        ("https://me@dashscope.aliyuncs.com/", (), None),
+        ("https://me@b.example/", ("b.example",), None),
+        ("https://me@127.0.0.1/", (), None),
+    ],
+)
+def test_a_stranger_in_a_request_is_named_however_the_url_may_be_read(
+    url: str, trusted: tuple[str, ...], host: str | None
+) -> None:
+    with pytest.raises(Failure, match=r"^base_url: ") as caught:
+        chosen(request_url=url, trusted=frozenset(trusted))
+    assert code_of(caught) == ("host_not_trusted" if host else "invalid_base_url")
+    assert (f"base_url: {host} is not a host of dashscope" in caught.value.message) is bool(host)
+    assert caught.value.fault.hint.startswith("leave base_url out") and "http" not in caught.value.fault.hint
+
+
+def test_a_host_by_flag_is_told_beside_the_one_that_is_set() -> None:
+    told = "--region leads to dashscope-intl.aliyuncs.com, and the key with it; DASHSCOPE_BASE_URL leads to "
+    for url, where in (("https://gpu.example", "gpu.example"), ("https://a b/", "another place")):
+        assert chosen(region="singapore", env={"DASHSCOPE_BASE_URL": url}).warnings == (told + where,)
+    for env in ({}, {"DASHSCOPE_BASE_URL": "https://dashscope-intl.aliyuncs.com"}):
+        assert chosen(region="singapore", env=env).warnings == ()
+
+
+@pytest.mark.parametrize(("length", "shown"), [(100, "/" + "p" * 99), (101, "/" + "p" * 98 + "…")])
+def test_of_a_long_path_only_the_beginning_is_shown(length: int, shown: str) -> None:
+    with pytest.raises(Failure) as caught:
+        at("https://dashscope.aliyuncs.com/" + "p" * (length - 1), VENDOR)
+    assert caught.value.message == f"x: its path {shown} is not one of this provider's"
 
 
 def test_where_no_server_is_named_the_user_is_told_how_to_name_one() -> None:

@@ -161,6 +161,15 @@ def test_a_profile_is_chosen_by_variable(
     assert find_key(PLACES, env | profile)[:3] == Key(value, f"~/.x/credentials [{source}]")[:3]
 
 
+@pytest.mark.parametrize(("length", "shown"), [(60, "p" * 60), (61, "p" * 59 + "…")])
+def test_of_a_long_name_of_a_profile_only_the_beginning_is_shown(
+    env: dict[str, str], home: Path, length: int, shown: str
+) -> None:
+    profile = "p" * length
+    ini(home, f"[{profile}]\nx_api_key = sk-ini\n")
+    assert find_key(PLACES, env | {"X_PROFILE": profile}).source == f"~/.x/credentials [{shown}]"
+
+
 @pytest.mark.parametrize("profile", ["none", "empty"])
 def test_a_profile_without_a_key_leaves_it_to_the_next_place(env: dict[str, str], home: Path, profile: str) -> None:
     ini(home, "[default]\nx_api_key = sk-default\n[empty]\nregion = x\n")
@@ -252,6 +261,21 @@ def test_whatever_a_header_carries_may_be_a_key(env: dict[str, str], value: str)
 def test_what_no_header_carries_and_what_is_a_placeholder_is_refused(env: dict[str, str], value: str) -> None:
     code, message, _ = refusal(env | {"X_API_KEY": value})
     assert code == "key_malformed" and "environment X_API_KEY" in message and value not in message
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        *("your-api-key", "YOUR_KEY", "sk-yourkey", "sk-your-key-0123456789", "put-key-here", "change-me"),
+        *("sk-xxxxx", "sk-****7f", "sk-...7f", "sk-", "sk-000", "replace_me", "my-api-key", "apikey", "null", "None"),
+        *("X_API_KEY", "X_API_KEY_0", "$X_API", "${KEY}", "%KEY%", "{{key}}", "[key]", "placeholder"),
+    ],
+)
+def test_what_stands_in_for_a_key_is_named_as_that(env: dict[str, str], value: str) -> None:
+    """But where a key is optional: clients of a server of one's own must send some word, and the server takes any."""
+    code, message, hint = refusal(env | {"X_API_KEY": value})
+    assert code == "key_malformed" and "is a placeholder, not a key" in message and "their own key" in hint
+    assert find_key(PLACES._replace(optional=True), env | {"X_API_KEY": value}).value == value
 
 
 @pytest.mark.parametrize("value", ["Bearer sk-4f1d0c2b9a", "bearer\tsk-4f1d0c2b9a", "BEARER  x-1"])
