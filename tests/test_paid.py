@@ -28,6 +28,7 @@ from zimage.make import generate, make, save, send, settling
 from zimage.options import read_options
 from zimage.picture import Picture
 from zimage.plan import Plan, make_plan
+from zimage.provider import Provider
 from zimage.task import Task
 from zimage.trust import Home
 from zimage.waiting import Stop, Stopped
@@ -158,6 +159,48 @@ def test_a_signal_is_held_against_the_moment_when_the_request_left(
     (attempt,) = record.evidence.data["attempts"]
     assert {name: value for name, value in attempt.items() if name != "at"} == ended
     assert record.evidence.have.billed == ended.get("billed", "unknown")
+
+
+def test_what_a_refusal_teaches_is_asked_for_once_more_and_told_once(
+    env: dict[str, str], record: EvidenceFile, play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server that says what it does not take is asked without it: nothing was billed."""
+    learnt: list[str] = []
+
+    def learns(provider: Provider, failure: Failure) -> bool:
+        learnt.append(failure.code)
+        return failure.code == "rejected_by_service"
+
+    kind, asked = type(planned(env).provider), record.evidence.data["payload"]
+    monkeypatch.setattr(kind, "learns_from", learns)
+    monkeypatch.setattr(kind, "payload", lambda provider, request: {"tries": len(learnt)})
+    monkeypatch.setattr(kind, "notes", lambda provider, request: ("as before", *["it is plainer"] * len(learnt)))
+    left = play(Failure("rejected_by_service", "no such field", http_status=400), MADE)
+    made_of(planned(env), record)
+    assert [content["payload"] for content in left] == [asked, {"tries": 1}]
+    assert [attempt["billed"] for attempt in on_disk(record)["attempts"]] == ["no", "yes"]
+    assert on_disk(record)["warnings"] == ["as before", "it is plainer"]
+
+
+def test_a_refusal_that_teaches_nothing_is_the_end(
+    env: dict[str, str], record: EvidenceFile, play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = play(Failure("blocked", "no such thing"), MADE)
+    plan = planned(env)
+    monkeypatch.setattr(type(plan.provider), "payload", lambda provider, request: {"is": "another"})
+    with pytest.raises(Failure, match="no such thing"):
+        made_of(plan, record)
+    assert len(left) == 1
+
+
+def test_the_key_goes_along_to_the_server_that_the_picture_was_asked_of(
+    plan: Plan, record: EvidenceFile, play: Play, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    homes: list[Home] = []
+    monkeypatch.setattr(room, "save", lambda record, provider, output, stop, home, **how: homes.append(home))
+    play(MADE)
+    made_of(plan, record)
+    assert [home.key for home in homes] == [TEST_KEY]
 
 
 def test_work_in_this_process_has_no_status_of_http(plan: Plan, record: EvidenceFile, play: Play) -> None:
@@ -400,7 +443,9 @@ def test_a_taken_name_is_found_before_anything_is_paid(env: dict[str, str], plan
     assert response["image_path"] == str(plan.output) and plan.output.read_bytes() == PNG
 
 
-@pytest.mark.parametrize("check", ["check_space", "check_writable", "wired_adapter", "get_ready", "key_for"])
+@pytest.mark.parametrize(
+    "check", ["check_space", "check_writable", "wired_adapter", "get_ready", "get_to_know", "key_for"]
+)
 def test_every_check_comes_before_the_call(
     env: dict[str, str], plan: Plan, sent: list[Key], monkeypatch: pytest.MonkeyPatch, check: str
 ) -> None:

@@ -95,6 +95,19 @@ def test_the_providers_own_settings_are_in_the_evidence(planned: Planned) -> Non
     assert content["settings"]["steps"] == 12 and content["billable"] is plan.provider.billable
 
 
+def test_what_the_picture_will_not_be_made_with_is_in_the_evidence(planned: Planned) -> None:
+    words = "--prompt", "a fox", "--provider", "openai"
+    assert "seed" in (planned(*words, "--omit", "seed", OPENAI_BASE_URL=SERVER).sent["unused"] or ())
+    assert planned("--prompt", "a fox").sent["unused"] is None
+
+
+def test_a_setting_that_is_of_use_in_a_batch_only_is_told_where_it_is_given(planned: Planned) -> None:
+    words = "--prompt", "a fox", "--provider", "diffusers"
+    assert not planned(*words).warnings and not planned(*words, "--steps", "9").warnings
+    (told,) = planned(*words, "--at-once", "2").warnings
+    assert told.startswith("--at-once is for a batch")
+
+
 def test_a_picture_lies_beside_its_evidence_and_is_named_as_it(planned: Planned, tmp_path: Path) -> None:
     plan = planned("--prompt", "A red fox!")
     assert plan.evidence_path.parent == tmp_path / "out" / SKILL / "evidence"
@@ -298,6 +311,14 @@ def test_a_replay_is_the_same_request_by_the_same_provider_at_the_same_place(pla
     assert str(plan.evidence_path) != old
 
 
+@pytest.mark.parametrize(("response", "seed"), [({"seed": 31}, 31), ({"seed": 0}, 0), ({}, 5)])
+def test_a_replay_asks_for_the_seed_that_the_picture_was_drawn_from(
+    planned: Planned, tmp_path: Path, response: dict[str, Any], seed: int
+) -> None:
+    """A server may say that it was another than the one it was asked for."""
+    assert planned("--replay", saved(tmp_path, "dashscope", response=response)).request.seed == seed
+
+
 def test_flags_win_over_what_is_replayed(planned: Planned, tmp_path: Path) -> None:
     old = saved(tmp_path, "dashscope", region="singapore", endpoint=SINGAPORE)
     assert planned("--replay", old, "--seed", "9").request.seed == 9
@@ -386,6 +407,7 @@ def test_a_base_url_that_is_no_text_leads_nowhere(refused: Refused, url: Any) ->
 
 def test_a_base_url_that_is_written_counts_before_the_environment(planned: Planned) -> None:
     words = "--request", json.dumps({"prompt": "a fox", "base_url": "http://127.0.0.1:2"})
-    assert planned(*words, DASHSCOPE_BASE_URL="http://127.0.0.1:1").endpoint.root == "http://127.0.0.1:2/api/v1"
+    endpoint = planned(*words, DASHSCOPE_BASE_URL="http://127.0.0.1:1").endpoint
+    assert (endpoint.root, endpoint.source) == ("http://127.0.0.1:2/api/v1", "base_url")
     flagged = planned(*words, "--base-url", "http://127.0.0.1:3").endpoint.root
     assert flagged == "http://127.0.0.1:3/api/v1"

@@ -12,7 +12,8 @@ TRUST = ("tests/test_entitled.py", "tests/test_trust.py")
 EXCHANGE = ("tests/test_exchange.py",)
 ACCOUNT = ("tests/test_account.py", "tests/test_words.py")
 NETWORK = ("tests/test_network.py", "tests/test_service_words.py")
-OWN = ("tests/test_named_tasks.py", "tests/test_words.py", "tests/test_own_servers.py")
+NAMED = "tests/test_named_tasks.py"
+OWN = ("tests/test_words.py", "tests/test_own_servers.py")
 BATCH_FIRST = ("tests/test_batch_results.py",)
 BATCH_QUICK = ("tests/test_batch_state.py", "tests/test_batch_results.py")
 BATCH_SLOW = (
@@ -23,8 +24,8 @@ SEAM_ONE = ("tests/test_seam.py", "-k", "attempt_leaves or copy_that or impossib
 SEAM_MANY = ("tests/test_seam.py", "-k", "earlier_run or of_a_row or collides or saved_row or links_that")
 
 ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
-    "make": (("tests/test_paid.py",), OWN, ONE_PICTURE, FAULTS, SEAM_ONE, PROVIDERS),
-    "settle": (("tests/test_settle.py",), OWN, ONE_PICTURE, FAULTS, BATCH_QUICK),
+    "make": (("tests/test_paid.py", NAMED), OWN, ONE_PICTURE, FAULTS, SEAM_ONE, PROVIDERS),
+    "settle": (("tests/test_settle.py", NAMED), OWN, ONE_PICTURE, FAULTS, BATCH_QUICK),
     "plan": (
         ("tests/test_plan.py",),
         ACCOUNT,
