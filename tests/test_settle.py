@@ -16,6 +16,7 @@ from zimage.contract import GENERATE_IMAGE
 from zimage.errors import ASK_BEFORE_PAYING, BILLED, KINDS, RECOVER_FREE, Failure, Fault, Left
 from zimage.evidence import Evidence, EvidenceFile
 from zimage.settle import (
+    BY_HAND,
     DEAD_LINK,
     NO_SECOND_TRY,
     STATES,
@@ -27,6 +28,7 @@ from zimage.settle import (
     ended_early,
     explained,
     left_by,
+    may_go_again,
     most_billed,
     own_command,
     retry_wait,
@@ -217,6 +219,16 @@ def test_unless_said_otherwise_the_evidence_is_on_disk(tmp_path: Path) -> None:
     assert explained(known, Failure("disk", "x")).fault.next_command
 
 
+def test_where_no_shell_takes_the_way_back_its_place_is_left_open(tmp_path: Path) -> None:
+    """A word that ends in a line break cannot be quoted."""
+    place = ("--base-url", "http://127.0.0.1\n")
+    lost = explained(evidence(tmp_path, "unknown"), Failure("outcome_unknown", "x"), place=place).fault
+    assert (lost.hint, lost.next_command) == (ASK_BEFORE_PAYING, None)
+    known = evidence(tmp_path, "generated", response={"image_url": LINK})
+    paid = explained(known, Failure("disk", "x"), place=place).fault
+    assert (paid.hint, paid.next_command) == (BY_HAND, None)
+
+
 def test_a_command_names_the_interpreter_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
     assert shlex.split(own_command("--check") or "") == [sys.executable, str(GENERATE_IMAGE), "--check"]
     monkeypatch.setattr(sys, "executable", "")  # an embedded one may not know where it lies
@@ -261,6 +273,10 @@ def test_an_unpaid_try_leaves_nothing_to_look_at_in_a_batch(tmp_path: Path) -> N
     [
         ("submitting", {"attempts": []}, "nothing was billed", KINDS["interrupted"].hint, "no"),
         ("submitting", {}, "the request was out; whether it was billed is not known", ASK_BEFORE_PAYING, "unknown"),
+        (
+            *("submitting", {"billable": False}, "the request was out; whether the picture was made is not known"),
+            *("the picture may have been made; --replay EVIDENCE makes it once more", "unknown"),
+        ),
         ("generated", {}, "the picture is paid for and not saved yet", RECOVER_FREE, "yes"),
         ("submitted", {"task_id": "t"}, "the service works on the picture", "run next_command: it goes on", "unknown"),
     ],
@@ -341,6 +357,39 @@ def test_where_nothing_costs_what_is_lost_is_sent_again(
     failure = Failure(code, "x", **facts)
     assert (retry_wait(failure, attempt, retries, Stop(600), billable=False) is not None) == waits
     assert retry_wait(failure, attempt, retries, Stop(600)) is None or failure.fault.retryable
+
+
+@pytest.mark.parametrize(
+    ("code", "facts", "billable", "retryable"),
+    [
+        ("outcome_unknown", PAGE, False, True),
+        ("outcome_unknown", PAGE, True, False),
+        ("outcome_unknown", {"http_status": 302}, False, False),  # what redirects would do so again
+        ("no_image", {"http_status": 200}, False, False),
+        ("rate_limited", {}, True, True),
+    ],
+)
+def test_it_is_told_whether_the_same_command_may_help(
+    tmp_path: Path, code: str, facts: dict[str, Any], billable: bool, retryable: bool
+) -> None:
+    lost = evidence(tmp_path, "unknown", billable=billable)
+    assert explained(lost, Failure(code, "x", **facts)).fault.retryable is retryable
+
+
+@pytest.mark.parametrize(
+    ("code", "facts", "elsewhere", "goes"),
+    [
+        ("key_rejected", {}, True, True),
+        ("key_rejected", {}, False, False),
+        ("key_rejected", {"billed": "unknown"}, True, False),
+        ("rejected_by_service", {}, True, False),  # it is the request
+        ("outcome_unknown", {"everywhere": True}, True, False),
+    ],
+)
+def test_another_server_is_asked_where_this_one_surely_took_nothing(
+    code: str, facts: dict[str, Any], elsewhere: bool, goes: bool
+) -> None:
+    assert may_go_again(Fault.of(code, "x", **facts), billable=True, elsewhere=elsewhere) is goes
 
 
 def test_a_failure_is_never_changed() -> None:
