@@ -19,7 +19,7 @@ from zimage.contract import MAX_REQUEST_BYTES, SKILL, VERSION
 from zimage.errors import Failure
 from zimage.evidence import utc_now
 from zimage.options import read_options
-from zimage.plan import Plan, make_plan
+from zimage.plan import Options, Plan, make_plan
 from zimage.waiting import Stop
 
 SERVER = "http://127.0.0.1:8000/v1"
@@ -76,6 +76,7 @@ def test_the_evidence_of_a_plan_says_what_is_sent_where_and_what_it_costs(planne
     assert content["schema_version"] == 1 and content["operation"] == "image.generate"
     assert (content["tool"], content["status"]) == ({"name": SKILL, "version": VERSION}, "submitting")
     assert (content["provider"], content["region"], content["endpoint"]) == ("dashscope", "beijing", BEIJING)
+    assert content["endpoint_source"] == "default"
     assert content["request"] == {"prompt": "a fox", "size": "512*768", "seed": 7, "prompt_extend": True}
     assert content["payload"] == plan.payload and "a fox" in json.dumps(plan.payload)
     assert content["billable"] is True and content["attempts"] == [] and "settings" not in content
@@ -106,6 +107,17 @@ def test_a_setting_that_is_of_use_in_a_batch_only_is_told_where_it_is_given(plan
     assert not planned(*words).warnings and not planned(*words, "--steps", "9").warnings
     (told,) = planned(*words, "--at-once", "2").warnings
     assert told.startswith("--at-once is for a batch")
+
+
+def test_a_plan_that_is_made_anew_keeps_what_was_to_be_told(planned: Planned) -> None:
+    plan = planned("--prompt", "a fox", "--provider", "diffusers", "--at-once", "2")
+    assert plan.warnings and plan.anew() == plan
+
+
+def test_who_says_nothing_of_it_agrees_to_no_cost() -> None:
+    options = read_options(["--prompt", "a fox"], {})
+    assert (options.deep, options.accept_cost) == (False, False)
+    assert Options._field_defaults == {"deep": False, "accept_cost": False}
 
 
 def test_a_picture_lies_beside_its_evidence_and_is_named_as_it(planned: Planned, tmp_path: Path) -> None:
@@ -308,6 +320,7 @@ def test_a_replay_is_the_same_request_by_the_same_provider_at_the_same_place(pla
     plan = planned("--replay", old, DASHSCOPE_BASE_URL="http://127.0.0.1:1/api/v1")
     assert (plan.provider.name, plan.endpoint.region, plan.endpoint.url) == ("dashscope", "singapore", SINGAPORE)
     assert plan.request.as_dict() == request and plan.price.estimate == 0.03
+    assert plan.endpoint.source == "--replay"
     assert str(plan.evidence_path) != old
 
 
@@ -367,6 +380,11 @@ def test_settings_of_an_evidence_file_that_no_command_line_gives_are_refused(
 ) -> None:
     code, problem = refused("--replay", saved(tmp_path, settings=settings), OPENAI_BASE_URL=SERVER)
     assert code == "invalid_evidence" and problem.startswith(told) and len(problem) < 200
+
+
+def test_a_setting_that_a_flag_replaces_is_not_looked_at(planned: Planned, tmp_path: Path) -> None:
+    words = "--replay", saved(tmp_path, settings={"steps": 0}), "--steps", "20"
+    assert planned(*words, OPENAI_BASE_URL=SERVER).provider.known_settings["steps"] == 20
 
 
 def test_a_folder_of_an_evidence_file_is_not_one_of_where_it_is_replayed(refused: Refused, tmp_path: Path) -> None:

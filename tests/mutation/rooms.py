@@ -110,6 +110,30 @@ EXPLAINED: tuple[Explained, ...] = (
         "urllib3 requires a certificate where nothing is said; that is said here all the same",
     ),
     Explained(
+        "plan",
+        "raise AssertionError",
+        "pass",
+        "what is missing has left a problem, which was raised; the types need it said",
+    ),
+    Explained(
+        "plan",
+        "if endpoint is None or output is None:  # each of them has left a problem",
+        None,
+        "what is missing has left a problem, which was raised; the types need it said",
+    ),
+    Explained(
+        "plan",
+        "if recorded and replayed:",
+        "if replayed:",
+        "nothing is replayed of no record; the types need it said",
+    ),
+    Explained(
+        "settle",
+        'Advice(PICTURE_BLOCKED, code="blocked", refused="output"),',
+        'Advice(PICTURE_BLOCKED, refused="output"),',
+        "it is told of what is blocked alone which side was refused",
+    ),
+    Explained(
         "settle",
         "return max(known, key=BILLED.index)",
         "return max(known)",
