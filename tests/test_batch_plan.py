@@ -214,6 +214,19 @@ def test_what_a_row_means_for_its_picture(
     assert {name: count for name, count in kinds(survey).items() if name != "displaced"} == expected
 
 
+@pytest.mark.parametrize(("state", "kind"), [("unknown", "retried"), ("submitting", "retried"), ("failed", "settled")])
+def test_where_nothing_costs_what_is_not_known_is_made_again_unasked(tmp_path: Path, state: str, kind: str) -> None:
+    folder = Folder(tmp_path / "out", "openai", url=LOCAL)
+    folder.plan("a")
+    folder.put(0, state=state, paid=1)
+    assert kinds(folder.survey(folder.stage("a"))) == {kind: 1}
+
+
+def test_a_variant_with_its_own_name_is_not_edited(folder: Folder) -> None:
+    folder.plan(ROW, variants=3)
+    assert kinds(folder.survey(folder.stage(ROW, variants=3))) == {"pending": 3}
+
+
 @pytest.mark.parametrize("state", ["pending", "saved"])
 def test_another_place_is_a_change_of_every_row(folder: Folder, state: str) -> None:
     folder.plan("a", "b")

@@ -173,8 +173,12 @@ def test_of_a_long_name_of_a_profile_only_the_beginning_is_shown(
 @pytest.mark.parametrize("profile", ["none", "empty"])
 def test_a_profile_without_a_key_leaves_it_to_the_next_place(env: dict[str, str], home: Path, profile: str) -> None:
     ini(home, "[default]\nx_api_key = sk-default\n[empty]\nregion = x\n")
+    lack = "there is no such profile" if profile == "none" else "there is no x_api_key"
+    looked_at = f"~/.x/credentials [{profile}] is looked at, and {lack}"
+    assert refusal(env | {"X_PROFILE": profile})[1] == f"no API key found ({looked_at})"
     write(home / ".x" / "api_key", "sk-own")
-    assert find_key(PLACES, env | {"X_PROFILE": profile}).value == "sk-own"
+    key = find_key(PLACES, env | {"X_PROFILE": profile})
+    assert key.value == "sk-own" and list(key.others()) == [looked_at]
 
 
 def test_credentials_are_read_as_other_tools_write_them(env: dict[str, str], home: Path) -> None:

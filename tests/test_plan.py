@@ -77,6 +77,7 @@ def test_the_evidence_of_a_plan_says_what_is_sent_where_and_what_it_costs(planne
     assert (content["tool"], content["status"]) == ({"name": SKILL, "version": VERSION}, "submitting")
     assert (content["provider"], content["region"], content["endpoint"]) == ("dashscope", "beijing", BEIJING)
     assert content["endpoint_source"] == "default"
+    assert plan._replace(endpoint=plan.endpoint._replace(source="")).asked_at["endpoint_source"] is None
     assert content["request"] == {"prompt": "a fox", "size": "512*768", "seed": 7, "prompt_extend": True}
     assert content["payload"] == plan.payload and "a fox" in json.dumps(plan.payload)
     assert content["billable"] is True and content["attempts"] == [] and "settings" not in content
@@ -241,6 +242,11 @@ def test_a_provider_that_takes_no_seed_is_asked_without_one(planned: Planned, re
     assert code == "invalid_request" and problem.startswith("seed:")
 
 
+def test_no_plan_of_such_a_provider_has_a_seed(planned: Planned) -> None:
+    plan, seeded = planned("--prompt", "a fox", "--provider", "zimageturbo"), planned("--prompt", "a fox").request
+    assert seeded.seed is not None and plan._replace(request=seeded).anew().request.seed is None
+
+
 def test_no_field_that_is_wrong_is_judged_twice(refused: Refused) -> None:
     request = json.dumps({"prompt": "a fox", "prompt_extend": "yes", "size": "1*1"})
     _, *problems = refused("--provider", "diffusers", "--request", request)
@@ -309,6 +315,8 @@ def test_no_workspace_is_none(planned: Planned) -> None:
 def test_a_workspace_that_is_no_header_is_refused_by_its_variable(refused: Refused, name: str) -> None:
     code, problem = refused("--prompt", "a fox", DASHSCOPE_WORKSPACE=name)
     assert code == "invalid_account" and problem.startswith("DASHSCOPE_WORKSPACE:") and name not in problem
+    _, *problems = refused("--prompt", "a fox", "--base-url", "https://x.example/a?b", DASHSCOPE_WORKSPACE=name)
+    assert [text.partition(":")[0] for text in problems] == ["DASHSCOPE_WORKSPACE", "--base-url"]
 
 
 # Replay ---------------------------------------------------------------------------------------------------------------
@@ -365,7 +373,8 @@ def test_a_replay_takes_the_settings_of_then_and_flags_win(planned: Planned, tmp
     ("settings", "told"),
     [
         ({"stepz": 12}, "settings.stepz: is not known"),
-        ({"x" * 80: 1}, f"settings.{'x' * 57}"),
+        ({"x" * 60: 1}, f"settings.{'x' * 60}: is not known"),
+        ({"x" * 61: 1}, f"settings.{'x' * 59}…: is not known"),
         ({"steps": 0}, "settings.steps: must be a whole number from 1 to 200"),
         ({"steps": "many"}, "settings.steps: must be a whole number from 1 to 200"),
         ({"steps": "12"}, "settings.steps: must be as the command line reads it: 12"),  # a text

@@ -123,6 +123,18 @@ EXPLAINED: tuple[Explained, ...] = (
     ),
     Explained(
         "plan",
+        'sentences = provider.cannot(normalize({"prompt": "x"} | sound, with_seed=provider.takes_seed))',
+        'sentences = provider.cannot(normalize({"prompt": "xx"} | sound, with_seed=provider.takes_seed))',
+        "any prompt that is right, where the request has none",
+    ),
+    Explained(
+        "plan",
+        "request = normalize(raw, with_seed=provider.takes_seed)",
+        "request = normalize(raw)",
+        "a plan takes away the seed that its provider does not take",
+    ),
+    Explained(
+        "plan",
         "if recorded and replayed:",
         "if replayed:",
         "nothing is replayed of no record; the types need it said",
@@ -168,6 +180,18 @@ EXPLAINED: tuple[Explained, ...] = (
         "self.latency_before: float | None = (database.execute(question).fetchone() or (None,))[0]",
         "self.latency_before: float | None = (database.execute(question).fetchone() or (None,))[ -1]",
         "the last of one is the first",
+    ),
+    Explained(
+        "batch/plan",
+        'return [f"output: {outside_text(output, 100)} is that of {self.unit} {taken[0]} too"]',
+        'return [f"output: {outside_text(output, 100)} is that of {self.unit} {taken[ -1]} too"]',
+        "the last of one is the first",
+    ),
+    Explained(
+        "batch/plan",
+        'texts = [f"{self.unit} {row.line}: {text}" for text in sentences[: max(0, room)]]',
+        'texts = [f"{self.unit} {row.line}: {text}" for text in sentences[: max( -1, room)]]',
+        "there is never less room than none",
     ),
     Explained("batch/journal", "GROUP = 500  # statements a commit", None, "any number like it does"),
     Explained(
