@@ -183,6 +183,7 @@ def test_a_login_that_is_none_is_told_where_it_would_go(env: dict[str, str], wha
     with pytest.raises(Failure) as caught:
         key_for(OPEN, at("http://127.0.0.1:8000"), NOBODY, env)
     assert code_of(caught) == "key_malformed" and what in caught.value.message
+    assert caught.value.fault.hint == "tell the user to set both anew, or none"
     assert "hole" not in caught.value.message
     assert key_for(OPEN, at(OURS), NOBODY, env) == NO_KEY
 

@@ -6,6 +6,7 @@ That the program then sends that key, and shows it nowhere, is held by test_cred
 from __future__ import annotations
 
 import errno
+import os
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from zimage import keys, outside
 from zimage.errors import Failure
 from zimage.keys import Key, KeyPlaces, dotenv_value, find_key
 from zimage.outside import mask
+from zimage.provider import ConfigFile
 
 PLACES = KeyPlaces(
     variable="X_API_KEY",
@@ -80,6 +82,38 @@ def test_the_first_place_that_holds_a_key_counts(env: dict[str, str], home: Path
     assert found.value == "sk-dotenv" and ".env" in found.source
     env["X_API_KEY"] = " sk-env "
     assert find_key(PLACES, env)[:3] == Key("sk-env", "environment X_API_KEY")[:3]
+
+
+def test_the_file_of_the_services_own_client_comes_after_that_of_its_other_tools(
+    env: dict[str, str], home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keys, "config_of", lambda file, env: {"api_key": "sk-config"} if file else {})
+    places = PLACES._replace(config_file=ConfigFile("X_CONFIG", ".x/config"))
+    env["X_API_KEY_FILE"] = str(write(home / "named", "sk-named\n"))
+    assert find_key(PLACES, env).value == "sk-named"
+    assert find_key(places, env)[:2] == ("sk-config", "api_key in ~/.x/config")
+    ini(home, "[default]\nx_api_key = sk-ini\n")
+    assert find_key(places, env).value == "sk-ini"
+
+
+def test_a_key_knows_where_others_lie_should_it_be_refused(env: dict[str, str], home: Path) -> None:
+    env["X_API_KEY"] = "sk-own"
+    assert list(find_key(PLACES, env).others()) == []
+    write(home / ".x" / "api_key", "sk-own")
+    assert list(find_key(PLACES, env).others()) == []  # the same key
+    ini(home, "[default]\nx_api_key = sk-ini\n")
+    write(Path(".env"), "X_API_KEY=sk-dotenv\n")
+    assert list(find_key(PLACES, env).others()) == [
+        "another key is in: .env in the working folder, ~/.x/credentials [default]"
+    ]
+
+
+def test_the_environment_of_the_process_is_one_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes no name but a text."""
+    monkeypatch.delenv("X_API_KEY", raising=False)
+    with pytest.raises(Failure) as caught:
+        find_key(ALONE, os.environ)
+    assert caught.value.code == "key_missing"
 
 
 def test_only_the_places_of_a_provider_are_looked_at(env: dict[str, str], home: Path) -> None:
@@ -245,6 +279,17 @@ def test_every_file_that_cannot_be_read_is_named_with_its_reason(
     assert refusal(env)[1] == "no API key found (.env cannot be read: permission denied)"
 
 
+@pytest.mark.parametrize(("length", "cut"), [(200, False), (201, True)])
+def test_of_a_long_path_only_the_beginning_is_shown(home: Path, length: int, cut: bool) -> None:
+    end = "/.x/api_key"
+    deep = home / ("h" * (length - len(f"{home}/{end}")))
+    deep.mkdir()
+    path = str(write(deep / ".x" / "api_key", b"\xff"))
+    assert len(path) == length
+    shown = f"{path[:199]}…" if cut else path
+    assert refusal({"HOME": str(deep)})[1] == f"no API key found ({shown} cannot be read: not UTF-8)"
+
+
 def test_what_is_no_file_is_no_place(env: dict[str, str], home: Path) -> None:
     Path(".env").mkdir()
     (home / ".x" / "api_key").mkdir(parents=True)
@@ -286,6 +331,15 @@ def test_what_stands_in_for_a_key_is_named_as_that(env: dict[str, str], value: s
 def test_the_word_before_a_key_is_named_as_that(env: dict[str, str], value: str) -> None:
     code, message, hint = refusal(env | {"X_API_KEY": value})
     assert code == "key_malformed" and "begins with the word Bearer" in message and "store the key alone" in str(hint)
+
+
+@pytest.mark.parametrize("value", ["sk-plan-4f1d0c2b9a", "SK-Plan-4f1d0c2b9a"])
+def test_a_key_of_another_kind_is_not_sent(env: dict[str, str], value: str) -> None:
+    places = PLACES._replace(unfit={"sk-plan-": "is of a plan, which pays for no pictures"})
+    code, message, hint = refusal(env | {"X_API_KEY": value}, places)
+    assert code == "key_malformed" and hint.startswith("tell the user; another key")
+    assert message == "the API key from environment X_API_KEY is of a plan, which pays for no pictures"
+    assert find_key(places, env | {"X_API_KEY": "my-sk-plan-4f1d0c2b9a"}).value == "my-sk-plan-4f1d0c2b9a"
 
 
 def test_what_is_longer_than_any_key_is_refused(env: dict[str, str]) -> None:
