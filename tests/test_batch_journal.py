@@ -19,7 +19,7 @@ from batch_folder import BLANK, AtWork, Folder
 from zimage.batch import journal as room
 from zimage.batch.contract import DATABASE, RESERVE
 from zimage.batch.folder import Reserve, open_database
-from zimage.batch.jobs import Job, Jobs, read_services
+from zimage.batch.jobs import Feed, Job, Jobs, read_services
 from zimage.batch.journal import Journal, JournalRow, RunRow
 from zimage.calls import Generated, Submitted
 from zimage.errors import Failure, Fault, Left
@@ -314,6 +314,135 @@ def test_a_link_leads_to_this_machine_or_an_own_server_only_where_the_run_names_
         assert numbers(work.jobs.paid(-1)) == ([0, 1] if is_fetched else [])
         told = f"2 paid pictures wait at {url}: only a run that names it fetches them"
         assert work.jobs.out_of_reach() == ([] if is_fetched else [told])
+
+
+# Several servers of one's own -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(folder: Folder) -> Folder:
+    """Four pictures that a server of one's own was asked for."""
+    folder.at("openai", url=LOCAL)
+    folder.plan("a", "b", "c", "d")
+    return folder
+
+
+def test_what_is_asked_for_elsewhere_says_where_it_was_asked_for_before(own: Folder) -> None:
+    own.put(0, facts={"attempts": [EARLIER]})
+    before = own.place
+    with own.at_work() as work:
+        job = work.job(0)
+    first, started = job.plan, job.evidence.data["started_at"]
+    job.ask_at(job.service, before)
+    assert job.plan is first and job.evidence.data["attempts"] == [EARLIER]
+    own.at("openai", url=NEIGHBOUR, settings={"steps": 4})
+    job.ask_at(7, own.place)
+    assert job.service == 7 and job.plan.provider is own.place.provider and job.plan.endpoint is own.place.endpoint
+    same = ("output", "overwrite", "evidence_path", "workspace")
+    assert [getattr(job.plan, name) for name in same] == [getattr(first, name) for name in same]
+    said = job.evidence.data
+    assert said["endpoint"] == own.place.endpoint.url and said["started_at"] == started
+    assert said["payload"] == job.plan.payload and said["settings"]["steps"] == 4
+    assert said["attempts"] == [{"endpoint": before.endpoint.url, **EARLIER}]
+    job.ask_at(7, before)  # under its number another provider may be set up
+    assert job.plan.provider is before.provider and job.evidence.data["settings"]["steps"] == 8
+
+
+def test_what_was_learnt_of_a_server_is_in_the_next_call(own: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+    with own.at_work() as work:
+        job = work.job(0)
+    first = job.plan
+    job.renew()
+    assert job.plan is first
+    monkeypatch.setattr(type(first.provider), "payload", lambda provider, request: {"plain": True})
+    job.renew()
+    assert job.plan.payload == job.evidence.data["payload"] == {"plain": True}
+
+
+STRANDED = [  # the state, the link, whether it is only there: where this machine is asked, where another is
+    ("submitted", "", (True, True)),
+    ("generated", "http://127.0.0.1:9/a.png", (True, True)),  # of the server that was asked
+    ("generated", LINK, (False, True)),
+    ("saved", "", (False, False)),
+]
+
+
+@pytest.mark.parametrize(("here", "column"), [(NEIGHBOUR, 0), (PUBLIC, 1)])
+def test_what_only_a_server_has_that_is_not_named_any_more(own: Folder, here: str, column: int) -> None:
+    for number, (state, link, _) in enumerate(STRANDED):
+        own.put(number, state=state, paid=1, facts={"task_id": "t", "response": {"image_url": link} if link else {}})
+    only_there = [number for number, row in enumerate(STRANDED) if row[2][column]]
+    with own.at_work() as work:
+        assert work.jobs.stranded() == []  # it is named
+    own.at("openai", url=here)
+    with own.at_work() as work:
+        assert numbers(work.jobs.stranded()) == only_there
+        assert [number for number in range(4) if work.jobs.is_only_there(work.job(number))] == only_there
+    own.put(0, position=None)
+    with own.at_work() as work:
+        assert numbers(work.jobs.stranded()) == only_there[1:]  # what is in the input
+
+
+def test_where_users_name_servers_any_of_them_sends_what_is_left(own: Folder) -> None:
+    own.at("openai", url=NEIGHBOUR)
+    with own.at_work() as work:
+        assert numbers(work.jobs.to_send(("pending",), (-1, -1))) == [0, 1, 2, 3]
+    own.at("dashscope")
+    with own.at_work() as work:
+        assert work.jobs.to_send(("pending",), (-1, -1)) == []
+
+
+def test_of_several_servers_each_is_asked_for_its_own_tasks(own: Folder) -> None:
+    first = own.place
+    own.at("openai", url=NEIGHBOUR)
+    with own.database() as database:
+        jobs = Jobs(database, own.path, [first, own.place])
+        one, other = jobs.places
+    assert [place.endpoint for place in jobs.places.values()] == [first.endpoint, own.place.endpoint]
+    for number in range(4):
+        own.put(number, state="submitted", service=one if number < 2 else other, facts={"task_id": "t"})
+    with own.database() as database:
+        jobs = Jobs(database, own.path, [own.place, first])
+        assert [job.plan.endpoint for job in jobs.submitted()] == [first.endpoint] * 2 + [own.place.endpoint] * 2
+        assert numbers(Jobs(database, own.path, [own.place]).submitted()) == [2, 3]
+
+
+# The order of a run ---------------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_fed_once_and_again_when_their_time_has_come(own: Folder) -> None:
+    with own.at_work() as work:
+        feed = Feed(work.jobs, ("pending",))
+        first = feed.next(0.0)
+        assert first is not None and first.number == 0 and feed.due_at is None
+        feed.again(first, 100.0)
+        assert feed.due_at == 100.0
+        second = feed.next(99.9)
+        assert second is not None and second.number == 1
+        assert feed.next(100.0) is first and feed.due_at is None
+        feed.back(second)
+        assert feed.next(100.0) is second
+        feed.again(second, 102.0)
+        feed.again(first, 101.0)
+        assert feed.due_at == 101.0
+        order = [job.number if (job := feed.next(now)) else None for now in (100.0, 100.0, 100.0, 101.5, 101.5, 102.0)]
+        assert order == [2, 3, None, 0, None, 1]
+
+
+def test_what_is_pending_again_is_fed_where_its_turn_is_over(own: Folder) -> None:
+    own.put(0, state="submitted")
+    with own.at_work() as work:
+        feed = Feed(work.jobs, ("pending",))
+        early, late = work.job(0), work.job(3)
+        own.put(0, state="pending")
+        feed.anew(late)  # it comes anyway
+        assert feed.due_at is None
+        assert [job.number for job in iter(lambda: feed.next(0.0), None)] == [0, 1, 2, 3]
+        own.put(0, state="unknown")
+        feed.anew(early)
+        assert feed.next(0.0) is None and feed.due_at is not None
+        again = feed.next(time.monotonic())
+        assert again is not None and (again.number, again.state) == (0, "unknown")  # as the database has it now
 
 
 # What is written is on disk, or it is told ----------------------------------------------------------------------------

@@ -20,6 +20,7 @@ BATCH_SLOW = (
     *("tests/test_batch_money.py", "tests/test_batch_run.py"),
     *("-k", "not time_limit and not every_few_seconds and not another_programs_lock"),
 )
+FLEET = ("tests/test_fleet.py", "-k", "not fifty_rows")
 SEAM_ONE = ("tests/test_seam.py", "-k", "attempt_leaves or copy_that or impossible_output")
 SEAM_MANY = ("tests/test_seam.py", "-k", "earlier_run or of_a_row or collides or saved_row or links_that")
 
@@ -42,9 +43,16 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
     ),
     "transport": (EXCHANGE, NETWORK, FAULTS, ("tests/test_trust.py", "tests/test_recovery.py"), ONE_PICTURE, PROVIDERS),
     "wire": (EXCHANGE, NETWORK, FAULTS, ("tests/test_trust.py", "tests/test_recovery.py"), ONE_PICTURE, PROVIDERS),
-    "batch/work": (("tests/test_batch_work.py",), BATCH_FIRST, BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
+    "batch/work": (("tests/test_batch_work.py",), BATCH_FIRST, BATCH_QUICK, FLEET, BATCH_SLOW, SEAM_MANY),
     "batch/plan": (("tests/test_batch_plan.py",), BATCH_QUICK, ("tests/test_batch_input.py",), BATCH_SLOW, SEAM_MANY),
-    "batch/jobs": (("tests/test_batch_journal.py",), BATCH_FIRST, BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
+    "batch/jobs": (
+        ("tests/test_batch_journal.py", "tests/test_batch_work.py"),
+        FLEET,
+        BATCH_FIRST,
+        BATCH_QUICK,
+        BATCH_SLOW,
+        SEAM_MANY,
+    ),
     "batch/journal": (("tests/test_batch_journal.py",), BATCH_FIRST, BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
     "account": (("tests/test_account.py",), ("tests/test_trust.py",)),
 }
@@ -192,6 +200,18 @@ EXPLAINED: tuple[Explained, ...] = (
         'texts = [f"{self.unit} {row.line}: {text}" for text in sentences[: max(0, room)]]',
         'texts = [f"{self.unit} {row.line}: {text}" for text in sentences[: max( -1, room)]]',
         "there is never less room than none",
+    ),
+    Explained(
+        "batch/jobs",
+        "self._workspace = places[0].workspace",
+        "self._workspace = places[ -1].workspace",
+        "of services that have workspaces one place is named",
+    ),
+    Explained(
+        "batch/jobs",
+        "self._alike = services_alike(database, places[0].provider, self.places)",
+        "self._alike = services_alike(database, places[ -1].provider, self.places)",
+        "all are of one provider",
     ),
     Explained("batch/journal", "GROUP = 500  # statements a commit", None, "any number like it does"),
     Explained(
