@@ -199,7 +199,7 @@ def test_the_plan_names_what_decided(shell: Shell, env: dict[str, str], host: st
         ({}, "region = [", ("config.toml", "cannot be read")),
         ({}, "region = 7", ("region in", "config.toml", "text")),
         ({}, "a = " + "[" * 5000, ("config.toml",)),
-        ({"DASHSCOPE_CONFIG": "~/own.toml"}, "\xff", ("DASHSCOPE_CONFIG",)),
+        ({"DASHSCOPE_CONFIG": "~/own.toml"}, "\xff", ("DASHSCOPE_CONFIG", "not UTF-8")),
     ],
 )
 def test_settings_that_cannot_be_followed_stop_the_command(

@@ -176,7 +176,7 @@ def test_a_provider_without_a_key_has_a_login_all_the_same() -> None:
         ({"OPENAI_PASSWORD": "hole-7Gq2-den"}, "OPENAI_USER is not set"),
         (LOGIN | {"OPENAI_USER": "a:b"}, "colon"),
         (LOGIN | {"OPENAI_PASSWORD": "hole\r\nX: 7Gq2"}, "control"),
-        (LOGIN | {"OPENAI_PASSWORD": "h" * 600}, "longer"),
+        (LOGIN | {"OPENAI_PASSWORD": "h" * 510}, "longer than any: 512 characters"),
     ],
 )
 def test_a_login_that_is_none_is_told_where_it_would_go(env: dict[str, str], what: str) -> None:
@@ -194,6 +194,10 @@ def test_a_login_may_lie_in_the_dotenv_of_the_working_folder_and_is_masked_in_ev
     assert (key.value, key.source) == (PAIR, "OPENAI_USER and OPENAI_PASSWORD")
     said = outside.outside_text(f"401 for {PAIR}, fox:hole-7Gq2-den, password hole-7Gq2-den")
     assert said == "401 for Basic ***, ***, password ***"
+
+
+def test_a_login_may_have_512_characters() -> None:
+    assert key_for(OPEN, at("http://127.0.0.1:8000"), NOBODY, LOGIN | {"OPENAI_PASSWORD": "h" * 509}).value
 
 
 def test_a_login_of_bytes_that_are_no_text_goes_as_it_is_set() -> None:

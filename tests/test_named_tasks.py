@@ -154,6 +154,22 @@ def test_a_service_that_gives_another_name_is_asked_by_that(record: EvidenceFile
     assert on_disk(record)["task_id"] == "of the service"
 
 
+@pytest.mark.parametrize(("end", "is_sure"), [(Submitted(""), True), (LOST, False)], ids=["answered", "lost"])
+def test_whether_the_service_has_named_a_task_is_known_to_who_asks_after_it(
+    record: EvidenceFile, play: Play, monkeypatch: pytest.MonkeyPatch, end: Any, is_sure: bool
+) -> None:
+    play(end, found=[MADE])
+    asked: list[bool] = []
+
+    def task(*where: Any, is_sure: bool, **how: Any) -> Task:
+        asked.append(is_sure)
+        return Task(*where, is_sure=is_sure, **how)
+
+    monkeypatch.setattr(room, "Task", task)
+    made_of(record)
+    assert asked == [is_sure]
+
+
 LOSSES = [LOST, Failure("answer_unusable", "no JSON"), Failure("no_image", "nothing in it"), LOST.but(http_status=502)]
 
 

@@ -18,7 +18,7 @@ from conftest import TEST_KEY
 from fault_server import png
 from zimage import make as room
 from zimage import waiting
-from zimage.calls import Generated, LocalCall, Submitted
+from zimage.calls import Generated, HttpAnswer, LocalCall, Submitted
 from zimage.console import Console
 from zimage.contract import SKILL
 from zimage.errors import Failure, Fault
@@ -407,6 +407,15 @@ def test_a_link_without_a_host_is_of_the_server_that_links_to_itself(
     assert provider.given == (plan.payload, plan.endpoint, TEST_KEY, "ws")
 
 
+def test_the_status_of_an_answer_is_kept(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = {"output": {"choices": [{"message": {"content": [{"image": "https://x.aliyuncs.com/a.png"}]}}]}}
+    answer = HttpAnswer(202, {"content-type": "application/json"}, json.dumps(body).encode())
+    monkeypatch.setattr(room, "ask", lambda call, read, *_, **__: read(answer))
+    made = send(plan, Key(TEST_KEY, "x"), Stop(60))
+    assert isinstance(made, Generated)
+    assert (made.image_url, made.http_status) == ("https://x.aliyuncs.com/a.png", 202)
+
+
 def test_a_task_is_handed_on_as_it_came(plan: Plan) -> None:
     provider = Asked(Submitted("/t"))
     assert send(plan._replace(provider=provider), Key("", ""), Stop(60)) == Submitted("/t")  # type: ignore[arg-type]
@@ -456,6 +465,20 @@ def test_every_check_comes_before_the_call(
     with pytest.raises(Failure, match=f"^{check}$"):
         generated(env, plan)
     assert not sent and not plan.evidence_path.exists()
+
+
+def test_any_time_is_enough_that_the_call_may_take(
+    env: dict[str, str], plan: Plan, sent: list[Key], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[float] = []
+
+    def room_after(stop: Stop, seconds: float) -> bool:
+        asked.append(seconds)
+        return True
+
+    monkeypatch.setattr(Stop, "room_for_attempt_after", room_after)
+    generated(env, plan)
+    assert asked == [0] and len(sent) == 1
 
 
 def test_nothing_is_paid_where_too_little_time_is_left_for_it(env: dict[str, str], plan: Plan, sent: list[Key]) -> None:
