@@ -7,14 +7,15 @@ import re
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 
 from conftest import SKILL
 from zimage.contract import GENERATE_IMAGE
-from zimage.errors import ASK_BEFORE_PAYING, BILLED, KINDS, RECOVER_FREE, Failure, Fault, Left
+from zimage.errors import ASK_BEFORE_PAYING, BILLED, KINDS, PICTURE_BLOCKED, RECOVER_FREE, Failure, Fault, Left
 from zimage.evidence import Evidence, EvidenceFile
+from zimage.facts import State
 from zimage.settle import (
     BY_HAND,
     DEAD_LINK,
@@ -97,6 +98,7 @@ ROWS = [  # code, what is known before, what is left, how it can be had
     ("task_failed", NOTHING._replace(billed="no", status="submitted", task=True), Left.REFUSED, Way.NONE),
     ("blocked", NOTHING._replace(status="submitted", task=True), Left.REFUSED, Way.NONE),
     ("no_image", NOTHING._replace(status="submitted", task=True), Left.UNKNOWN, Way.NONE),
+    ("too_little_memory", NOTHING._replace(status="submitted", task=True), Left.REFUSED, Way.NONE),
     ("unreachable", NOTHING._replace(billed="unknown", status="submitted"), Left.UNKNOWN, Way.NONE),
     ("image_too_large", NOTHING._replace(billed="yes", status="generated", link=LINK), Left.SPENT, Way.NONE),
     ("interrupted", NOTHING._replace(billed="unknown"), Left.UNKNOWN, Way.NONE),
@@ -153,7 +155,9 @@ TOLD = [  # code, what is known before, whether that is on disk, the advice, whe
     ("rate_limited", NOTHING, False, KINDS["rate_limited"].hint, False),
     ("unreachable", TASK, False, BY_NAME, False),
     ("unreachable", TASK, True, KINDS["unreachable"].hint, True),
+    ("unreachable", TASK._replace(billable=False), True, KINDS["unreachable"].hint, True),
     ("task_failed", TASK, False, KINDS["task_failed"].hint, False),
+    ("blocked", NOTHING, True, KINDS["blocked"].hint, False),
     ("paid_not_downloaded", PAID, False, BY_LINK, False),
     ("paid_not_downloaded", PAID, True, RECOVER_FREE, True),
     ("paid_not_downloaded", PAID._replace(link="", held=True), False, RECOVER_FREE, True),
@@ -202,9 +206,38 @@ def test_a_batch_has_advice_of_its_own(tmp_path: Path) -> None:
     assert told.fault.hint == KINDS["no_image"].hint
 
 
+def test_of_what_is_blocked_it_is_told_what_was_refused(tmp_path: Path) -> None:
+    """A picture that was refused says nothing against its prompt."""
+    asked = evidence(tmp_path, "submitting")
+    for side, hint in (("output", PICTURE_BLOCKED), ("input", KINDS["blocked"].hint)):
+        told = explained(asked, Failure("blocked", "x", refused=side)).fault
+        assert (told.hint, told.prompt) == (hint, "a fox")
+    assert explained(asked, Failure("rate_limited", "x")).fault.prompt is None
+
+
+@pytest.mark.parametrize(
+    ("code", "facts", "cost"),
+    [
+        ("outcome_unknown", {}, 0.01434),
+        ("outcome_unknown", {"billable": False}, None),
+        ("outcome_unknown", {"cost": {"basis": "unknown"}}, None),
+        ("rate_limited", {"attempts": []}, None),
+    ],
+)
+def test_what_may_have_been_paid_is_told(tmp_path: Path, code: str, facts: dict[str, Any], cost: float | None) -> None:
+    assert explained(evidence(tmp_path, "submitting", **facts), Failure(code, "x")).fault.estimated_cost == cost
+
+
+def test_no_state_is_told_that_a_record_cannot_have() -> None:
+    said = {state for states in STATES.values() for state in states if state is not None}
+    assert said == set(get_args(State)) - {"pending", "submitting", "saved"}
+
+
 def test_what_the_service_has_said_is_told(tmp_path: Path) -> None:
     silent = explained(evidence(tmp_path, "unknown"), Failure("no_image", "x")).fault
     assert silent.request_id is None and not silent.image_url
+    nameless = evidence(tmp_path, "generated", response={"request_id": ""})
+    assert explained(nameless, Failure("disk", "x")).fault.request_id is None
     known = evidence(tmp_path, "generated", response={"request_id": "of the picture", "image_url": LINK})
     told = explained(known, Failure("disk", "x")).fault
     assert (told.request_id, told.image_url) == ("of the picture", LINK)
@@ -272,6 +305,7 @@ def test_an_unpaid_try_leaves_nothing_to_look_at_in_a_batch(tmp_path: Path) -> N
     ("status", "facts", "message", "hint", "billed"),
     [
         ("submitting", {"attempts": []}, "nothing was billed", KINDS["interrupted"].hint, "no"),
+        ("submitting", {"attempts": [], "billable": False}, "nothing was billed", KINDS["interrupted"].hint, "no"),
         ("submitting", {}, "the request was out; whether it was billed is not known", ASK_BEFORE_PAYING, "unknown"),
         (
             *("submitting", {"billable": False}, "the request was out; whether the picture was made is not known"),
@@ -345,7 +379,10 @@ PAGE = {"http_status": 503}
         ("outcome_unknown", PAGE, 30, None, True),  # as long as there is time
         ("outcome_unknown", PAGE, 2, 2, False),  # but where the user says how often
         ("service_failing", {"http_status": 502, "retryable": False}, 30, None, True),  # its JSON in a gateway's page
-        ("outcome_unknown", {"http_status": 302}, 0, None, False),
+        ("outcome_unknown", {"http_status": 299}, 0, None, True),
+        ("outcome_unknown", {"http_status": 300}, 0, None, False),  # what redirects would do so again
+        ("outcome_unknown", {"http_status": 399}, 0, None, False),
+        ("outcome_unknown", {"http_status": 400}, 0, None, True),
         ("no_image", {"http_status": 200}, 0, None, False),
         ("key_rejected", {"http_status": 401}, 0, None, False),
         ("unreachable", {"retryable": False}, 0, None, False),
@@ -364,7 +401,7 @@ def test_where_nothing_costs_what_is_lost_is_sent_again(
     [
         ("outcome_unknown", PAGE, False, True),
         ("outcome_unknown", PAGE, True, False),
-        ("outcome_unknown", {"http_status": 302}, False, False),  # what redirects would do so again
+        ("outcome_unknown", {"http_status": 302}, False, False),
         ("no_image", {"http_status": 200}, False, False),
         ("rate_limited", {}, True, True),
     ],
