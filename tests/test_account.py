@@ -25,7 +25,7 @@ from mock_server import MockServer
 from providers.dashscope import DashScope
 from providers.openai import OpenAI
 from providers.zimageturbo import ZImageTurbo
-from zimage.account import Account, config_of
+from zimage.account import ASK_FOR_REGION, Account, config_of
 from zimage.calls import HttpAnswer
 from zimage.errors import Failure
 from zimage.keys import Key, find_key
@@ -233,6 +233,28 @@ def test_without_a_reader_the_file_is_not_passed_over(tmp_path: Path, monkeypatc
     with pytest.raises(Failure, match="tomli") as caught:
         config_of(PROVIDER.config_file, env)
     assert (caught.value.code, caught.value.fault.exit_code) == ("missing_package", 2)
+    assert "pip install 'tomli" in caught.value.fault.hint
+
+
+def test_a_file_that_is_too_long_or_broken_at_length_is_told_shortly(tmp_path: Path) -> None:
+    env = {"HOME": str(tmp_path)}
+    text = 'region = "ap-southeast-1"\n#'
+    configure(tmp_path, text.ljust(64 * 1024, "-"))
+    assert config_of(PROVIDER.config_file, env) == {"region": "ap-southeast-1"}
+    configure(tmp_path, text.ljust(64 * 1024 + 1, "-"))
+    with pytest.raises(Failure, match="cannot be read"):
+        config_of(PROVIDER.config_file, env)
+    configure(tmp_path, text)
+    for length, shown in ((200, "x" * 200), (201, "x" * 199 + "…")):
+        with patch("zimage.account._toml_of", side_effect=ValueError("x" * length)), pytest.raises(Failure) as caught:
+            config_of(PROVIDER.config_file, env)
+        assert caught.value.message == f"~/{CONFIG} cannot be read: {shown}"
+
+
+def test_whoever_has_set_a_region_that_is_none_is_asked_for_theirs() -> None:
+    with pytest.raises(Failure, match="must be one of") as caught:
+        Account(PROVIDER, {REGION: "mars"}).region  # noqa: B018
+    assert caught.value.fault.hint == ASK_FOR_REGION
 
 
 @pytest.mark.parametrize(

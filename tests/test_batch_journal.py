@@ -11,16 +11,17 @@ import threading
 import time
 from concurrent.futures import Future
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from batch_folder import BLANK, AtWork, Folder
 from zimage.batch import journal as room
-from zimage.batch.contract import DATABASE, RESERVE
+from zimage.batch.contract import DATABASE, RESERVE, TICK
 from zimage.batch.folder import Reserve, open_database
 from zimage.batch.jobs import Feed, Job, Jobs, read_services
-from zimage.batch.journal import Journal, JournalRow, RunRow
+from zimage.batch.journal import Backlog, Journal, JournalRow, RunRow
 from zimage.calls import Generated, Submitted
 from zimage.errors import Failure, Fault, Left
 from zimage.evidence import timestamp
@@ -783,6 +784,65 @@ def test_a_task_that_the_database_cannot_take_is_named(
     assert row.behind is not None
     assert row.behind.message == f"full; the service works on task {name}".replace("\n", " ")
     assert (row.behind.fault.billed, row.behind.fault.image_url) == ("unknown", None)
+
+
+@pytest.mark.parametrize("attempts", [[EARLIER], []], ids=["tried", "a stranger's"])
+def test_a_task_that_leads_nowhere_and_cost_nothing_is_made_anew(
+    folder: Folder, work: AtWork, monkeypatch: pytest.MonkeyPatch, attempts: list[Any]
+) -> None:
+    folder.put(0, state="submitted", paid=1, facts={"task_id": "t", "attempts": attempts})
+    job, row = row_of(work)
+    row.evidence.data["billable"] = False
+    dropped: list[bool] = []
+    monkeypatch.setattr(row.evidence, "drop_held", lambda: dropped.append(True))
+    row.forgotten(Fault.of("outcome_unknown", "the service does not know it"))
+    assert (job.state, folder.picture(0)["state"], dropped) == ("pending", "pending", [True])
+    assert folder.picture(0)["paid"] == (0 if attempts else 1)
+    tried = json.loads(folder.picture(0)["facts"]).get("attempts", [])
+    assert [attempt["outcome"] for attempt in tried] == ["outcome_unknown"] * len(attempts)
+
+
+def test_what_leads_nowhere_is_held_where_that_cannot_be_written(
+    folder: Folder, work: AtWork, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.put(0, state="submitted", paid=1, facts={"task_id": "t", "attempts": [EARLIER]})
+    _, row = row_of(work)
+    monkeypatch.setattr(row.evidence, "drop_held", lambda: pytest.fail("it is all that there is"))
+    unwritable(work, monkeypatch)
+    row.forgotten(Fault.of("outcome_unknown", "the service does not know it"))
+    assert row.behind is not None
+
+
+class Late:
+    """A record that its disk takes at the n-th try."""
+
+    def __init__(self, tries: int) -> None:
+        self.tries = tries
+        self.behind: Failure | None = FULL if tries else None
+
+    def catch_up(self) -> None:
+        self.tries -= 1
+        self.behind = self.behind if self.tries else None
+
+
+def test_a_disk_that_failed_is_given_time_and_only_what_it_lacks_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    late, never, heard, sound = Late(2), Late(99), Late(99), Late(0)
+    backlog = Backlog()
+    for number, record in enumerate((late, never, heard, sound)):
+        backlog.heard(number, record)  # type: ignore[arg-type]
+    backlog.heard(2, None)
+    clock = [100.0]
+    slept = SimpleNamespace(monotonic=lambda: clock[0], sleep=lambda seconds: clock.append(clock.pop() + seconds))
+    monkeypatch.setattr(room, "time", slept)
+    backlog.catch_up(1.0)
+    assert late.tries == 0 and sound.tries == 0 and heard.tries == 99
+    assert never.tries == 99 - round(1.0 / TICK) and clock[0] == pytest.approx(101.0)
+    backlog.heard(1, sound)  # type: ignore[arg-type]
+    backlog.catch_up(1.0)
+    assert clock[0] == pytest.approx(101.0)  # there is nothing to wait for
+    backlog.heard(1, never)  # type: ignore[arg-type]
+    backlog.catch_up(1000.0)
+    assert clock[0] == pytest.approx(106.0)  # a run is not held for longer
 
 
 # The row of a run -----------------------------------------------------------------------------------------------------

@@ -159,15 +159,16 @@ def test_whether_the_service_has_named_a_task_is_known_to_who_asks_after_it(
     record: EvidenceFile, play: Play, monkeypatch: pytest.MonkeyPatch, end: Any, is_sure: bool
 ) -> None:
     play(end, found=[MADE])
-    asked: list[bool] = []
+    asked: list[Any] = []
+    console = Console(json_mode=False, quiet=True)
 
-    def task(*where: Any, is_sure: bool, **how: Any) -> Task:
-        asked.append(is_sure)
-        return Task(*where, is_sure=is_sure, **how)
+    def task(*where: Any, **how: Any) -> Task:
+        asked.append(how)
+        return Task(*where, **how)
 
     monkeypatch.setattr(room, "Task", task)
-    made_of(record)
-    assert asked == [is_sure]
+    make(record.plan, Key(TEST_KEY, "x"), record, Stop(60), 3, console)  # type: ignore[attr-defined]
+    assert asked == [{"is_sure": is_sure, "tell": console.note}]
 
 
 LOSSES = [LOST, Failure("answer_unusable", "no JSON"), Failure("no_image", "nothing in it"), LOST.but(http_status=502)]
@@ -175,9 +176,16 @@ LOSSES = [LOST, Failure("answer_unusable", "no JSON"), Failure("no_image", "noth
 
 @pytest.mark.parametrize("loss", LOSSES, ids=lambda loss: f"{loss.code}-{loss.fault.http_status}")
 def test_a_lost_answer_is_looked_up_and_not_sent_again(record: EvidenceFile, play: Play, loss: Failure) -> None:
-    left = play(loss, found=[MADE])
+    waited_for: list[Any] = []
+
+    def found() -> Iterator[Generated]:
+        waited_for.extend(on_disk(record)["attempts"])
+        yield MADE
+
+    left = play(loss, found=found())
     made_of(record)
     assert len(left) == 1
+    assert [attempt.get("http_status") for attempt in waited_for] == [loss.fault.http_status]
     end = on_disk(record)
     assert (end["status"], end["task_id"]) == ("saved", name_in(left[0]))
     assert [attempt["billed"] for attempt in end["attempts"]] == ["yes"]

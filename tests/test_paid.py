@@ -203,6 +203,13 @@ def test_the_key_goes_along_to_the_server_that_the_picture_was_asked_of(
     assert [home.key for home in homes] == [TEST_KEY]
 
 
+def test_a_lost_answer_is_no_task_where_the_call_had_no_name(plan: Plan, record: EvidenceFile, play: Play) -> None:
+    play(Failure("outcome_unknown", "no answer"), MADE)
+    with pytest.raises(Failure, match="no answer"):
+        made_of(plan, record)
+    assert not record.evidence.have.task and record.evidence.data["attempts"][0]["outcome"] == "outcome_unknown"
+
+
 def test_work_in_this_process_has_no_status_of_http(plan: Plan, record: EvidenceFile, play: Play) -> None:
     play(MADE._replace(http_status=None))
     made_of(plan, record)
@@ -407,12 +414,21 @@ def test_a_link_without_a_host_is_of_the_server_that_links_to_itself(
     assert provider.given == (plan.payload, plan.endpoint, TEST_KEY, "ws")
 
 
-def test_the_status_of_an_answer_is_kept(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_status_of_an_answer_is_kept_and_its_links_are_taken_as_the_provider_says(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
     body = {"output": {"choices": [{"message": {"content": [{"image": "https://x.aliyuncs.com/a.png"}]}}]}}
     answer = HttpAnswer(202, {"content-type": "application/json"}, json.dumps(body).encode())
-    monkeypatch.setattr(room, "ask", lambda call, read, *_, **__: read(answer))
+    rules: dict[str, Any] = {}
+
+    def ask(call: Any, read: Any, *given: Any, **how: Any) -> Any:
+        rules.update(how)
+        return read(answer)
+
+    monkeypatch.setattr(room, "ask", ask)
+    monkeypatch.setattr(type(plan.provider), "links_elsewhere", "as it says")
     made = send(plan, Key(TEST_KEY, "x"), Stop(60))
-    assert isinstance(made, Generated)
+    assert isinstance(made, Generated) and rules == {"links_elsewhere": "as it says"}
     assert (made.image_url, made.http_status) == ("https://x.aliyuncs.com/a.png", 202)
 
 

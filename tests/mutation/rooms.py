@@ -54,7 +54,7 @@ ROOMS: dict[str, tuple[tuple[str, ...], ...]] = {
         SEAM_MANY,
     ),
     "batch/journal": (("tests/test_batch_journal.py",), BATCH_FIRST, BATCH_QUICK, BATCH_SLOW, SEAM_MANY),
-    "account": (("tests/test_account.py",), ("tests/test_trust.py",)),
+    "account": (("tests/test_keys.py", "tests/test_account.py"), ("tests/test_trust.py",)),
 }
 
 
@@ -149,6 +149,12 @@ EXPLAINED: tuple[Explained, ...] = (
     ),
     Explained(
         "settle",
+        "is_redirect = 300 <= (fault.http_status or 0) < 400",
+        "is_redirect = 300 <= (fault.http_status or 1) < 400",
+        "neither is a redirect",
+    ),
+    Explained(
+        "settle",
         'Advice(PICTURE_BLOCKED, code="blocked", refused="output"),',
         'Advice(PICTURE_BLOCKED, refused="output"),',
         "it is told of what is blocked alone which side was refused",
@@ -212,6 +218,12 @@ EXPLAINED: tuple[Explained, ...] = (
         "self._alike = services_alike(database, places[0].provider, self.places)",
         "self._alike = services_alike(database, places[ -1].provider, self.places)",
         "all are of one provider",
+    ),
+    Explained(
+        "batch/plan",
+        'self.problems += [Problem("invalid_rows", text) for text in texts]',
+        'self.problems += [Problem("xinvalid_rows", text) for text in texts]',
+        "of these problems only the texts are told",
     ),
     Explained("batch/journal", "GROUP = 500  # statements a commit", None, "any number like it does"),
     Explained(
