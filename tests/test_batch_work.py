@@ -115,6 +115,39 @@ def facts_on_disk(folder: Folder, number: int = 0) -> dict[str, Any]:
     return facts
 
 
+PAGE = Failure("service_failing", "away", http_status=502)
+GONE = Failure("outcome_unknown", "lost")
+HOLDS = [  # the step, its failure, what that has left, whether all calls wait where they are free, and where they cost
+    ("generate", None, None, False, False),
+    ("generate", BUSY, Left.AGAIN, True, True),
+    ("ask", BUSY, Left.OPEN, True, True),
+    ("generate", PAGE, Left.AGAIN, True, False),
+    ("generate", GONE, Left.ANEW, True, False),
+    ("generate", GONE, Left.UNKNOWN, False, False),
+    ("generate", Failure("blocked", "no"), Left.REFUSED, False, False),
+    ("ask", PAGE, Left.OPEN, False, False),
+    ("save", PAGE, Left.PAID, False, False),
+]
+
+
+@pytest.mark.parametrize(("step", "failure", "left", "free", "paid"), HOLDS)
+def test_all_calls_wait_at_a_limit_and_where_a_free_server_is_away(
+    tmp_path: Path, step: str, failure: Failure | None, left: Left | None, free: bool, paid: bool
+) -> None:
+    for provider, url, holds in (("openai", LOCAL, free), ("dashscope", None, paid)):
+        folder = Folder(tmp_path / provider, provider, url=url)
+        folder.plan("a fox")
+        with folder.at_work() as work:
+            assert Outcome(step, work.job(0), failure, 0.0, left=left).holds is holds
+
+
+def test_what_was_learnt_of_a_server_is_in_the_call(work: AtWork, play: Play, monkeypatch: pytest.MonkeyPatch) -> None:
+    left, job = play(MADE), work.job(0)
+    monkeypatch.setattr(type(job.plan.provider), "payload", lambda provider, request: {"plain": True})
+    work.worker().generate(job)
+    assert left[0][0].payload == job.evidence.data["payload"] == {"plain": True}
+
+
 def told(outcome: Outcome) -> tuple[str, str, str]:
     """What a failure is called, what of the money is known, and what is left."""
     assert outcome.failure is not None and outcome.left is not None

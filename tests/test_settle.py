@@ -12,7 +12,7 @@ from typing import Any, get_args
 import pytest
 
 from conftest import SKILL
-from zimage.contract import GENERATE_IMAGE
+from zimage.contract import DEFAULT_MAX_RETRIES, GENERATE_IMAGE
 from zimage.errors import ASK_BEFORE_PAYING, BILLED, KINDS, PICTURE_BLOCKED, RECOVER_FREE, Failure, Fault, Left
 from zimage.evidence import Evidence, EvidenceFile
 from zimage.facts import State
@@ -91,6 +91,8 @@ ROWS = [  # code, what is known before, what is left, how it can be had
     ("link_expired", NOTHING._replace(billed="yes", status="generated", link=LINK, task=True), Left.SPENT, Way.ASK),
     ("link_refused", NOTHING._replace(billed="yes", status="generated", link=LINK), Left.PAID, Way.FETCH),
     ("image_unusable", NOTHING._replace(billed="yes", status="generated", link=LINK), Left.SPENT, Way.FETCH),
+    ("link_refused", NOTHING._replace(billed="yes", status="generated", link=LINK, task=True), Left.PAID, Way.ASK),
+    ("outcome_unknown", NOTHING._replace(billed="unknown", lead=LINK), Left.UNKNOWN, Way.FETCH),
     ("hop_refused", NOTHING._replace(billed="yes", status="generated", link=LINK), Left.SPENT, Way.NONE),
     ("unreachable", NOTHING._replace(billed="unknown", status="submitted", task=True), Left.OPEN, Way.ASK),
     ("key_rejected", NOTHING._replace(billed="unknown", status="submitted", task=True), Left.OPEN, Way.ASK),
@@ -411,6 +413,13 @@ def test_it_is_told_whether_the_same_command_may_help(
 ) -> None:
     lost = evidence(tmp_path, "unknown", billable=billable)
     assert explained(lost, Failure(code, "x", **facts)).fault.retryable is retryable
+
+
+def test_only_where_nothing_costs_is_a_gateway_waited_out() -> None:
+    page = Failure("service_failing", "x", http_status=503)
+    assert page.fault.retryable
+    tries = [attempt for attempt in range(50) if retry_wait(page, attempt, None, Stop(600)) is not None]
+    assert tries == list(range(DEFAULT_MAX_RETRIES))
 
 
 @pytest.mark.parametrize(

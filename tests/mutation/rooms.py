@@ -155,6 +155,12 @@ EXPLAINED: tuple[Explained, ...] = (
     ),
     Explained(
         "settle",
+        "is_redirect = 300 <= (fault.http_status or 0) < 400",
+        "is_redirect = 300 <= (fault.http_status or -1) < 400",
+        "neither is a redirect",
+    ),
+    Explained(
+        "settle",
         'Advice(PICTURE_BLOCKED, code="blocked", refused="output"),',
         'Advice(PICTURE_BLOCKED, refused="output"),',
         "it is told of what is blocked alone which side was refused",
