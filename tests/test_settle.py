@@ -146,6 +146,7 @@ TASK = OUT._replace(status="submitted", task=True)
 BY_NAME = "tell the user the name of the task: no evidence could be written; do not pay again"
 BY_LINK = "fetch image_url within 24 hours by other means: the evidence file could not be written"
 ASKED_AGAIN = "run next_command once, free: it asks after the task again; else "
+TRIED = "run next_command once, free: it tries the link that came in the answer; else "
 ONLY_TIME = "the picture may have been made; --replay PATH makes it once more, which costs only time"
 MAY_COST = ASK_BEFORE_PAYING.replace("EVIDENCE", "PATH")
 LOST = f"the picture is lost: no disk took it; free space, then {MAY_COST}"
@@ -168,6 +169,8 @@ TOLD = [  # code, what is known before, whether that is on disk, the advice, whe
     ("outcome_unknown", OUT, True, MAY_COST, False),
     ("outcome_unknown", OUT._replace(billable=False), True, ONLY_TIME, False),
     ("outcome_unknown", OUT, False, MAY_COST, False),
+    ("outcome_unknown", OUT._replace(lead=LINK), True, TRIED + MAY_COST, True),
+    ("outcome_unknown", OUT._replace(lead=LINK), False, MAY_COST, False),
     ("link_expired", PAID._replace(task=True), True, NEW_LINK, True),
     ("link_expired", PAID, True, KINDS["link_expired"].hint.replace("EVIDENCE", "PATH"), False),
     ("disk_after_paying", PAID, True, KINDS["disk_after_paying"].hint, True),
@@ -198,7 +201,8 @@ def test_every_end_is_told_with_its_advice(
     else:
         assert told.next_command is None
     assert (told.evidence_path, told.image_url) == (str(paid.path), have.link or None)
-    assert told.billed == most_billed(KINDS[code].billed, have.billed)
+    assert (told.billed, told.seed) == (most_billed(KINDS[code].billed, have.billed), 7)
+    assert ("next_command" in told.hint) <= leads_back  # no advice leads to a command that is not told
 
 
 def test_a_batch_has_advice_of_its_own(tmp_path: Path) -> None:
@@ -379,6 +383,8 @@ PAGE = {"http_status": 503}
         ("outcome_unknown", {}, 4, None, False),
         ("outcome_unknown", {}, 0, 0, False),
         ("outcome_unknown", PAGE, 30, None, True),  # as long as there is time
+        ("outcome_unknown", {"http_status": 504}, 30, None, True),
+        ("outcome_unknown", {"http_status": 505}, 30, None, False),
         ("outcome_unknown", PAGE, 2, 2, False),  # but where the user says how often
         ("service_failing", {"http_status": 502, "retryable": False}, 30, None, True),  # its JSON in a gateway's page
         ("outcome_unknown", {"http_status": 299}, 0, None, True),

@@ -211,6 +211,8 @@ def explained(
     have = have or evidence.have
     fault, path = failure.fault, str(evidence.path)
     way, left = way_back(fault, have), left_by(fault, have)
+    if not written and (have.link or have.lead or left is Left.OPEN):
+        way = Way.NONE  # what leads there is in memory alone
     words = in_quota_words if have.in_quota else str
     own = words((hints or {}).get(fault.code, fault.hint))
     named = command_line([path, *place]) or "EVIDENCE"
@@ -219,7 +221,7 @@ def explained(
     ours = next((text for text in map(words, OWN_HINTS) if own.endswith(text)), "")  # the rest may repeat an answer
     own = own.removesuffix(ours) + ours.replace("EVIDENCE", named)
     hint = hint.replace("EVIDENCE", "{named}").format(named=named, hint=own)
-    reachable = way is not Way.NONE and (written or not (have.link or have.lead or left is Left.OPEN))
+    reachable = way is not Way.NONE
     command = own_command("--recover", path, *place, *flags, "--print-response") if reachable else None
     request, billed = evidence.data["request"], most_billed(fault.billed, have.billed)
     return failure.but(
