@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gzip
+import http.client
 import json
 import os
 import random
@@ -21,6 +22,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,15 +31,33 @@ import trustme
 from conftest import TEST_KEY
 from fault_server import Answer, FaultServer, Received
 from providers.openai import OpenAI
-from zimage import wire
+from zimage import transport, wire
 from zimage.answers import read_begun_json
 from zimage.calls import HttpAnswer, HttpCall, LocalCall
-from zimage.contract import CONNECT_TIMEOUT, MAX_ANSWER_BYTES, MAX_ERROR_BYTES, MIB, SKILL, VERSION
+from zimage.contract import (
+    ASKING_SHARE,
+    ASKING_TIME,
+    CONNECT_TIMEOUT,
+    MAX_ANSWER_BYTES,
+    MAX_ERROR_BYTES,
+    MIB,
+    SKILL,
+    VERSION,
+)
 from zimage.endpoint import Endpoint
 from zimage.errors import Failure, NotSent
 from zimage.keys import NO_KEY
 from zimage.tls import bundle_variable
-from zimage.transport import AnswerEncoded, AnswerLost, AnswerTooLarge, ask, exchange, get_to_know
+from zimage.transport import (
+    ASKING_SHARE,
+    ASKING_TIME,
+    AnswerEncoded,
+    AnswerLost,
+    AnswerTooLarge,
+    ask,
+    exchange,
+    get_to_know,
+)
 from zimage.waiting import WATCHER, Stop, Stopped
 from zimage.wire import Wire, request_target
 
@@ -1006,3 +1026,50 @@ def test_of_a_certificate_that_was_revoked_the_owner_is_told_by_the_name_of_the_
     error.verify_code, error.verify_message = 23, "certificate revoked"
     fault = Wire(HttpCall("GET", f"https://{NAME}/x", {}), Stop(20), "service", None).tls_fault(error)
     assert f"the owner of {NAME}" in str(fault.hint)
+
+
+def test_the_limit_of_an_answer_is_told_in_mebibytes(server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def too_large(*_: Any, **__: Any) -> HttpAnswer:
+        raise AnswerTooLarge
+
+    monkeypatch.setattr(transport, "exchange", too_large)
+    assert failed(server, limit=3 * MIB).message == "the answer is larger than 3 MiB"
+
+
+@pytest.mark.parametrize(("left_s", "share"), [(8.0, 8.0 * ASKING_SHARE), (6000.0, ASKING_TIME)])
+def test_a_server_has_a_small_share_of_the_time_to_say_what_it_is(
+    server: FaultServer, monkeypatch: pytest.MonkeyPatch, left_s: float, share: float
+) -> None:
+    given: list[float] = []
+
+    def ask(call: Any, read: Any, stop: Stop, endpoint: Endpoint) -> None:
+        given.append(stop.left_s)
+        raise Failure("outcome_unknown", "silent")
+
+    monkeypatch.setattr(transport, "ask", ask)
+    get_to_know(OpenAI(), endpoint_of(server), NO_KEY, Stop(left_s))
+    assert given and max(given) == pytest.approx(share, abs=0.1)
+
+
+def test_a_page_leads_to_the_base_url_and_an_api_speaks_for_itself(server: FaultServer) -> None:
+    def read(answer: HttpAnswer) -> None:
+        raise Failure("rejected_by_service", "no", hint="so", http_status=answer.status)
+
+    hints = []
+    for body in (b"<html>not here</html>", b'{"error": "not here"}'):
+        server.play("/x", Answer(status=404, body=body))
+        with pytest.raises(Failure) as caught:
+            ask(HttpCall("GET", f"{server.root}/x", {}), read, Stop(20), endpoint_of(server))
+        hints.append(caught.value.fault.hint)
+    assert hints[0].endswith("; so") and hints[1] == "so"
+
+
+def test_what_nobody_knows_may_have_been_billed() -> None:
+    nowhere = SimpleNamespace(failure=None, connecting=False, connected=False, expired=False)
+    assert isinstance(transport._transport_failure(nowhere, RuntimeError()), AnswerLost)  # type: ignore[arg-type]
+
+
+def test_of_a_chunk_that_breaks_off_the_bytes_are_taken_and_no_count_of_them() -> None:
+    counted, held = http.client.IncompleteRead(7), http.client.IncompleteRead(b"begun")  # type: ignore[arg-type]
+    counted.__context__ = held
+    assert transport._begun_chunk(counted) == b"begun" and transport._begun_chunk(OSError()) == b""

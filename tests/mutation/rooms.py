@@ -74,6 +74,7 @@ EXPLAINED: tuple[Explained, ...] = (
         None,
         "a way has a name, which is told nowhere",
     ),
+    Explained("settle", 'NONE = "none"', None, "a way has a name, which is told nowhere"),
     Explained(
         "settle",
         'nothing = Have("no", "submitting", False, "", False, True)',
