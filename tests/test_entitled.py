@@ -369,6 +369,12 @@ def test_a_host_by_flag_is_told_beside_the_one_that_is_set() -> None:
         assert chosen(region="singapore", env=env).warnings == ()
 
 
+def test_a_host_that_is_none_of_a_provider_is_told_with_what_to_do() -> None:
+    with pytest.raises(Failure, match=r"^x: api-inference\.modelscope\.cn ") as caught:
+        at("https://api-inference.modelscope.cn/v1")
+    assert code_of(caught) == "invalid_base_url" and "another --provider" in caught.value.fault.hint
+
+
 @pytest.mark.parametrize(("length", "shown"), [(100, "/" + "p" * 99), (101, "/" + "p" * 98 + "…")])
 def test_of_a_long_path_only_the_beginning_is_shown(length: int, shown: str) -> None:
     with pytest.raises(Failure) as caught:

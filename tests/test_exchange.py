@@ -49,8 +49,6 @@ from zimage.errors import Failure, NotSent
 from zimage.keys import NO_KEY
 from zimage.tls import bundle_variable
 from zimage.transport import (
-    ASKING_SHARE,
-    ASKING_TIME,
     AnswerEncoded,
     AnswerLost,
     AnswerTooLarge,

@@ -156,6 +156,7 @@ MACHINE = KINDS["machine_limit"].hint
 TOLD = [  # code, what is known before, whether that is on disk, the advice, whether a command leads back
     ("rate_limited", NOTHING, True, KINDS["rate_limited"].hint, False),
     ("rate_limited", NOTHING, False, KINDS["rate_limited"].hint, False),
+    ("rate_limited", FREE, True, KINDS["rate_limited"].hint, False),
     ("unreachable", TASK, False, BY_NAME, False),
     ("unreachable", TASK, True, KINDS["unreachable"].hint, True),
     ("unreachable", TASK._replace(billable=False), True, KINDS["unreachable"].hint, True),
@@ -393,6 +394,7 @@ PAGE = {"http_status": 503}
         ("outcome_unknown", {"http_status": 400}, 0, None, True),
         ("no_image", {"http_status": 200}, 0, None, False),
         ("key_rejected", {"http_status": 401}, 0, None, False),
+        ("blocked", PAGE, 0, None, False),
         ("unreachable", {"retryable": False}, 0, None, False),
     ],
 )

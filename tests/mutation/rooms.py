@@ -75,6 +75,7 @@ EXPLAINED: tuple[Explained, ...] = (
         "a way has a name, which is told nowhere",
     ),
     Explained("settle", 'NONE = "none"', None, "a way has a name, which is told nowhere"),
+    Explained("settle", 'ASK = "ask"  # after its task', None, "a way has a name, which is told nowhere"),
     Explained(
         "settle",
         'nothing = Have("no", "submitting", False, "", False, True)',
