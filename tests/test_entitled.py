@@ -323,6 +323,20 @@ def test_the_region_of_a_known_host_is_its_own() -> None:
     assert chosen(flag="dashscope-intl.aliyuncs.com", region="singapore").region == "singapore"
 
 
+def test_where_a_host_does_not_say_its_region_that_of_the_user_counts() -> None:
+    env = {"DASHSCOPE_REGION": "ap-southeast-1"}
+    assert chosen(env=env, flag="http://127.0.0.1:1").region == "singapore"
+    assert chosen(env=env, flag="http://127.0.0.1:1", region="beijing").region == "beijing"
+    assert chosen(env=env, flag="https://dashscope.aliyuncs.com").region == "beijing"
+
+
+def test_a_request_leads_a_provider_without_a_key_to_no_login_either() -> None:
+    with pytest.raises(Failure, match=r"^base_url: has user info") as caught:
+        chosen(NoKey(), request_url="https://me:secret@gpu.example/v1")
+    assert code_of(caught) == "invalid_base_url"
+    assert caught.value.fault.hint == "leave base_url out: no request needs it"
+
+
 @pytest.mark.parametrize(("name", "given"), [("--base-url", "flag"), ("base_url", "request_url")])
 def test_a_foreign_host_is_refused_by_where_it_was_named(name: str, given: str) -> None:
     with pytest.raises(Failure, match=rf"^{name}: ") as caught:

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import gzip
 import http.client
+import ipaddress
 import json
 import os
 import random
@@ -221,7 +222,35 @@ def test_a_refused_connection_is_not_sent() -> None:
 
 def test_a_name_that_does_not_exist_is_not_sent(names: dict[str, list[Any]]) -> None:
     error = not_sent("http://nowhere.example/x")
-    assert "resolved" in error.reason and not error.lasting
+    assert error.reason == "its name cannot be resolved (there is no such name)" and not error.lasting
+    assert error.hint == wire.NO_NAME[False]
+
+
+def test_a_name_of_which_no_name_server_says_anything_may_be_sound(monkeypatch: pytest.MonkeyPatch) -> None:
+    def silent(*_: Any, **__: Any) -> None:
+        raise socket.gaierror(socket.EAI_AGAIN, "later")
+
+    monkeypatch.setattr(socket, "getaddrinfo", silent)
+    error = not_sent("http://nowhere.example/x")
+    assert error.reason == "its name cannot be resolved (no name server answers)"
+    assert error.hint == wire.NO_NAME[True] and not error.lasting
+
+
+def test_a_proxy_whose_name_does_not_exist_is_named(
+    names: dict[str, list[Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HTTPS_PROXY", "http://proxy.example:3128")
+    error = not_sent(f"https://{NAME}/x")
+    assert "proxy.example" in error.reason and "cannot be resolved (there is no such name)" in error.reason
+    assert error.hint != wire.NO_NAME[False]
+
+
+def test_a_connection_that_nobody_answers_is_late(server: FaultServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    def late(wire: Wire, connection: socket.socket) -> None:
+        raise TimeoutError
+
+    monkeypatch.setattr(Wire, "_start", late)
+    assert not_sent(f"{server.root}/x").reason == "connection timed out"
 
 
 def test_a_name_that_leads_nowhere_is_not_sent(names: dict[str, list[Any]]) -> None:
@@ -540,6 +569,18 @@ def test_a_public_name_never_leads_into_a_private_network(names: dict[str, list[
     names[NAME] = [address]
     error = not_sent(f"https://{NAME}/x", reach="public")
     assert error.refused and error.lasting and address.partition("%")[0] in error.reason
+
+
+@pytest.mark.parametrize(
+    ("address", "goes"),
+    [
+        *(("127.0.0.1", False), ("::1", False), ("169.254.169.254", False), ("fe80::1", False)),
+        *(("10.0.0.1", True), ("93.184.216.34", True)),
+    ],
+)
+def test_a_host_of_the_service_is_no_part_of_this_machine(address: str, goes: bool) -> None:
+    """It may lie in a private network, and its certificate says that it is the host."""
+    assert wire.REACH["vendor"](ipaddress.ip_address(address)) is goes
 
 
 @pytest.mark.parametrize("address", ["10.0.0.1", "93.184.216.34"])
