@@ -211,6 +211,10 @@ def test_who_is_asked_for_a_login_hears_where_it_goes() -> None:
     with pytest.raises(Failure) as caught, telling_of_refused(NO_KEY, there, OPEN):
         raise Failure("key_rejected", "no")
     assert "OPENAI_USER and OPENAI_PASSWORD" in caught.value.fault.hint
+    assert caught.value.fault.hint.endswith(", or OPENAI_API_KEY for a key")
+    with pytest.raises(Failure) as caught, telling_of_refused(NO_KEY, there, NoKey()):
+        raise Failure("key_rejected", "no")
+    assert caught.value.fault.hint.endswith("they set FARM_USER and FARM_PASSWORD for a login")
     with pytest.raises(Failure) as caught, telling_of_refused(key_for(OPEN, there, NOBODY, LOGIN), there, OPEN):
         raise Failure("key_rejected", "no")
     assert "the login is that of environment OPENAI_USER and OPENAI_PASSWORD" in caught.value.message
@@ -381,6 +385,41 @@ def test_a_host_by_flag_is_told_beside_the_one_that_is_set() -> None:
         assert chosen(region="singapore", env={"DASHSCOPE_BASE_URL": url}).warnings == (told + where,)
     for env in ({}, {"DASHSCOPE_BASE_URL": "https://dashscope-intl.aliyuncs.com"}):
         assert chosen(region="singapore", env=env).warnings == ()
+
+
+def test_a_base_url_that_other_programs_need_can_be_gone_past() -> None:
+    other = "https://dashscope-intl.aliyuncs.com/compatible-mode/v1"
+    past = "; where other programs need it as it is: --region singapore goes before it"
+    for given, told in (
+        ({"env": {"DASHSCOPE_BASE_URL": other}}, True),
+        ({"env": {"DASHSCOPE_BASE_URL": "https://gpu.example/compatible-mode/v1"}}, False),
+        ({"flag": other}, False),
+    ):
+        with pytest.raises(Failure, match="is not one of this provider's") as caught:
+            chosen(**given)
+        assert caught.value.fault.hint.startswith("use https://") and caught.value.fault.hint.endswith(past) is told
+
+
+def test_a_server_that_only_a_request_names_is_told_as_that() -> None:
+    (warning,) = chosen(OPEN, request_url=OURS).warnings
+    assert warning.startswith("the request's base_url leads to gpu.example: its prompt goes there")
+    assert chosen(OPEN, flag=OURS).warnings == chosen(OPEN, request_url="http://127.0.0.1:1").warnings == ()
+
+
+@pytest.mark.parametrize("url", ["no url", "https://a b/", "https://gpu.example/v1?x", ""])
+def test_what_is_no_url_in_a_file_leads_nowhere(url: str) -> None:
+    with pytest.raises(Failure, match="the evidence leads to") as caught:
+        recorded_endpoint(url, VENDOR, own())
+    assert code_of(caught) == "host_not_trusted"
+
+
+@pytest.mark.parametrize(("length", "cut"), [(200, False), (201, True)])
+def test_of_a_long_origin_in_a_file_only_the_beginning_is_shown(length: int, cut: bool) -> None:
+    start, end = "https://", f".{'b' * 50}.{'c' * 50}.example:443"
+    middle = "a" * 60 + "." + "d" * (length - len(start + end) - 61)
+    origin = start + middle + end
+    shown = unnamed(f"{origin}/v1", VENDOR).message
+    assert shown == f"the evidence leads to {origin[:199] + '…' if cut else origin}, which only its file names"
 
 
 def test_a_host_that_is_none_of_a_provider_is_told_with_what_to_do() -> None:

@@ -83,6 +83,12 @@ EXPLAINED: tuple[Explained, ...] = (
         "the table of the reference is of what a failure leaves, and that does not look at these",
     ),
     Explained(
+        "trust",
+        'authority = re.split("[/?#]", re.sub("^[^/]*://|^/+", "", text), maxsplit=1)[0]',
+        'authority = re.split("[/?#]", re.sub("^[^/]*://|^/+", "", text))[0]',
+        "the first part is the same",
+    ),
+    Explained(
         "transport",
         "PIECE = 64 * 1024  # bytes of an answer that are read at once",
         None,
