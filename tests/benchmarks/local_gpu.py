@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import hashlib
 import statistics
 import sys
 import tempfile
@@ -20,7 +21,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT / "skills/ai/image/alicloud-ai-image-zimage-turbo/scripts"), str(ROOT / "tests")]
@@ -44,8 +45,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "int8 compiled": {"quantize": "int8", "compile": True},
     "fp8 compiled": {"quantize": "fp8", "compile": True},
     "nf4": {"quantize": "nf4"},
+    "model": {"offload": "model"},
+    "group": {"offload": "group"},
+    "nf4 model": {"quantize": "nf4", "offload": "model"},
 }
-COLUMNS = ("", "loading s", "first s", "alone s", "at once s a picture", "peak GB")
+COLUMNS = ("", "loading s", "first s", "alone s", "at once s a picture", "same at once", "peak GB alone", "peak GB")
 
 # The configuration files of Tongyi-MAI/Z-Image-Turbo. What is not named is the default of the class.
 TRANSFORMER = {
@@ -113,17 +117,27 @@ def save_full_size(folder: Path) -> None:
     ).save_pretrained(folder, safe_serialization=True)
 
 
-def make(provider: Any, size: str, seed: int) -> float:
-    """One picture; returns its seconds up to the PNG."""
+class Made(NamedTuple):
+    """A picture up to its PNG."""
+
+    seconds: float
+    sha256: str
+
+
+def make(provider: Any, size: str, seed: int) -> Made:
     start = time.perf_counter()
     payload = provider.payload(ImageRequest(prompt=PROMPT, size=size, seed=seed))
-    provider.submit(payload, HERE, "", None).work(time.monotonic() + LONGEST_S)
-    return time.perf_counter() - start
+    picture = provider.submit(payload, HERE, "", None).work(time.monotonic() + LONGEST_S)
+    return Made(time.perf_counter() - start, hashlib.sha256(picture.content).hexdigest())
 
 
-def measure(settings: dict[str, Any], options: argparse.Namespace, size: str) -> list[float | None]:
-    """The numbers of one line of the table. Raises Failure where it cannot be run here."""
+def measure(settings: dict[str, Any], options: argparse.Namespace, size: str) -> list[float | str | None]:
+    """The cells of one line of the table. Raises Failure where it cannot be run here."""
     torch, is_cuda = library("torch"), not options.tiny
+
+    def peak() -> float | None:
+        return torch.cuda.max_memory_allocated() / 1e9 if is_cuda else None
+
     library("torch._dynamo").reset()
     if is_cuda:
         torch.cuda.empty_cache()
@@ -132,15 +146,22 @@ def measure(settings: dict[str, Any], options: argparse.Namespace, size: str) ->
     provider = KIND({**settings, "at_once": options.at_once})
     provider.prepare()
     loading = time.perf_counter() - start
-    first = make(provider, size, 0)
-    alone = statistics.median(make(provider, size, seed) for seed in range(options.runs))
+    first = make(provider, size, 0).seconds
+    alone = [make(provider, size, seed) for seed in range(options.runs)]
+    peak_alone = peak()
     count = options.at_once * options.runs
     with ThreadPoolExecutor(provider.calls_at_once) as threads:
         for rounds in (options.at_once, count):  # the first of that form may be compiled
             start = time.perf_counter()
-            list(threads.map(lambda seed: make(provider, size, seed), range(rounds)))
+            together = list(threads.map(lambda seed: make(provider, size, seed), range(rounds)))
     at_once = (time.perf_counter() - start) / count
-    return [loading, first, alone, at_once, torch.cuda.max_memory_allocated() / 1e9 if is_cuda else None]
+    same = sum(one.sha256 == other.sha256 for one, other in zip(alone, together, strict=False))
+    seconds = statistics.median(made.seconds for made in alone)
+    return [loading, first, seconds, at_once, f"{same} of {len(alone)}", peak_alone, peak()]
+
+
+def said(cell: float | str | None) -> str:
+    return "-" if cell is None else cell if isinstance(cell, str) else f"{cell:.3f}"
 
 
 def line(cells: list[str]) -> str:
@@ -172,7 +193,7 @@ def main() -> None:
         for name in options.only or VARIANTS:
             settings = {"model_path": str(folder), "steps": options.steps, **VARIANTS[name]}
             try:
-                cells = ["-" if number is None else f"{number:.3f}" for number in measure(settings, options, size)]
+                cells = [said(cell) for cell in measure(settings, options, size)]
             except Failure as failure:
                 cells = [f"{failure.code}: {failure.message}"]
             print(line([name, *cells]), flush=True)
