@@ -116,6 +116,7 @@ class Server(NamedTuple):
     sampler: str | None
     scheduler: str | None = None
     steps: int = 8
+    no_guidance: float = 1.0
     info: str = "told"  # what its answers tell of the seed: told, nothing (but it is used), unknown
     fields: Mapping[str, object] = {}  # further ones that it gets
 
@@ -161,7 +162,8 @@ SERVERS = {
         {"/v1/models": json_answer({"data": XINFERENCE_MODELS})},
         None,
         steps=9,
-        info="unknown",
+        no_guidance=0.0,
+        info="nothing",
         fields={"model": "Z-Image-Turbo"},
     ),
     "draw things": Server(
@@ -180,8 +182,8 @@ def test_each_server_gets_every_number_in_its_own_words(own: Own, name: str) -> 
     server = own.is_a(name)
     own.make("--seed", "7")
     (body,) = own.bodies
-    numbers = {"seed": 7, "steps": server.steps, "cfg_scale": 1.0, "width": 512, "height": 512, "n_iter": 1}
-    assert body.items() >= {**numbers, "batch_size": 1, **server.fields}.items()
+    numbers = {"seed": 7, "steps": server.steps, "cfg_scale": server.no_guidance, "width": 512, "height": 512}
+    assert body.items() >= {**numbers, "batch_size": 1, "n_iter": 1, **server.fields}.items()
     assert (body.get("sampler_name"), body.get("scheduler")) == (server.sampler, server.scheduler)
     assert ("guidance_scale" in body, "model" in body) == (name == "draw things", name == "xinference")
 

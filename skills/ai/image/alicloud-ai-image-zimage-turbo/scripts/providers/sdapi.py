@@ -33,7 +33,6 @@ from zimage.request import ImageRequest
 from zimage.servers import PRICE, THIS_MODEL, OpenServer, Sign, first_sign, only_fitting
 from zimage.settings import GUIDANCE, STEPS, Setting, added_fields, left_out_fields
 
-NO_GUIDANCE = 1.0  # what switches guidance off at every server of this kind
 LINK_LIFETIME = dt.timedelta(hours=1)  # none of them answers with a link; a gateway might
 STATUS_KINDS = {402: "balance", 413: "rejected_by_service", 422: "rejected_by_service"}
 CODES = (
@@ -55,15 +54,17 @@ class Dialect(NamedTuple):
     """What is so of one kind of server; sources in facts of references/providers.md.
 
     `sampler`: None where its own choice is right, or its names are not known. `steps`: what makes 8 evaluations of the
-    model. `seed`: the sent one is used, also where the answer does not name it. `unused`: what it drops. `lists`: a
-    free path below the server's root that names the model. `model`: how a request names one; None where it cannot.
-    `own`: further fields that it must get, made of the payload. `empty`: what to do where an answer has no picture.
+    model. `no_guidance`: what switches guidance off. `seed`: the sent one is used, also where the answer does not name
+    it. `unused`: what it drops. `lists`: a free path below the server's root that names the model. `model`: how a
+    request names one; None where it cannot. `own`: further fields that it must get, made of the payload. `empty`: what
+    to do where an answer has no picture.
     """
 
     name: str
     sampler: str | None = None
     scheduler: str | None = None
     steps: int = 8
+    no_guidance: float = 1.0
     seed: bool = True
     unused: tuple[str, ...] = ()
     lists: str = "sdapi/v1/sd-models"
@@ -85,8 +86,8 @@ SD_NEXT = A1111._replace(name="SD.Next", sampler="Default")
 SD_SERVER = Dialect("stable-diffusion.cpp", "euler", "simple")
 KOBOLDCPP = Dialect("koboldcpp", "euler", "default")
 MFLUXIBLE = Dialect("mfluxible", unused=("guidance", "sampler", "scheduler"), lists="health")
-XINFERENCE = Dialect(
-    "Xinference", steps=9, seed=False, lists="v1/models", model=lambda name: {"model": name}, needs_model=True
+XINFERENCE = Dialect(  # hands the number to diffusers as it is
+    "Xinference", steps=9, no_guidance=0.0, lists="v1/models", model=lambda name: {"model": name}, needs_model=True
 )
 DRAW_THINGS = Dialect(
     "Draw Things",
@@ -168,7 +169,7 @@ def name_of(text: str) -> str:
 
 OPTIONS = (
     STEPS,
-    GUIDANCE._replace(help="guidance scale; this model is made for 0, which is sent as 1: off"),
+    GUIDANCE._replace(help="guidance scale; this model is made for 0, which is sent as what the server calls off"),
     Setting("sampler", "NAME", "sampler by the server's own name; else one that fits the model", None, name_of),
     Setting("scheduler", "NAME", "scheduler by the server's own name", None, name_of),
     Setting("model", "NAME", "model to draw with, where the server has several", None, name_of),
@@ -339,7 +340,7 @@ class SdApi(OpenServer):
             "width": width,
             "height": height,
             "steps": self.settings["steps"],
-            "cfg_scale": self.settings["guidance"] or NO_GUIDANCE,
+            "cfg_scale": self.settings["guidance"] or self.dialect.no_guidance,
             "seed": request.seed,
             "sampler_name": self.settings["sampler"] or dialect.sampler,
             "scheduler": self.settings["scheduler"] or (None if self.settings["sampler"] else dialect.scheduler),
@@ -428,10 +429,10 @@ class SdApi(OpenServer):
 
     def _held_against(self, told: Mapping[str, Any], request: ImageRequest) -> tuple[int | None, list[str], list[str]]:
         """What is told of a picture against what was asked for: the true seed, what was not used, warnings."""
-        guidance = self.settings["guidance"] or NO_GUIDANCE
+        guidance = self.settings["guidance"] or self.dialect.no_guidance
         asked = {"seed": request.seed, "steps": self.settings["steps"], "guidance": guidance}
         if "cfg_scale" in told and told["cfg_scale"] is None:  # it drew without
-            told = {**told, "cfg_scale": NO_GUIDANCE}
+            told = {**told, "cfg_scale": self.dialect.no_guidance}
         unused, warnings = [], []
         for name in FIELDS.keys() - set(self.unused()):
             value = told.get(FIELDS[name])
