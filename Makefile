@@ -2,7 +2,7 @@
 # make smoke  lint, and the first rows of the main tests: half a minute, while you work
 # make check  validation, skill format, lint, types, all tests that need light packages only (300 MB)
 # make torture  each break of the byte stream, with the program killed there too; leaves its counts below output/
-# make check-all  the other tests: the model in process, the agents, the gallery in a browser (installs 2 GB)
+# make check-all  the other tests: the model in process, an engine, the agents, the gallery in a browser (installs 4 GB)
 # make fuzz   the properties of tests/fuzz on more than 100,000 cases, others each time; counts them (3 to 10 minutes)
 # make install-skill DEST=~/.claude/skills  the skill's folder, directly under DEST
 # make package  the skill as a zip in dist/, the same bytes each time
@@ -31,6 +31,7 @@ SOURCES := skills tests
 TORCH ?= torch==2.13.0
 CLIENTS := @anthropic-ai/claude-code@2.1.329 @openai/codex@0.169.0 skills@1.6.0 openai@6.49.0
 LITELLM ?= litellm[proxy]>=1.108,<2
+XINFERENCE ?= xinference>=4.1,<5
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 export PYTHONUTF8 := 1
@@ -38,7 +39,7 @@ export PYTHONUTF8 := 1
 # More than two cores: most of a test is waiting for a service that is slow, or for a process.
 PYTEST := $(BIN)/python -m pytest --numprocesses 4 --dist worksteal
 
-.PHONY: help demo smoke check check-all torture validate skill lint types test browser middlemen local clients audit bench \
+.PHONY: help demo smoke check check-all torture validate skill lint types test browser middlemen local engines clients audit bench \
 	package standalone install-skill clean fuzz mutants versions
 
 help:
@@ -65,7 +66,7 @@ smoke: lint
 check: validate skill lint types test
 
 # Beside `make check`, not instead of it: the tests that conftest.py marks as heavy.
-check-all: $(VENV)/.checks browser middlemen local clients
+check-all: $(VENV)/.checks browser middlemen local engines clients
 	$(PYTEST) -m heavy
 
 # Two processes, as all of it is work. CASES=10 tries ten times as many. What fails prints how to play it again.
@@ -129,6 +130,18 @@ local: $(VENV)/.local
 $(VENV)/.local: requirements-local.txt $(VENV)/.checks
 	@($(PIP) $(TORCH) && $(PIP) --requirement requirements-local.txt && touch $@) || \
 		echo "no torch: the tests that run the model in process will be skipped"
+
+# A server that others run this model with; it draws with the same packages as the provider, on the CPU. It comes with
+# torchvision, which is not needed and whose build on PyPI does not load beside a torch without CUDA.
+engines: $(VENV)/.xinference
+
+$(VENV)/.xinference: requirements-local.txt Makefile | $(BIN)/python$(EXE)
+ifeq ($(shell uname -s),Linux)
+	@$(BIN)/python -m venv $(VENV)/xinference && $(VENV)/xinference/bin/python -m pip install --quiet --disable-pip-version-check \
+		"$(TORCH)" "$(XINFERENCE)" --requirement requirements-local.txt && \
+		$(VENV)/xinference/bin/python -m pip uninstall --quiet --yes timm torchvision && touch $@ || \
+		echo "no Xinference: the test of a real engine will be skipped"
+endif
 
 # The agents that the skill is installed into by the tests, 770 MB of them. They run offline and without an account.
 # And programs that others reach such services with, which the mock is held to.

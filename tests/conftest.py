@@ -36,7 +36,7 @@ MOCK = SCRIPTS / "mock_server.py"
 TEST_KEY = "sk-test-0123456789abcdef"
 KEPT_VARIABLES = ("PATH", "SYSTEMROOT", "TEMP", "TMP", "LD_LIBRARY_PATH")
 # What `make check-all` installs, reaches a package index for, or mounts. A test that asks for one of these is `heavy`.
-HEAVY_FIXTURES = {"whole_model", "browser", "agents", "uv", "own_mounts", "peers"}
+HEAVY_FIXTURES = {"whole_model", "browser", "agents", "uv", "own_mounts", "peers", "xinference"}
 SMOKE_ROWS = 2
 IS_WARM = sys.platform == "linux" and "ZIMAGE_TEST_COLD" not in os.environ
 

@@ -18,6 +18,13 @@ from types import TracebackType
 from typing import Any
 
 
+def free_port() -> int:
+    """A port of loopback for a program that takes it at once."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port: int = listener.getsockname()[1]
+    return port
+
+
 def pump(source: socket.socket, target: socket.socket) -> None:
     """Bytes from one side to the other until it ends."""
     with contextlib.suppress(OSError):

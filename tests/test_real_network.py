@@ -20,6 +20,7 @@ import trustme
 
 from conftest import TEST_KEY, Result, Shell, cannot
 from fault_server import GENERATE, PICTURE, FaultServer, good
+from middlemen import free_port
 from mock_server import MockServer
 
 pytestmark = pytest.mark.heavy
@@ -38,12 +39,6 @@ def names_library() -> str:
     """What lets a program resolve names by a file of its own (Debian: libnss-wrapper)."""
     found = [*Path("/usr/lib").glob("*/libnss_wrapper.so"), *Path("/usr/lib64").glob("libnss_wrapper.so")]
     return str(found[0]) if found else cannot("give programs names of their own: libnss-wrapper is a Debian package")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port: int = listener.getsockname()[1]
-    return port
 
 
 Start = Callable[..., None]
