@@ -830,6 +830,15 @@ def test_pictures_drawn_at_once_are_those_drawn_alone(whole_model: Path, monkeyp
     assert single[1].usage["at_once"] == 1
 
 
+def test_compiled_pictures_drawn_at_once_are_told_to_differ(whole_model: Path) -> None:
+    together = KIND({"model_path": str(whole_model), "at_once": 2, "compile": True})
+    together.prepare()
+    with ThreadPoolExecutor(2) as threads:
+        for picture in threads.map(lambda seed: make(together, seed=seed), (1, 2)):
+            assert picture.usage["at_once"] == 2
+            assert [warning for warning in picture.warnings if "may differ in fine detail" in warning]
+
+
 def test_values_that_are_no_numbers_spoil_one_picture_alone(whole_model: Path) -> None:
     provider = KIND({"model_path": str(whole_model), "at_once": 2})
     provider.prepare()
@@ -913,7 +922,7 @@ def test_the_benchmark_runs_on_a_cpu_with_a_tiny_model(whole_model: Path) -> Non
     assert [cells[0] for cells in lines[2:]] == ["plain", "int8", "int8 compiled"]
     for cells in lines[2:4]:
         loading, first, alone, at_once = (float(cell) for cell in cells[1:5])
-        assert min(loading, first, alone, at_once) > 0 and cells[5] == "-"
+        assert min(loading, first, alone, at_once) > 0 and cells[5:] == ["2 of 2", "-", "-"]
     assert lines[4][1].startswith("usage: --compile: ")  # what is only for cards is told
 
 

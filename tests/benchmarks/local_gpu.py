@@ -43,6 +43,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compiled": {"compile": True},
     "int8": {"quantize": "int8"},
     "int8 compiled": {"quantize": "int8", "compile": True},
+    "fp8": {"quantize": "fp8"},
     "fp8 compiled": {"quantize": "fp8", "compile": True},
     "nf4": {"quantize": "nf4"},
     "model": {"offload": "model"},
