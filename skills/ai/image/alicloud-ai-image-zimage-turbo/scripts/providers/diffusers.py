@@ -606,8 +606,8 @@ def generated(
     )
 
 
-# Where pictures drawn at once have been seen to be, byte for byte, those drawn alone, as long as nothing is compiled. On an
-# H200 they were not; on Apple's GPUs nobody has looked.
+# Where pictures drawn at once have been seen to be, byte for byte, those drawn alone, as long as nothing is compiled.
+# On an H200 they were not; on Apple's GPUs nobody has looked.
 SAME_AT_ONCE = (("cpu", "bfloat16"),)
 REPORT = "nothing was billed; report this message, or use another --device"
 OUT_OF_MEMORY = re.compile("out of memory|allocate memory|enough memory")
