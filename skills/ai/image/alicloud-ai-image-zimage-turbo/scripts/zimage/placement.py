@@ -17,8 +17,8 @@ from zimage.quoting import command_line
 from zimage.weights import gguf_in, safetensors_in
 
 GB = 1e9
-# Measured on an H200 for 1024*1024 in bfloat16, where the last step, the VAE, takes most: 2.7 GB beside a whole model, and
-# 0.05 to 0.12 GB for each further picture at once, of which the VAE takes one after the other.
+# Measured on an H200 for 1024*1024 in bfloat16, where the last step, the VAE, takes most: 2.7 GB beside a whole model,
+# and 0.05 to 0.12 GB for each further picture at once, of which the VAE takes one after the other.
 WORKING = 2.7 * GB
 WORKING_MORE = 0.2 * GB
 BYTES = {"bfloat16": 2, "float32": 4}  # float16 is no choice: this model overflows in it (Tongyi-MAI/Z-Image#14)
